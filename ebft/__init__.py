@@ -1,0 +1,9 @@
+"""EBFT: effective block-wise fine-tuning for sparse LLMs (arXiv 2402.12419)."""
+
+from ebft.config import EBFTConfig
+from ebft.errors import EBFTError
+from ebft.pipeline import RunResult, run_ebft
+from ebft.reconstruct import BlockReconstructor, BlockResult
+
+__version__ = "0.1.0"
+__all__ = ["BlockReconstructor", "BlockResult", "EBFTConfig", "EBFTError", "RunResult", "run_ebft"]

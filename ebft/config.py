@@ -1,0 +1,235 @@
+"""One dataclass holds every setting of a run; the command line, the YAML file and the presets are made from it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ebft.errors import EBFTError
+from ebft.pruning.pattern import Pattern
+
+
+def _setting(default: Any, help: str, choices: Sequence[str] | None = None, metavar: str | None = None) -> Any:
+    """A dataclass field that also knows how it is said on the command line."""
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class EBFTConfig:
+    """Every setting of one run; ``EBFTConfig.preset("paper", lr=1e-3)`` starts from a preset.
+
+    The meanings of the flags are those of the README's table. A field's name is its flag (``batch_size`` is
+    ``--batch-size``) and its key in a YAML file. Values are checked when the object is made (``EBFTError``).
+    """
+
+    model: str | None = _setting(None, "hub id, folder or .gguf file (default: the SmolLM2-135M-Instruct wheel)")
+    teacher: str | None = _setting(None, "dense model whose blocks are the targets (default: the model as loaded)")
+    output: str = _setting("ebft-output", "folder for the recovered model and its report")
+    overwrite: bool = _setting(False, "replace OUTPUT if an earlier run made it, once this run has committed")
+    prune: str = _setting("wanda", "magnitude, wanda, zeros (those already there), or a masks.safetensors file")
+    sparsity: float = _setting(0.7, "share of each matrix's weights that is pruned, between 0 and 1")
+    pattern: str | None = _setting(None, "keep N of every M consecutive inputs, in place of --sparsity", metavar="N:M")
+    recover: str = _setting("ebft", "recovery after pruning", choices=("none", "ebft"))
+    calibration: str = _setting("c4", "c4, wikitext2, builtin, or a .txt/.jsonl/.parquet file", metavar="NAME_OR_FILE")
+    windows: str = _setting(
+        "random-window",
+        "one random window of each random document, or documents packed end to end",
+        choices=("random-window", "packed"),
+    )
+    samples: int = _setting(256, "calibration sequences")
+    seqlen: int = _setting(1024, "tokens in a calibration sequence")
+    epochs: int = _setting(10, "passes over the calibration sequences in each block")
+    batch_size: int = _setting(8, "sequences in a step")
+    lr: float = _setting(2e-4, "AdamW learning rate, decayed linearly to 0 in each block")
+    betas: tuple[float, float] = _setting((0.9, 0.95), "AdamW betas")
+    weight_decay: float = _setting(0.1, "AdamW weight decay of the pruned matrices (norms and biases: 0)")
+    clip: float = _setting(1.0, "clip the gradient norm over kept weights, after unscaling; 0 turns it off")
+    target: str = _setting(
+        "sparse-stream",
+        "targets: the dense block applied to the block's input, or the dense model's own hidden states",
+        choices=("sparse-stream", "dense-stream"),
+    )
+    input: str = _setting(
+        "sparse-stream",
+        "inputs: hidden states of the tuned sparse blocks before, or of the dense model",
+        choices=("sparse-stream", "dense-stream"),
+    )
+    eval: str = _setting("wikitext2", "texts for perplexity, comma-separated; empty for none", metavar="NAME_OR_FILE,…")
+    eval_seqlen: int = _setting(2048, "tokens in an evaluation window")
+    device: str = _setting("auto", "cpu, cuda, cuda:1 …; auto takes the GPU where there is one")
+    dtype: str = _setting(
+        "auto",
+        "compute type of the matrix products; weights are tuned in float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    seed: int = _setting(0, "seed of the calibration sample and the batch order")
+    fused: bool = _setting(False, "demand fused kernels for mask and optimizer; fail where there are none")
+    trust_remote_code: bool = _setting(False, "let transformers run code that comes with the model")
+
+    def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):
+            value, choices = getattr(self, setting.name), setting.metadata["choices"]
+            object.__setattr__(self, setting.name, _typed(setting.name, value))
+            if choices and value not in choices:
+                raise EBFTError(f"{_flag(setting.name)} is {value!r}; expected one of {', '.join(choices)}")
+        if not 0 < self.sparsity < 1:
+            raise EBFTError(f"--sparsity is {self.sparsity:g}; expected a number between 0 and 1, both excluded")
+        for name in ("samples", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise EBFTError(f"{_flag(name)} is {getattr(self, name)}; expected a whole number of at least 1")
+        for name in ("seqlen", "eval_seqlen"):
+            if getattr(self, name) < 2:
+                raise EBFTError(f"{_flag(name)} is {getattr(self, name)}; expected a whole number of at least 2")
+        for name in ("lr", "weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise EBFTError(f"{_flag(name)} is {getattr(self, name)}; expected a finite number of at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise EBFTError(f"--betas is {self.betas}; expected two numbers from 0 up to, not including, 1")
+        if not 0 <= self.seed < 2**63:
+            raise EBFTError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 - 1")
+        self.mask_pattern  # noqa: B018  (parses N:M, so that a wrong one is said now)
+
+    @property
+    def mask_pattern(self) -> Pattern:
+        """What is pruned of a matrix: a share of its weights, or M - N of every M."""
+        return Pattern.parse(self.pattern) if self.pattern else Pattern(sparsity=self.sparsity)
+
+    @property
+    def eval_texts(self) -> list[str]:
+        """The names or files of ``--eval``, in order, each once."""
+        return list(dict.fromkeys(name.strip() for name in self.eval.split(",") if name.strip()))
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> EBFTConfig:
+        """The preset's settings, with ``settings`` put over them."""
+        if name not in PRESETS:
+            raise EBFTError(f"--preset is {name!r}; expected one of {', '.join(PRESETS)}")
+        unknown = sorted(set(settings) - _names())
+        if unknown:
+            raise EBFTError(f"there is no setting {unknown[0]!r}; expected one of {', '.join(sorted(_names()))}")
+        return cls(**{**PRESETS[name], **settings})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, YAML and the model card."""
+        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+
+
+# The published recipe (arXiv 2402.12419; the class defaults, clipping after unscaling), and one that ends in minutes
+# on two CPU cores.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "demo": {
+        "sparsity": 0.6,
+        "calibration": "builtin",
+        "windows": "packed",
+        "samples": 64,
+        "seqlen": 128,
+        "epochs": 3,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "weight_decay": 0.0,
+        "eval": "builtin",
+        "eval_seqlen": 256,
+    },
+}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> tuple[EBFTConfig, bool]:
+    """The run that a command line asks for, and whether only its plan is wanted (``--plan``).
+
+    Later beats earlier: preset, then ``--config`` file, then flags. With no ``--preset`` it is ``paper`` where a
+    model is named and ``demo`` where none is.
+    """
+    parser = _Parser(prog="python -m ebft.run", description="Prune a decoder and win its quality back, block by block.")
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="starting settings (default: paper; no model: demo)")
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings from a YAML file, over the preset's")
+    parser.add_argument("--plan", action="store_true", help="print what the run would need, and stop")
+    for setting in dataclasses.fields(EBFTConfig):
+        _add_flag(parser, setting)
+    given = vars(parser.parse_args(argv))
+    preset, file, plan = given.pop("preset"), given.pop("config"), given.pop("plan")
+    settings = _read_yaml(file) if file else {}
+    preset = preset or settings.pop("preset", None)
+    settings.update({name: value for name, value in given.items() if value is not None})
+    return EBFTConfig.preset(preset or ("paper" if settings.get("model") else "demo"), **settings), plan
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors in the sentence that every other error has."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise EBFTError(message)
+
+
+def _add_flag(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any]) -> None:
+    meta = setting.metadata
+    default = "" if setting.default in (None, False, "") or "default:" in meta["help"] else f" (paper: {setting.default})"
+    options: dict[str, Any] = {"default": None, "help": meta["help"].replace("%", "%%") + default}
+    if isinstance(setting.default, bool):
+        options["action"] = argparse.BooleanOptionalAction
+    elif setting.name == "betas":
+        options |= {"nargs": 2, "metavar": ("BETA1", "BETA2")}
+    elif meta["choices"]:
+        options["metavar"] = "|".join(meta["choices"])
+    elif meta["metavar"]:
+        options["metavar"] = meta["metavar"]
+    parser.add_argument(_flag(setting.name), **options)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _names() -> set[str]:
+    return {setting.name for setting in dataclasses.fields(EBFTConfig)}
+
+
+def _typed(name: str, value: Any) -> Any:
+    """``value`` (from Python, YAML or a flag's text) in the type that the field declares."""
+    wanted = typing.get_type_hints(EBFTConfig)[name]
+    kinds = [k for k in typing.get_args(wanted) if k is not types.NoneType] if isinstance(wanted, types.UnionType) else []
+    if kinds and value is None:
+        return None
+    kind = kinds[0] if kinds else wanted
+    expected = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, "two numbers")
+    fault = EBFTError(f"{_flag(name)} is {value!r}; expected {expected}")
+    try:
+        if kind is bool:
+            if not isinstance(value, bool):
+                raise fault
+            return value
+        if kind is str:
+            if not isinstance(value, str | Path):
+                raise fault
+            return str(value)
+        if isinstance(value, bool) or value is None:
+            raise fault
+        if kind is int:
+            number = int(value) if isinstance(value, str) else value
+            if int(number) != number:
+                raise fault
+            return int(number)
+        if kind is float:
+            return float(value)
+        first, second = value
+        return (float(first), float(second))
+    except (TypeError, ValueError, OverflowError):
+        raise fault from None
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise EBFTError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise EBFTError(f"--config {file} holds {type(settings).__name__}; expected settings as 'name: value' lines")
+    return {str(name).replace("-", "_"): value for name, value in settings.items()}

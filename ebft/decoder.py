@@ -1,0 +1,300 @@
+"""Any Hugging Face decoder seen as entrance, blocks and exit; no model code is forked or rewritten.
+
+The model's own ``forward`` is run with the blocks' ``forward`` replaced for the moment: by recorders, to learn what
+each block is called with (hidden states at the entrance, and keyword arguments such as rotary embeddings and attention
+masks, which differ from block to block in Gemma 3), or by pass-throughs, to run just the final norm and the head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+from transformers import PreTrainedModel
+
+from ebft.errors import EBFTError
+from ebft.matrices import Matrix, find_matrices
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How the model calls a block: what it gives besides hidden states, which come first or as ``hidden_states``."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+        """The hidden states among a call's arguments, and the rest."""
+        if args:
+            return args[0], cls(args[1:], kwargs)
+        rest = dict(kwargs)
+        return rest.pop("hidden_states"), cls((), rest)
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Run ``block`` on ``hidden`` and give its hidden states."""
+        return first_output(block(hidden, *self.args, **self.kwargs))
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> BlockCall:
+        """The same call with every tensor in it changed."""
+        args, kwargs = tree_map_only(Tensor, change, (self.args, self.kwargs))
+        return BlockCall(args, kwargs)
+
+    def equals(self, other: BlockCall) -> bool:
+        """Whether all arguments are the same, tensors by value."""
+        mine, theirs = (tree_flatten((call.args, call.kwargs)) for call in (self, other))
+        return mine[1] == theirs[1] and all(map(_same, mine[0], theirs[0]))
+
+
+class _LastBlockReached(Exception):
+    pass
+
+
+class Decoder:
+    """A causal language model on the host, whose blocks are worked on one at a time on ``device``.
+
+    Args:
+        model: the model as loaded, in evaluation mode, on the host; it is read, and written only by ``store_block``.
+        device: where working blocks live and run.
+        compute: dtype of the matrix products (autocast); weights and hidden states of working blocks are float32.
+
+    Raises:
+        EBFTError: the model has no stack of blocks, or a later token changes earlier outputs (not a decoder).
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, compute: torch.dtype = torch.float32) -> None:
+        self.model = model.eval()
+        self.device, self.compute = device, compute
+        self._path, self._stored_blocks = find_blocks(model)
+        self.names = [f"{self._path}.{i}" for i in range(len(self._stored_blocks))]
+        self.matrices: list[list[Matrix]] = [find_matrices(block) for block in self._stored_blocks]
+        self._skeleton = _without_block_weights(model, self._stored_blocks)
+        self._shells = list(self._skeleton.get_submodule(self._path))  # the skeleton's blocks: code without weights
+        self._calls: dict[tuple[int, int], list[BlockCall]] = {}  # (batch, seqlen) -> a call for each block
+        self._returns_tuple = [False] * len(self)
+        self._probe()
+
+    def __len__(self) -> int:
+        return len(self._stored_blocks)
+
+    # --- blocks -------------------------------------------------------------------------------------------------
+
+    def stored_block(self, index: int) -> nn.Module:
+        """Block ``index`` as the model holds it: on the host, in the stored dtype."""
+        return self._stored_blocks[index]
+
+    def working_block(self, index: int) -> nn.Module:
+        """A copy of block ``index`` to work on: on the device, float32, evaluation mode, no gradients."""
+        stored = self._stored_blocks[index]
+        block = copy.deepcopy(stored, _shared_configs(stored))
+        return _cast_parameters(block, self.device).requires_grad_(False)
+
+    def store_block(self, index: int, weights: dict[str, Tensor]) -> None:
+        """Write ``weights`` (parameter name -> tensor, in the stored dtype) into the model on the host."""
+        stored = dict(self._stored_blocks[index].named_parameters())
+        with torch.no_grad():
+            for name, weight in weights.items():
+                stored[name].copy_(weight)
+
+    def round_as_stored(self, index: int, block: nn.Module) -> dict[str, Tensor]:
+        """Round the working block's parameters to the dtypes they are stored in; return them so, on the host."""
+        stored = dict(self._stored_blocks[index].named_parameters())
+        weights = {}
+        with torch.no_grad():
+            for name, parameter in block.named_parameters():
+                weights[name] = parameter.to(stored[name].dtype).to("cpu", copy=True)
+                parameter.copy_(weights[name])
+        return weights
+
+    def run_block(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Hidden states (batch, seqlen, width) through ``block``, called as the model calls block ``index``."""
+        call = self.call_for(index, hidden.shape[0], hidden.shape[1])
+        with self.autocast():
+            return call(block, hidden).float()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Products in the compute dtype, sums and norms in float32."""
+        return torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute != torch.float32)
+
+    # --- entrance and exit --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def enter(self, ids: Tensor) -> Tensor:
+        """Token ids (batch, seqlen) -> float32 hidden states (batch, seqlen, width) before the first block."""
+        hidden: list[Tensor] = []
+
+        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden.append(BlockCall.split(args, kwargs)[0])
+            raise _LastBlockReached
+
+        self._run_skeleton(ids.to(self._skeleton_device()), record)
+        return hidden[0].float()
+
+    @torch.no_grad()
+    def exit(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Hidden states after the last block -> logits (batch, seqlen, vocabulary), by the model's own norm and head."""
+        inside = hidden.to(self._skeleton_device())
+
+        def passing(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            out = inside if index == len(self) - 1 else BlockCall.split(args, kwargs)[0]
+            return (out,) if self._returns_tuple[index] else out
+
+        with self.autocast():
+            return self._run_skeleton(ids.to(inside.device), passing).logits
+
+    @contextlib.contextmanager
+    def ends_on_device(self) -> Iterator[None]:
+        """Embeddings, final norm and head on the device while inside, for ``exit``; on the host otherwise."""
+        _move(self._skeleton, self.device)
+        try:
+            yield
+        finally:
+            _move(self._skeleton, torch.device("cpu"))
+
+    # --- how the model calls its blocks -------------------------------------------------------------------------
+
+    def call_for(self, index: int, batch: int, seqlen: int) -> BlockCall:
+        """How the model calls block ``index`` for a batch of that shape; tensors are on the device."""
+        if (batch, seqlen) not in self._calls:
+            # Random tokens, twice: an argument that depends on the tokens could not be reused for other samples.
+            first, second = (self._record_calls(batch, seqlen, seed) for seed in (0, 1))
+            for name, one, other in zip(self.names, first, second, strict=True):
+                if not one.equals(other):
+                    raise EBFTError(
+                        f"{type(self.model).__name__} gives {name} arguments that depend on the tokens; "
+                        "expected a decoder whose blocks need only hidden states and positions"
+                    )
+            self._calls[batch, seqlen] = [call.map_tensors(lambda t: t.to(self.device)) for call in first]
+        return self._calls[batch, seqlen][index]
+
+    @torch.no_grad()
+    def _record_calls(self, batch: int, seqlen: int, seed: int) -> list[BlockCall]:
+        calls: list[BlockCall] = []
+
+        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden, call = BlockCall.split(args, kwargs)
+            calls.append(call)
+            if index == len(self) - 1:
+                raise _LastBlockReached
+            return (hidden,) if self._returns_tuple[index] else hidden
+
+        ids = self._some_tokens(batch, seqlen, seed)
+        self._run_skeleton(ids, record)
+        return calls
+
+    def _some_tokens(self, batch: int, seqlen: int, seed: int) -> Tensor:
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(vocabulary, (batch, seqlen), generator=generator).to(self._skeleton_device())
+
+    def _run_skeleton(self, ids: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
+        """The model's forward on ``ids``, with ``instead(index, args, kwargs)`` in place of every block's forward."""
+        with _forwards_replaced(self._shells, instead), contextlib.suppress(_LastBlockReached):
+            return self._skeleton(input_ids=ids, use_cache=False)
+
+    def _skeleton_device(self) -> torch.device:
+        return self._skeleton.get_input_embeddings().weight.device
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Run a few tokens through the model as it is: do the blocks form a chain, and is it causal?"""
+        ids = self._some_tokens(1, 6, seed=0).to(self.model.device).repeat(2, 1)
+        ids[1, -1] = (ids[1, -1] + 1) % self.model.get_input_embeddings().weight.shape[0]
+        handles, outputs = [], []
+
+        def watch(index: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                self._returns_tuple[index] = isinstance(output, tuple)
+                outputs.append(first_output(output))
+
+            return hook
+
+        try:
+            handles = [block.register_forward_hook(watch(i)) for i, block in enumerate(self._stored_blocks)]
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        kind = type(self.model).__name__
+        if len(outputs) != len(self) or any(not isinstance(out, Tensor) or out.ndim != 3 for out in outputs):
+            raise EBFTError(f"{kind} does not pass hidden states through its {len(self)} {self._path} one after another")
+        if logits.is_meta:
+            return  # a skeleton without values, for a plan
+        # Equal but for rounding: rows of one batch may take different roads through a grouped expert product.
+        difference = (logits[0, :-1].float() - logits[1, :-1].float()).abs().max()
+        if difference > (1e-4 if logits.dtype == torch.float32 else 0.1) * logits.float().std():
+            raise EBFTError(f"{kind} is not a decoder: a later token changes the outputs at earlier ones")
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
+    """The path and the modules of the model's blocks: its ``ModuleList`` with the most parameters and one entry a layer."""
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = {path: list(module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    stacks = {path: blocks for path, blocks in lists.items() if len(blocks) == layers}
+    if not stacks or model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise EBFTError(f"{type(model).__name__} is not a decoder with a stack of blocks and a language-model head")
+    path = max(stacks, key=lambda path: sum(p.numel() for block in stacks[path] for p in block.parameters()))
+    return path, stacks[path]
+
+
+def first_output(output: Any) -> Tensor:
+    """The hidden states among what a block returns: itself, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextlib.contextmanager
+def _forwards_replaced(
+    blocks: list[nn.Module], instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+) -> Iterator[None]:
+    def forward_of(index: int) -> Callable[..., Any]:
+        return lambda *args, **kwargs: instead(index, args, kwargs)
+
+    for index, block in enumerate(blocks):
+        block.forward = forward_of(index)  # on the instance: shadows the class's own until it is deleted below
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _without_block_weights(model: PreTrainedModel, blocks: list[nn.Module]) -> PreTrainedModel:
+    """A copy of the model whose block parameters are on the meta device; the others are float32 copies."""
+    memo: dict[int, Any] = {}
+    for block in blocks:
+        for parameter in block.parameters():
+            memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    return _cast_parameters(copy.deepcopy(model, memo), torch.device("cpu")).requires_grad_(False)
+
+
+def _shared_configs(block: nn.Module) -> dict[int, Any]:
+    """A deepcopy memo that keeps the model's configuration one object."""
+    return {id(m.config): m.config for m in block.modules() if hasattr(m, "config")}
+
+
+def _cast_parameters(module: M, device: torch.device) -> M:
+    """Move ``module`` and make its floating parameters float32; buffers keep their dtype (rotary tables are float32)."""
+    for parameter in module.parameters():
+        if not parameter.is_meta and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    return _move(module, device)
+
+
+def _move(module: M, device: torch.device) -> M:
+    return module._apply(lambda t: t if t.is_meta else t.to(device))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments are equal: tensors by value (by shape where they have none), other objects by type."""
+    if isinstance(one, Tensor):
+        same_shape = isinstance(other, Tensor) and one.shape == other.shape
+        return same_shape and (one.is_meta or bool(torch.equal(one, other)))
+    return type(one) is type(other)

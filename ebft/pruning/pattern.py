@@ -1,0 +1,57 @@
+"""What share of a matrix is pruned, and the mask that a score for each weight makes of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from ebft_kernels import PackedMask
+from torch import Tensor
+
+from ebft.errors import EBFTError
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Either ``sparsity`` (pruned share of a matrix) or N:M (``keep`` of every ``group`` consecutive inputs)."""
+
+    sparsity: float
+    keep: int = 0
+    group: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """``"2:4"`` as a pattern; ``EBFTError`` for anything that is not N:M with 0 < N < M."""
+        match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+        if not match or not 0 < int(match[1]) < int(match[2]):
+            raise EBFTError(f"--pattern is {text!r}; expected N:M, N kept of every M inputs, with 0 < N < M, such as 2:4")
+        keep, group = int(match[1]), int(match[2])
+        return cls(sparsity=1 - keep / group, keep=keep, group=group)
+
+    def check_width(self, name: str, inputs: int) -> None:
+        """``EBFTError`` if the matrix ``name`` with that many inputs cannot be cut into groups."""
+        if self.group and inputs % self.group:
+            raise EBFTError(f"--pattern {self}: {name} has {inputs} inputs, which {self.group} does not divide")
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.group}" if self.group else f"{self.sparsity:.0%}"
+
+
+def mask_of_best(scores: Tensor, pattern: Pattern, *, per_row: bool) -> Tensor:
+    """True where a weight is kept: the highest ``scores`` of each group, of each row or of the whole matrix.
+
+    Args:
+        scores: (outputs, inputs), higher is more worth keeping.
+        pattern: N:M works within groups along the inputs; a share works per row or per matrix.
+        per_row: compare within a row (Wanda) and not over the whole matrix (magnitude).
+
+    Returns:
+        bool (outputs, inputs); exactly ``round((1 - sparsity) * count)`` are kept wherever scores are compared.
+    """
+    if pattern.group:
+        return PackedMask.from_scores(scores, pattern.keep, pattern.group).dense()
+    compared = scores if per_row else scores.reshape(1, -1)
+    kept = compared.topk(round(compared.shape[1] * (1 - pattern.sparsity)), dim=1, sorted=False).indices
+    mask = torch.zeros_like(compared, dtype=torch.bool).scatter_(1, kept, True)
+    return mask.reshape(scores.shape)

@@ -1,0 +1,108 @@
+"""What flows into each matrix of a block, gathered while the block runs.
+
+No hooks on modules: the matrices of a block are recognised where they are multiplied, by the memory of the weight,
+so that ``nn.Linear``, GPT-2's Conv1D and the experts of a fused 3-D parameter are seen alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ebft.matrices import Matrix
+
+
+@dataclass
+class InputStatistics:
+    """Sums over the inputs x of one matrix.
+
+    Attributes:
+        tokens: how many input vectors were seen.
+        squares: float32 (inputs,), the sum of x_j^2.
+    """
+
+    tokens: int
+    squares: Tensor
+
+    @classmethod
+    def empty(cls, inputs: int, device: torch.device) -> InputStatistics:
+        """Nothing seen yet."""
+        return cls(0, torch.zeros(inputs, device=device))
+
+    def add(self, x: Tensor) -> None:
+        """Take in x of shape (..., inputs)."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        self.tokens += rows.shape[0]
+        self.squares += rows.float().square().sum(0)
+
+    def norm(self) -> Tensor:
+        """||X_j||_2 for each input j, divided by the square root of the token count: float32 (inputs,)."""
+        return (self.squares / max(self.tokens, 1)).sqrt()
+
+
+class InputObserver(TorchFunctionMode):
+    """While active, adds the input of every product with one of ``matrices`` to ``statistics[name][expert]``.
+
+    Used as ``with observer.watching(): block(x)``. A matrix without experts has the one entry 0.
+    """
+
+    def __init__(self, block: nn.Module, matrices: list[Matrix]) -> None:
+        super().__init__()
+        self._block = block
+        self._where: list[tuple[int, int, int, Matrix]] = []  # first byte, last byte + 1, bytes of one expert, matrix
+        self.statistics: dict[str, list[InputStatistics]] = {}
+        for matrix in matrices:
+            weight = block.get_parameter(matrix.name)
+            start, size = weight.data_ptr(), weight.numel() * weight.element_size()
+            self._where.append((start, start + size, size // matrix.experts, matrix))
+            self.statistics[matrix.name] = [
+                InputStatistics.empty(matrix.inputs, weight.device) for _ in range(matrix.experts)
+            ]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Observe what runs inside; experts go through their plain loop, so that each is multiplied on its own."""
+        configs = {id(m.config): m.config for m in self._block.modules() if hasattr(m, "is_transposed") and hasattr(m, "config")}
+        before = {key: config._experts_implementation for key, config in configs.items()}
+        for config in configs.values():
+            config._experts_implementation = "eager"
+        try:
+            with self:
+                yield
+        finally:
+            for key, config in configs.items():
+                config._experts_implementation = before[key]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _PRODUCTS:
+            x_at, weight_at = _PRODUCTS[func]
+            if weight_at < len(args) and isinstance(args[weight_at], Tensor):
+                self._see(args[x_at], args[weight_at])
+        return func(*args, **kwargs)
+
+    def _see(self, x: Tensor, weight: Tensor) -> None:
+        at = weight.data_ptr()
+        for start, end, expert_bytes, matrix in self._where:
+            if start <= at < end:
+                self.statistics[matrix.name][(at - start) // expert_bytes].add(x)
+                return
+
+
+# function -> (place of the input, place of the weight) among its arguments
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    F.linear: (0, 1),
+    torch.addmm: (1, 2),
+    torch.matmul: (0, 1),
+    torch.mm: (0, 1),
+    Tensor.matmul: (0, 1),
+    Tensor.__matmul__: (0, 1),
+    Tensor.mm: (0, 1),
+}

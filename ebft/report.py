@@ -1,0 +1,135 @@
+"""What a run says: progress while it works, one JSON line a block, a table at the end, and the model card."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+STAGES = ("dense", "pruned", "recovered")
+
+
+class Reporter:
+    """Talks to the terminal: a live display where there is one, a line a block where there is not (logs, CI)."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stderr, highlight=False)
+
+    def say(self, sentence: str) -> None:
+        """One line."""
+        self.console.print(sentence, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Any]:
+        """Yields ``advance(done, note="")``; shows a bar with the time left while inside."""
+        live = self.console.is_terminal
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.fields[note]}"),
+        )
+        began = time.perf_counter()
+        with Progress(*columns, console=self.console, disable=not live, transient=True) as bar:
+            task = bar.add_task(what, total=total, note="")
+
+            def advance(done: float, note: str = "", whole: bool = True) -> None:
+                bar.update(task, completed=done, note=note)
+                if whole and note and not live:
+                    passed = time.perf_counter() - began
+                    left = passed / done * (total - done) if done else 0.0
+                    self.say(f"{what} {done:g}/{total} {note} ({duration(passed)} passed, {duration(left)} left)")
+
+            yield advance
+        self.say(f"{what}: {duration(time.perf_counter() - began)}")
+
+    def table(self, summary: dict[str, Any]) -> None:
+        """The closing table."""
+        table = Table(title=f"{summary['model']}: {summary['recipe']}", title_justify="left")
+        table.add_column("perplexity")
+        for heading in (*STAGES, "won back"):
+            table.add_column(heading, justify="right")
+        for text, values in summary["perplexity"].items():
+            table.add_row(text, *(number(values[stage]) for stage in STAGES), won_back(values))
+        self.console.print(table)
+        self.say(f"sparsity {summary['sparsity']:.2%}, {duration(summary['seconds'])}, {summary['output']}")
+
+
+def append_line(file: Path, line: dict[str, Any]) -> None:
+    """One JSON object, one line."""
+    with file.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(line) + "\n")
+
+
+def recovered_share(values: dict[str, float]) -> float | None:
+    """Share of the lost log-perplexity that recovery won back; None where pruning lost nothing."""
+    from math import isfinite, log
+
+    if not all(isfinite(values[stage]) for stage in STAGES) or values["pruned"] <= values["dense"]:
+        return None
+    return log(values["pruned"] / values["recovered"]) / log(values["pruned"] / values["dense"])
+
+
+def won_back(values: dict[str, float]) -> str:
+    """``recovered_share`` for people."""
+    share = recovered_share(values)
+    return "-" if share is None else f"{share:.0%}"
+
+
+def number(value: float) -> str:
+    """A perplexity for people."""
+    return f"{value:.2f}" if value < 1e4 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """``75`` as ``1 min 15 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def model_card(summary: dict[str, Any]) -> str:
+    """README.md of the saved model: where it comes from, the recipe, the figures."""
+    config = summary["config"]
+    rows = "\n".join(
+        f"| {text} | {' | '.join(number(values[stage]) for stage in STAGES)} | {won_back(values)} |"
+        for text, values in summary["perplexity"].items()
+    )
+    recipe = "\n".join(f"| {name} | {value} |" for name, value in config.items() if value is not None)
+    calibration = summary["calibration"]
+    trained_on = f"{calibration['tokens']} tokens of {calibration['source']} ({calibration['windows']})"
+    base = summary["model"] if "/" in summary["model"] and not Path(summary["model"]).exists() else None
+    data = ModelCardData(base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=["sparse", "pruned", "ebft"])
+    content = f"""---
+{data.to_yaml()}
+---
+
+# {summary["model"]}, {summary["sparsity"]:.0%} sparse
+
+Made by [ebft](https://arxiv.org/abs/2402.12419) {summary["versions"]["ebft"]}: {summary["recipe"]}.
+It loads as any model of transformers does. {summary["sparsity"]:.2%} of the weights of the matrices inside its blocks
+are exactly zero; the kept ones were tuned block by block on {trained_on}. `masks.safetensors` holds the masks.
+
+| perplexity | dense | pruned | recovered | won back |
+| --- | --- | --- | --- | --- |
+{rows}
+
+"Won back" is the share of the lost log-perplexity; "recovered" was measured on these files.
+
+| setting | value |
+| --- | --- |
+{recipe}
+"""
+    return str(ModelCard(content))

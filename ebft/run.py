@@ -1,0 +1,32 @@
+"""``python -m ebft.run``: the command line. Exit code 0, or 2 with one sentence on standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ebft.config import parse_args
+from ebft.errors import EBFTError
+from ebft.pipeline import run_ebft
+from ebft.plan import make_plan
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for (default: ``sys.argv``)."""
+    try:
+        config, plan_only = parse_args(argv)
+        if plan_only:
+            print(make_plan(config))
+        else:
+            run_ebft(config=config)
+    except EBFTError as error:
+        print(f"ebft: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ebft: interrupted; finished blocks, if any, are in the output's .partial folder", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
