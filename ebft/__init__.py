@@ -5,5 +5,5 @@ from ebft.errors import EBFTError
 from ebft.pipeline import RunResult, run_ebft
 from ebft.reconstruct import BlockReconstructor, BlockResult
 
-__version__ = "0.1.0"
+from ebft.version import __version__
 __all__ = ["BlockReconstructor", "BlockResult", "EBFTConfig", "EBFTError", "RunResult", "run_ebft"]

@@ -1,0 +1,257 @@
+"""The ops ``ebft_kernels::…``: schema, fake, autograd formula, and the kernel in torch that runs everywhere.
+
+Which kernel runs (this file's, a Triton or a native one) is chosen in ``dispatch.py``. Arguments are checked in
+``functional.py``, ``mask.py`` and ``optim.py``: an op itself trusts its caller.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from ebft_kernels.reference import WORD_BITS
+
+NAMESPACE = "ebft_kernels"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd formula would not be told either
+    "pack_mask": "(Tensor mask) -> Tensor",
+    "unpack_mask": "(Tensor words, SymInt width) -> Tensor",
+    "topk_mask": "(Tensor scores, SymInt k) -> Tensor",
+    "nm_mask": "(Tensor scores, int n, int m) -> Tensor",
+    "is_nm": "(Tensor words, SymInt width, int n, int m) -> Tensor",
+    "masked_linear": "(Tensor x, Tensor weight, Tensor words, Tensor? bias, bool zeroed) -> Tensor",
+    "masked_linear_dx": "(Tensor dy, Tensor weight, Tensor words, bool zeroed) -> Tensor",
+    "masked_linear_dw": "(Tensor dy, Tensor x, Tensor words) -> Tensor",
+    "masked_grad_norm": "(Tensor[] grads, Tensor[] words) -> Tensor",
+    "masked_adamw_step": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] words, "
+        "Tensor? grad_scale, *, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()"
+    ),
+}
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema)
+
+
+def words_in(width: int) -> int:
+    """How many 32-bit words hold the mask of a row of ``width`` weights."""
+    return -(-width // WORD_BITS)
+
+
+# --- the kernels in torch -----------------------------------------------------------------------------------------
+# Masks are applied to floats by a bitwise AND with 0 or ~0: exact zeros over NaN and infinity, and on a CPU twenty
+# times as fast as masked_fill (docs/measured.md).
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    width = mask.shape[-1]
+    padded = F.pad(mask, (0, words_in(width) * WORD_BITS - width)).contiguous()
+    # Eight bools seen as one int64; the product gathers their low bits, byte i's into bit i, in the top byte.
+    octets = padded.view(torch.int64) * 0x0102040810204080 >> 56
+    return octets.to(torch.uint8).view(torch.int32)
+
+
+def unpack_mask(words: Tensor, width: int) -> Tensor:
+    octets = words.contiguous().view(torch.uint8)
+    spread = _octet_table(words.device).index_select(0, octets.flatten().int())
+    return spread.view(torch.bool).view(*words.shape[:-1], words.shape[-1] * WORD_BITS)[..., :width].contiguous()
+
+
+def topk_mask(scores: Tensor, k: int) -> Tensor:
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    kept = torch.ones((), dtype=torch.bool, device=scores.device).expand_as(order)
+    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    return pack_mask(mask.scatter_(-1, order[..., :k], kept[..., :k]))
+
+
+def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
+    groups = scores.reshape(*scores.shape[:-1], scores.shape[-1] // m, m)
+    order = groups.argsort(dim=-1, descending=True, stable=True)
+    mask = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device)
+    mask.scatter_(-1, order[..., :n], torch.ones_like(order[..., :n], dtype=torch.bool))
+    return pack_mask(mask.reshape(scores.shape))
+
+
+def is_nm(words: Tensor, width: int, n: int, m: int) -> Tensor:
+    groups = unpack_mask(words, width).reshape(*words.shape[:-1], width // m, m)
+    return (groups.sum(-1) <= n).all()
+
+
+def masked_linear(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None = None, zeroed: bool = False) -> Tensor:
+    return F.linear(x, weight if zeroed else zero_pruned(weight, words), bias)
+
+
+def masked_linear_dx(dy: Tensor, weight: Tensor, words: Tensor, zeroed: bool = False) -> Tensor:
+    return dy @ (weight if zeroed else zero_pruned(weight, words))
+
+
+def masked_linear_dw(dy: Tensor, x: Tensor, words: Tensor) -> Tensor:
+    return zero_pruned(dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]), words)
+
+
+def masked_grad_norm(grads: list[Tensor], words: list[Tensor]) -> Tensor:
+    kept = [zero_pruned(grad, mask) if mask.numel() else grad for grad, mask in zip(grads, words, strict=True)]
+    wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+    norms = [torch.linalg.vector_norm(grad, dtype=wide) for grad in kept]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def masked_adamw_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    words: list[Tensor],
+    grad_scale: Tensor | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    kept = [_kept_bits(mask, p) if mask.numel() else None for mask, p in zip(words, params, strict=True)]
+    # torch's fused step writes unscaled gradients back, so it gets copies; it divides by its scale.
+    copies = [
+        grad.clone() if bits is None else (_as_int(grad) & bits).view(grad.dtype)
+        for grad, bits in zip(grads, kept, strict=True)
+    ]
+    adamw(
+        params,
+        copies,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [torch.full((), step - 1.0, device=p.device) for p in params],  # it counts them up itself
+        fused=True,
+        grad_scale=None if grad_scale is None else grad_scale.float().reciprocal(),
+        amsgrad=False,
+        maximize=False,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
+    for tensor, bits in zip((*params, *exp_avgs, *exp_avg_sqs), kept * 3, strict=True):
+        if bits is not None:
+            _as_int(tensor).bitwise_and_(bits)
+
+
+def zero_pruned(tensor: Tensor, words: Tensor) -> Tensor:
+    """A copy of ``tensor`` (..., K) with +0 where ``words`` prune."""
+    return (_as_int(tensor) & _kept_bits(words, tensor)).view(tensor.dtype)
+
+
+def _kept_bits(words: Tensor, like: Tensor) -> Tensor:
+    """Integers as wide as ``like``'s elements: all ones where kept, 0 where pruned."""
+    return unpack_mask(words, like.shape[-1]).to(_INTEGERS[like.element_size()]).neg_()
+
+
+def _as_int(tensor: Tensor) -> Tensor:
+    return tensor.view(_INTEGERS[tensor.element_size()])
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@functools.cache
+def _octet_table(device: torch.device) -> Tensor:
+    """int64 (256,): entry b holds the eight bits of b as eight bytes of 0 or 1, the lowest first."""
+    bits = torch.arange(256).unsqueeze(-1) >> torch.arange(8) & 1
+    return bits.to(torch.uint8).view(torch.int64).flatten().to(device)
+
+
+TORCH_KERNELS = {name: globals()[name] for name in SCHEMAS}
+
+
+# --- fakes: shapes and dtypes without values ------------------------------------------------------------------------
+
+
+def _fake_words(mask: Tensor, *_: Any) -> Tensor:
+    return mask.new_empty((*mask.shape[:-1], words_in(mask.shape[-1])), dtype=torch.int32)
+
+
+FAKES = {
+    "pack_mask": _fake_words,
+    "topk_mask": _fake_words,
+    "nm_mask": _fake_words,
+    "unpack_mask": lambda words, width: words.new_empty((*words.shape[:-1], width), dtype=torch.bool),
+    "is_nm": lambda words, width, n, m: words.new_empty((), dtype=torch.bool),
+    "masked_linear": lambda x, weight, words, bias=None, zeroed=False: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    "masked_linear_dx": lambda dy, weight, words, zeroed=False: dy.new_empty((*dy.shape[:-1], weight.shape[1])),
+    "masked_linear_dw": lambda dy, x, words: x.new_empty((dy.shape[-1], x.shape[-1])),
+    "masked_grad_norm": lambda grads, words: grads[0].new_empty(
+        (), dtype=torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+    ),
+    "masked_adamw_step": lambda *args, **kwargs: None,
+}
+for _name, _fake in FAKES.items():
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=LIBRARY)
+
+
+# --- autograd -----------------------------------------------------------------------------------------------------
+# The three products are each other's derivatives, so gradients of any order need no further op:
+#     y = x (M W)^T,   dx = dy (M W),   dW = M (dy^T x).
+
+_OPS = torch.ops.ebft_kernels
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, words, bias, ctx.zeroed = inputs
+    ctx.save_for_backward(x, weight, words)
+
+
+def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, weight, words = ctx.saved_tensors
+    need_x, need_weight, _, need_bias, _ = ctx.needs_input_grad
+    return (
+        _OPS.masked_linear_dx(dy, weight, words, ctx.zeroed) if need_x else None,
+        _OPS.masked_linear_dw(dy, x, words) if need_weight else None,
+        None,
+        dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None,
+        None,
+    )
+
+
+def _dx_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    dy, weight, words, ctx.zeroed = inputs
+    ctx.save_for_backward(dy, weight, words)
+
+
+def _dx_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
+    dy, weight, words = ctx.saved_tensors
+    need_dy, need_weight = ctx.needs_input_grad[:2]
+    return (
+        _OPS.masked_linear(ddx, weight, words, None, ctx.zeroed) if need_dy else None,
+        _OPS.masked_linear_dw(dy, ddx, words) if need_weight else None,
+        None,
+        None,
+    )
+
+
+def _dw_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _dw_backward(ctx: Any, ddw: Tensor) -> tuple[Any, ...]:
+    dy, x, words = ctx.saved_tensors
+    return (
+        _OPS.masked_linear(x, ddw, words, None, False) if ctx.needs_input_grad[0] else None,
+        _OPS.masked_linear_dx(dy, ddw, words, False) if ctx.needs_input_grad[1] else None,
+        None,
+    )
+
+
+for _name, _setup, _backward in (
+    ("masked_linear", _linear_setup, _linear_backward),
+    ("masked_linear_dx", _dx_setup, _dx_backward),
+    ("masked_linear_dw", _dw_setup, _dw_backward),
+):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup, lib=LIBRARY)

@@ -1,0 +1,97 @@
+"""For tests of kernels, here and elsewhere: inputs on ugly shapes, and a tolerance that has a reason.
+
+The rule is that of Cut Cross Entropy: against a float64 truth, a kernel may err no more than plain torch errs in the same
+dtype, plus a small constant; so a tolerance is never a number somebody raised until a test passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# (tokens, outputs N, inputs K): no multiple of a tile, K no multiple of 8 or 32, one word, one weight, no tokens
+UGLY_SHAPES = [
+    ((5,), 7, 33),
+    ((2, 3), 65, 100),
+    ((1,), 1, 1),
+    ((4, 1, 3), 31, 32),
+    ((17,), 130, 257),
+    ((0,), 9, 40),
+    ((3, 0), 4, 5),
+]
+MASK_KINDS = ("random", "all kept", "all pruned", "one empty row", "2:4-like")
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """Inputs of one masked linear layer; ``weight`` is dense: pruned places are not zero."""
+
+    x: Tensor
+    weight: Tensor
+    mask: Tensor
+    bias: Tensor
+    dy: Tensor
+
+
+def make_mask(kind: str, outputs: int, inputs: int, generator: torch.Generator) -> Tensor:
+    """A bool mask (outputs, inputs) of a kind of ``MASK_KINDS``, on the CPU."""
+    mask = torch.rand(outputs, inputs, generator=generator) > 0.6
+    if kind == "all kept":
+        mask.fill_(True)
+    elif kind == "all pruned":
+        mask.fill_(False)
+    elif kind == "one empty row":
+        mask[outputs // 2] = False
+    elif kind == "2:4-like":
+        mask = (torch.arange(inputs) % 4 < 2).expand(outputs, inputs).contiguous()
+    elif kind != "random":
+        raise ValueError(f"make_mask got kind {kind!r}; expected one of {', '.join(MASK_KINDS)}")
+    return mask
+
+
+def linear_cases(
+    dtype: torch.dtype, device: torch.device | str = "cpu", contiguous: bool = True, seed: int = 0
+) -> Iterator[tuple[str, LinearCase]]:
+    """(name, inputs) for every ugly shape with every kind of mask; not ``contiguous``: x, dy and weight are strided views."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def floats(*shape: int) -> Tensor:
+        if contiguous:
+            return torch.randn(*shape, generator=generator).to(device, dtype)
+        apart = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator).to(device, dtype)
+        return apart[..., ::2]
+
+    for lead, outputs, inputs in UGLY_SHAPES:
+        for kind in MASK_KINDS:
+            mask = make_mask(kind, outputs, inputs, generator).to(device)
+            case = LinearCase(floats(*lead, inputs), floats(outputs, inputs), mask, floats(outputs), floats(*lead, outputs))
+            yield f"{lead}x{inputs}->{outputs}, {kind}", case
+
+
+def assert_no_worse_than_torch(got: Tensor, torch_result: Tensor, truth: Tensor, slack: float = 2.0, what: str = "") -> None:
+    """``got`` errs against the float64 ``truth`` at most ``slack`` times as much as torch's own result does, plus rounding.
+
+    Errors are largest absolute ones. "Rounding" is 4 units in the last place at the truth's largest value, so that a
+    torch result which happens to be exact does not make every other summation order a failure.
+    """
+    if got.shape != truth.shape or got.dtype != torch_result.dtype:
+        given = f"{got.dtype} {tuple(got.shape)}"
+        raise AssertionError(f"{what}: got {given}, expected {torch_result.dtype} {tuple(truth.shape)}")
+    if truth.numel() == 0:
+        return
+    if not torch.isfinite(got).all():
+        raise AssertionError(f"{what}: the result holds NaN or infinity")
+    error, torch_error = (float((t.double() - truth.double()).abs().max()) for t in (got, torch_result))
+    allowed = slack * torch_error + 4 * torch.finfo(got.dtype).eps * float(truth.double().abs().max())
+    if error > allowed:
+        raise AssertionError(f"{what}: errs by {error:.3g}, torch by {torch_error:.3g}; allowed is {allowed:.3g}")
+
+
+def assert_exact_zeros(tensor: Tensor, mask: Tensor, what: str = "") -> None:
+    """``tensor`` is exactly +0 or -0 wherever ``mask`` (bool, of its shape) prunes."""
+    wrong = (tensor.detach()[~mask.to(tensor.device)] != 0).sum()  # NaN != 0 is true
+    if wrong:
+        raise AssertionError(f"{what}: {int(wrong)} pruned entries are not zero")
