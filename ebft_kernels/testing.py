@@ -80,12 +80,13 @@ def assert_no_worse_than_torch(got: Tensor, torch_result: Tensor, truth: Tensor,
     if got.shape != truth.shape or got.dtype != torch_result.dtype:
         given = f"{got.dtype} {tuple(got.shape)}"
         raise AssertionError(f"{what}: got {given}, expected {torch_result.dtype} {tuple(truth.shape)}")
+    truth = truth.detach().double()
     if truth.numel() == 0:
         return
     if not torch.isfinite(got).all():
         raise AssertionError(f"{what}: the result holds NaN or infinity")
-    error, torch_error = (float((t.double() - truth.double()).abs().max()) for t in (got, torch_result))
-    allowed = slack * torch_error + 4 * torch.finfo(got.dtype).eps * float(truth.double().abs().max())
+    error, torch_error = (float((t.detach().double() - truth).abs().max()) for t in (got, torch_result))
+    allowed = slack * torch_error + 4 * torch.finfo(got.dtype).eps * float(truth.abs().max())
     if error > allowed:
         raise AssertionError(f"{what}: errs by {error:.3g}, torch by {torch_error:.3g}; allowed is {allowed:.3g}")
 
