@@ -4,6 +4,6 @@ from ebft.config import EBFTConfig
 from ebft.errors import EBFTError
 from ebft.pipeline import RunResult, run_ebft
 from ebft.reconstruct import BlockReconstructor, BlockResult
-
 from ebft.version import __version__
-__all__ = ["BlockReconstructor", "BlockResult", "EBFTConfig", "EBFTError", "RunResult", "run_ebft"]
+
+__all__ = ["BlockReconstructor", "BlockResult", "EBFTConfig", "EBFTError", "RunResult", "__version__", "run_ebft"]

@@ -20,7 +20,12 @@ from ebft.errors import EBFTError
 HUB_TEXTS: dict[str, dict[str, Any]] = {
     # name -> the dataset, and the split that each use takes
     "c4": {"path": "allenai/c4", "name": "en", "calibration": "train", "evaluation": "validation"},
-    "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "calibration": "train", "evaluation": "test"},
+    "wikitext2": {
+        "path": "Salesforce/wikitext",
+        "name": "wikitext-2-raw-v1",
+        "calibration": "train",
+        "evaluation": "test",
+    },
 }
 HELD_OUT_EVERY = 8  # of the built-in topics, every 8th is for evaluation
 C4_EVALUATION_DOCUMENTS = 1100
@@ -40,6 +45,9 @@ class TextUse:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens of {self.source} ({self.windows}, {self.documents} documents)"
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ def _from_hub(name: str, use: str, shuffle_seed: int | None) -> Iterator[str]:
             rows = rows.shuffle(seed=shuffle_seed, buffer_size=10_000)
         if use == "evaluation" and name == "c4":
             rows = rows.take(C4_EVALUATION_DOCUMENTS)
-        texts = (row["text"] for row in rows)
+        texts: Iterator[str] = (row["text"] for row in rows)
         if name == "wikitext2":  # its rows are lines: the documents are what the field joins them to
             texts = iter(["\n\n".join(texts)])
         yield from texts
@@ -161,7 +169,9 @@ def _from_file(file: str) -> Iterator[str]:
         rows = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train", streaming=True)
         for row in rows:
             if not isinstance(row.get("text"), str):
-                raise EBFTError(f"text {file}: a row has the fields {', '.join(row)}; expected a field 'text' of strings")
+                raise EBFTError(
+                    f"text {file}: a row has the fields {', '.join(row)}; expected a field 'text' of strings"
+                )
             yield row["text"]
     except (OSError, ValueError) as error:
         raise EBFTError(f"text {file} cannot be read: {' '.join(str(error).split())}") from None
@@ -208,9 +218,7 @@ def _packed_windows(
         if len(ids) >= needed:
             break
     if len(ids) < needed:
-        raise EBFTError(
-            f"text {source} is empty or too short: it has {len(ids)} tokens; expected {samples} samples x {seqlen} tokens"
-        )
+        raise EBFTError(f"text {source} is empty or too short: it has {len(ids)} tokens; expected {samples} x {seqlen}")
     return torch.tensor(ids[:needed]).reshape(samples, seqlen), used, first
 
 

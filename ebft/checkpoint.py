@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -155,7 +153,9 @@ class OutputFolder:
         if self.final.exists():
             ours = self.final.is_dir() and (self.final / SUMMARY).is_file()
             if not ours and (not self.final.is_dir() or any(self.final.iterdir())):
-                raise EBFTError(f"--output {path} is there and holds no {SUMMARY}, so no run made it; choose another folder")
+                raise EBFTError(
+                    f"--output {path} is there and holds no {SUMMARY}, so no run made it; choose another folder"
+                )
             if ours and not overwrite:
                 raise EBFTError(f"--output {path} holds an earlier run; give --overwrite to replace it")
         if self.path.exists() and not (self.path / _WORKING).is_file():
@@ -179,7 +179,7 @@ class OutputFolder:
         """Keep the finished weights of one block (parameter name -> tensor)."""
         file = self._block_file(index)
         save_file({name: weight.contiguous() for name, weight in weights.items()}, file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
+        file.with_suffix(".tmp").replace(file)
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """What ``write_block`` kept."""
@@ -214,5 +214,3 @@ class OutputFolder:
 
 
 _BLOCKS, _WORKING = "blocks", ".ebft-working"
-
-

@@ -171,7 +171,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_flag(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any]) -> None:
     meta = setting.metadata
-    default = "" if setting.default in (None, False, "") or "default:" in meta["help"] else f" (paper: {setting.default})"
+    default = (
+        "" if setting.default in (None, False, "") or "default:" in meta["help"] else f" (paper: {setting.default})"
+    )
     options: dict[str, Any] = {"default": None, "help": meta["help"].replace("%", "%%") + default}
     if isinstance(setting.default, bool):
         options["action"] = argparse.BooleanOptionalAction
@@ -195,7 +197,9 @@ def _names() -> set[str]:
 def _typed(name: str, value: Any) -> Any:
     """``value`` (from Python, YAML or a flag's text) in the type that the field declares."""
     wanted = typing.get_type_hints(EBFTConfig)[name]
-    kinds = [k for k in typing.get_args(wanted) if k is not types.NoneType] if isinstance(wanted, types.UnionType) else []
+    kinds = (
+        [k for k in typing.get_args(wanted) if k is not types.NoneType] if isinstance(wanted, types.UnionType) else []
+    )
     if kinds and value is None:
         return None
     kind = kinds[0] if kinds else wanted

@@ -140,7 +140,7 @@ class Decoder:
 
     @torch.no_grad()
     def exit(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Hidden states after the last block -> logits (batch, seqlen, vocabulary), by the model's own norm and head."""
+        """Hidden states after the last block -> logits (batch, seqlen, vocabulary), by the model's norm and head."""
         inside = hidden.to(self._skeleton_device())
 
         def passing(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -172,7 +172,12 @@ class Decoder:
                         f"{type(self.model).__name__} gives {name} arguments that depend on the tokens; "
                         "expected a decoder whose blocks need only hidden states and positions"
                     )
-            self._calls[batch, seqlen] = [call.map_tensors(lambda t: t.to(self.device)) for call in first]
+            moved: dict[int, Tensor] = {}  # blocks share most tensors, and shall on the device
+
+            def move(tensor: Tensor) -> Tensor:
+                return moved.setdefault(id(tensor), tensor.to(self.device))
+
+            self._calls[batch, seqlen] = [call.map_tensors(move) for call in first]
         return self._calls[batch, seqlen][index]
 
     @torch.no_grad()
@@ -225,7 +230,9 @@ class Decoder:
                 handle.remove()
         kind = type(self.model).__name__
         if len(outputs) != len(self) or any(not isinstance(out, Tensor) or out.ndim != 3 for out in outputs):
-            raise EBFTError(f"{kind} does not pass hidden states through its {len(self)} {self._path} one after another")
+            raise EBFTError(
+                f"{kind} does not pass hidden states through its {len(self)} {self._path} one after another"
+            )
         if logits.is_meta:
             return  # a skeleton without values, for a plan
         # Equal but for rounding: rows of one batch may take different roads through a grouped expert product.
@@ -235,7 +242,7 @@ class Decoder:
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
-    """The path and the modules of the model's blocks: its ``ModuleList`` with the most parameters and one entry a layer."""
+    """Path and modules of the model's blocks: the ``ModuleList`` with one entry a layer and the most parameters."""
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = {path: list(module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     stacks = {path: blocks for path, blocks in lists.items() if len(blocks) == layers}
@@ -281,7 +288,7 @@ def _shared_configs(block: nn.Module) -> dict[int, Any]:
 
 
 def _cast_parameters(module: M, device: torch.device) -> M:
-    """Move ``module`` and make its floating parameters float32; buffers keep their dtype (rotary tables are float32)."""
+    """Move ``module`` and make its floating parameters float32; buffers (rotary tables) keep theirs."""
     for parameter in module.parameters():
         if not parameter.is_meta and parameter.is_floating_point():
             parameter.data = parameter.data.float()
@@ -293,7 +300,7 @@ def _move(module: M, device: torch.device) -> M:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two arguments are equal: tensors by value (by shape where they have none), other objects by type."""
+    """Whether arguments are equal: tensors by value (by shape where they have none), other objects by type."""
     if isinstance(one, Tensor):
         same_shape = isinstance(other, Tensor) and one.shape == other.shape
         return same_shape and (one.is_meta or bool(torch.equal(one, other)))

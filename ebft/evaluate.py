@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ def perplexities(
     for index in range(len(decoder)) if streams else ():
         block = block_at(index)
         for stream in streams.values():
-            stream.through(lambda hidden, i=index, b=block: decoder.run_block(i, b, hidden), out=stream)
+            stream.through(partial(decoder.run_block, index, block), out=stream)
         if on_block:
             on_block(index + 1)
     with decoder.ends_on_device():

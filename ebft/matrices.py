@@ -40,7 +40,8 @@ def find_matrices(block: nn.Module) -> list[Matrix]:
         if path in routers:
             continue
         if isinstance(module, nn.Linear):
-            found.append(Matrix(f"{prefix}weight", *module.weight.shape, experts=1, transposed=False))
+            outputs, inputs = module.weight.shape
+            found.append(Matrix(f"{prefix}weight", outputs, inputs, experts=1, transposed=False))
         elif isinstance(module, Conv1D):
             inputs, outputs = module.weight.shape
             found.append(Matrix(f"{prefix}weight", outputs, inputs, experts=1, transposed=True))

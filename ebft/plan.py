@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-from ebft_kernels import PackedMask
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -21,12 +20,18 @@ from ebft.checkpoint import DEFAULT_MODEL, load_config
 from ebft.config import EBFTConfig
 from ebft.decoder import Decoder
 from ebft.errors import EBFTError
-from ebft.pipeline import choose_device
+from ebft.job import choose_device
 from ebft.reconstruct import BlockReconstructor
 from ebft.report import duration
+from ebft_kernels import PackedMask
 
 _GIB = 2**30
-_TRACKED = {"Parameter": "weights", "Gradient": "gradients", "Optstate": "optimizer states", "Activation": "activations"}
+_TRACKED = {
+    "Parameter": "weights",
+    "Gradient": "gradients",
+    "Optstate": "optimizer states",
+    "Activation": "activations",
+}
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,16 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"plan for {self.model}"]
-        for heading, rows in (("device, while a block is tuned", self.device), ("host", self.host), ("disk", self.disk)):
+        for heading, rows in (
+            ("device, while a block is tuned", self.device),
+            ("host", self.host),
+            ("disk", self.disk),
+        ):
             lines.append(f"{heading}: {sum(rows.values()) / _GIB:.2f} GiB")
             lines += [f"    {name:<42} {size / _GIB:9.3f} GiB" for name, size in rows.items()]
         lines.append(
-            f"blocks: {self.flops / 1e12:.1f} TFLOP, {duration(self.seconds)} at the {self.rate / 1e9:.0f} GFLOP/s that a "
-            "matrix product reaches here now; loading and perplexities come on top"
+            f"blocks: {self.flops / 1e12:.1f} TFLOP, {duration(self.seconds)} at the {self.rate / 1e9:.0f} GFLOP/s that "
+            "a matrix product reaches here now; loading and perplexities come on top"
         )
         return "\n".join(lines)
 
@@ -128,7 +137,7 @@ def _step(
             with counter:
                 reconstructor.step(block, optimizer, scaler, x, y, forward)
         peak = next(iter(tracker.get_tracker_snapshot("peak").values()))
-    rows = {label: 0 for label in (*_TRACKED.values(), "batch, temporaries and others")}
+    rows = dict.fromkeys((*_TRACKED.values(), "batch, temporaries and others"), 0)
     for kind, size in peak.items():
         name = str(getattr(kind, "value", kind))
         if name != "Total":

@@ -7,18 +7,19 @@ Pruned weights are held at exactly zero by the optimizer, so the block runs as i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ebft_kernels import MaskedAdamW, PackedMask
 from torch import Tensor, nn
 
 from ebft.config import EBFTConfig
 from ebft.decoder import first_output
 from ebft.matrices import router_paths
+from ebft_kernels import MaskedAdamW, PackedMask
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
@@ -31,7 +32,8 @@ class BlockResult:
         losses: the loss (mean squared error) of every step, before that step.
         gradient_norms: the gradient's L2 norm over kept weights of every step, before clipping.
         error_before, error_after: mean squared error on the probe samples.
-        branch_energy: mean of (Y - X)^2 on them, what the block adds to its input; error / energy is the relative error.
+        branch_energy: mean of (Y - X)^2 on them, X the input; error / energy is the relative error.
+        seconds: time that tuning took.
     """
 
     losses: list[float]
@@ -39,6 +41,7 @@ class BlockResult:
     error_before: float
     error_after: float
     branch_energy: float
+    seconds: float
 
 
 class BlockReconstructor:
@@ -76,7 +79,7 @@ class BlockReconstructor:
             forward: (block, hidden) -> hidden; by default ``block(hidden, **kwargs)`` under autocast.
             on_step: called with (steps done, steps in all) after each step.
         """
-        config = self._config
+        config, began = self._config, time.perf_counter()
         forward = forward or self._plain_forward(kwargs)
         optimizer, scaler = self.prepare(block, masks)
         probe = slice(0, max(1, len(inputs) // 8))
@@ -102,6 +105,7 @@ class BlockReconstructor:
             error_before=error_before.item(),
             error_after=self._error(block, inputs[probe], targets[probe], forward).item(),
             branch_energy=F.mse_loss(inputs[probe], targets[probe]).item(),
+            seconds=time.perf_counter() - began,
         )
 
     def prepare(self, block: nn.Module, masks: Mapping[str, PackedMask]) -> tuple[MaskedAdamW, torch.amp.GradScaler]:
@@ -124,7 +128,13 @@ class BlockReconstructor:
         return optimizer, torch.amp.GradScaler(self._device.type, enabled=self._compute == torch.float16)
 
     def step(
-        self, block: nn.Module, optimizer: MaskedAdamW, scaler: torch.amp.GradScaler, x: Tensor, y: Tensor, forward: Forward
+        self,
+        block: nn.Module,
+        optimizer: MaskedAdamW,
+        scaler: torch.amp.GradScaler,
+        x: Tensor,
+        y: Tensor,
+        forward: Forward,
     ) -> tuple[Tensor, Tensor]:
         """One step on a batch; the loss before it and the gradient norm before clipping, on the device."""
         loss = F.mse_loss(forward(block, x), y)

@@ -111,7 +111,9 @@ def model_card(summary: dict[str, Any]) -> str:
     calibration = summary["calibration"]
     trained_on = f"{calibration['tokens']} tokens of {calibration['source']} ({calibration['windows']})"
     base = summary["model"] if "/" in summary["model"] and not Path(summary["model"]).exists() else None
-    data = ModelCardData(base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=["sparse", "pruned", "ebft"])
+    data = ModelCardData(
+        base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=["sparse", "pruned", "ebft"]
+    )
     content = f"""---
 {data.to_yaml()}
 ---

@@ -15,9 +15,12 @@ from ebft.report import STAGES, duration, number, won_back
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a2330 }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .9rem; border-bottom: 1px solid #d5dbe3; text-align: right }
-th:first-child, td:first-child { text-align: left } h2 { margin-top: 2.5rem; font-size: 1.15rem } svg { width: 100%; height: auto }
-p.note { color: #566274; font-size: .9rem } code { font-size: .9em }
+table { border-collapse: collapse; margin: 1rem 0 }
+th, td { padding: .3rem .9rem; border-bottom: 1px solid #d5dbe3; text-align: right }
+th:first-child, td:first-child { text-align: left }
+h2 { margin-top: 2.5rem; font-size: 1.15rem }
+svg { width: 100%; height: auto }
+p.note { color: #566274; font-size: .9rem }
 """
 
 
@@ -35,14 +38,15 @@ def report_page(summary: dict[str, Any], blocks: list[dict[str, Any]]) -> str:
         )
         + _section(
             "Loss within each block",
-            "Each line is one block, from first (dark) to last (light); each step's loss relative to the block's first ones.",
+            "Each line is one block, from first (dark) to last (light); losses are relative to the block's first ones.",
             lambda axes: _losses(axes, tuned),
         )
         if tuned
         else "<p>No recovery was asked for.</p>"
     )
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>ebft: {escape(summary["model"])}</title><style>{_STYLE}</style></head>
+<html lang="en"><head><meta charset="utf-8">
+<title>ebft: {escape(summary["model"])}</title><style>{_STYLE}</style></head>
 <body>
 <h1>{escape(summary["model"])}</h1>
 <p>{escape(summary["recipe"])}; sparsity {summary["sparsity"]:.2%}; {duration(summary["seconds"])} in all.</p>
@@ -69,8 +73,12 @@ def _section(title: str, note: str, draw: Callable[[Axes], None]) -> str:
 
 def _errors(axes: Axes, blocks: list[dict[str, Any]]) -> None:
     numbers = [block["block"] for block in blocks]
-    axes.plot(numbers, [block["relative_error_before"] for block in blocks], "o-", ms=3, label="pruned", color="#c0483e")
-    axes.plot(numbers, [block["relative_error_after"] for block in blocks], "o-", ms=3, label="recovered", color="#2a6fb0")
+    axes.plot(
+        numbers, [block["relative_error_before"] for block in blocks], "o-", ms=3, label="pruned", color="#c0483e"
+    )
+    axes.plot(
+        numbers, [block["relative_error_after"] for block in blocks], "o-", ms=3, label="recovered", color="#2a6fb0"
+    )
     axes.set(xlabel="block", ylabel="relative error", yscale="log")
     axes.legend(frameon=False)
 

@@ -1,6 +1,5 @@
-"""Masked linear layers and masked optimizer steps for sparse networks: tensors and masks, nothing about language models."""
+"""Masked linear layers and masked optimizer steps for sparse networks: tensors and masks, nothing of language models."""
 
-from ebft_kernels import dispatch as _dispatch  # registers the kernels
 from ebft_kernels.dispatch import Choice, explain, use_impl
 from ebft_kernels.functional import masked_adamw_step, masked_grad_norm, masked_linear
 from ebft_kernels.mask import PackedMask, load_masks, masks_of, save_masks

@@ -27,7 +27,6 @@ class Choice:
     Attributes:
         op: the op's name.
         impl: ``torch``, ``native`` or ``triton``.
-        fused: mask and arithmetic run in one kernel (``native`` or ``triton``).
         reason: a sentence's worth of why this one and no other.
     """
 
@@ -37,6 +36,7 @@ class Choice:
 
     @property
     def fused(self) -> bool:
+        """Mask and arithmetic run in one kernel (``native`` or ``triton``)."""
         return self.impl != "torch"
 
     def __str__(self) -> str:
@@ -60,7 +60,9 @@ class use_impl:
     def __enter__(self) -> use_impl:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         use_impl._current = self._before
 
 

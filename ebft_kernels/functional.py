@@ -33,7 +33,9 @@ def masked_linear(
         ValueError: shapes, dtypes or devices do not fit each other.
     """
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"masked_linear got x {tuple(x.shape)} and weight {tuple(weight.shape)}; expected (..., K) and (N, K)")
+        raise ValueError(
+            f"masked_linear got x {tuple(x.shape)} and weight {tuple(weight.shape)}; expected (..., K) and (N, K)"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"masked_linear got bias {tuple(bias.shape)}; expected ({weight.shape[0]},)")
     words = _words(mask, weight, "masked_linear")
@@ -44,7 +46,9 @@ def masked_linear(
     for name, operand in (("weight", weight), ("bias", bias)):
         if operand is not None and (operand.dtype != x.dtype or operand.device != x.device):
             given = f"{operand.dtype} on {operand.device}"
-            raise ValueError(f"masked_linear got {name} {given} and x {x.dtype} on {x.device}; expected the same of both")
+            raise ValueError(
+                f"masked_linear got {name} {given} and x {x.dtype} on {x.device}; expected the same of both"
+            )
     return _OPS.masked_linear(x, weight, words, bias, zeroed)
 
 
@@ -87,7 +91,9 @@ def masked_adamw_step(
     lists = (params, grads, exp_avgs, exp_avg_sqs)
     if step < 1 or len({len(of) for of in (*lists, masks)}) != 1:
         lengths = ", ".join(str(len(of)) for of in (*lists, masks))
-        raise ValueError(f"masked_adamw_step got step {step} and lists of {lengths}; expected step >= 1 and equal lengths")
+        raise ValueError(
+            f"masked_adamw_step got step {step} and lists of {lengths}; expected step >= 1 and equal lengths"
+        )
     for param, *others in zip(*lists, strict=True):
         for other in others:
             if other.shape != param.shape or other.dtype != param.dtype or other.device != param.device:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,7 +40,9 @@ class PackedMask:
         expected = (*self.shape[:-1], words_in(self.shape[-1]))
         if self.words.dtype != torch.int32 or tuple(self.words.shape) != expected:
             given = f"{self.words.dtype} {tuple(self.words.shape)}"
-            raise ValueError(f"PackedMask got words {given} for shape {tuple(self.shape)}; expected torch.int32 {expected}")
+            raise ValueError(
+                f"PackedMask got words {given} for shape {tuple(self.shape)}; expected torch.int32 {expected}"
+            )
 
     # --- made from ----------------------------------------------------------------------------------------------
 
@@ -47,7 +50,9 @@ class PackedMask:
     def from_dense(cls, mask: Tensor) -> PackedMask:
         """From a bool mask (..., K), True = kept."""
         if mask.dtype != torch.bool or mask.ndim == 0:
-            raise ValueError(f"PackedMask.from_dense got {mask.dtype} {tuple(mask.shape)}; expected torch.bool (..., K)")
+            raise ValueError(
+                f"PackedMask.from_dense got {mask.dtype} {tuple(mask.shape)}; expected torch.bool (..., K)"
+            )
         return cls(_OPS.pack_mask(mask), mask.shape)
 
     @classmethod
@@ -57,10 +62,12 @@ class PackedMask:
 
     @classmethod
     def from_topk(cls, scores: Tensor, k: int) -> PackedMask:
-        """Keep the ``k`` highest of every row of float scores (..., K); of equal ones those further left; NaN is highest."""
+        """Keep the ``k`` highest of every row of float scores (..., K); ties go left, NaN is highest."""
         _check_scores("from_topk", scores)
         if not 0 <= k <= scores.shape[-1]:
-            raise ValueError(f"PackedMask.from_topk got k = {k} for rows of {scores.shape[-1]}; expected 0 to that many")
+            raise ValueError(
+                f"PackedMask.from_topk got k = {k} for rows of {scores.shape[-1]}; expected 0 to that many"
+            )
         return cls(_OPS.topk_mask(scores.detach(), k), scores.shape)
 
     @classmethod
@@ -122,14 +129,16 @@ class PackedMask:
     def zero_pruned_(self, weight: Tensor) -> Tensor:
         """Set the pruned entries of ``weight`` (..., K) to exactly +0, in place; gives ``weight``."""
         if weight.shape != self.shape:
-            raise ValueError(f"zero_pruned_ got a weight {tuple(weight.shape)}; expected {tuple(self.shape)}, the mask's shape")
+            raise ValueError(
+                f"zero_pruned_ got a weight {tuple(weight.shape)}; expected {tuple(self.shape)}, the mask's shape"
+            )
         return weight.masked_fill_(~self.to(weight.device).dense(), 0.0)
 
     def __repr__(self) -> str:
         return f"PackedMask(shape={tuple(self.shape)}, device={self.device})"
 
 
-MaskLike = PackedMask | Tensor
+MaskLike: TypeAlias = PackedMask | Tensor
 
 
 def as_packed(mask: MaskLike) -> PackedMask:
@@ -139,19 +148,23 @@ def as_packed(mask: MaskLike) -> PackedMask:
 
 def _check_scores(who: str, scores: Tensor) -> None:
     if not scores.is_floating_point() or scores.ndim == 0 or scores.shape[-1] == 0:
-        raise ValueError(f"PackedMask.{who} got scores {scores.dtype} {tuple(scores.shape)}; expected floats (..., K), K >= 1")
+        raise ValueError(
+            f"PackedMask.{who} got scores {scores.dtype} {tuple(scores.shape)}; expected floats (..., K), K >= 1"
+        )
 
 
 def _check_nm(who: str, n: int, m: int, width: int) -> None:
     if not 0 < n <= m or width % m:
-        raise ValueError(f"PackedMask.{who} got {n}:{m} for rows of {width}; expected 0 < N <= M and M dividing the width")
+        raise ValueError(
+            f"PackedMask.{who} got {n}:{m} for rows of {width}; expected 0 < N <= M and M dividing the width"
+        )
 
 
 # --- files --------------------------------------------------------------------------------------------------------
 
 
 def masks_of(module: nn.Module) -> dict[str, PackedMask]:
-    """Weight name -> mask, for every ``MaskedLinear`` (anything with a ``PackedMask`` as ``mask``) inside ``module``."""
+    """Weight name -> mask, for every ``MaskedLinear`` (what has a ``PackedMask`` as ``mask``) inside ``module``."""
     return {
         f"{path}.weight" if path else "weight": layer.mask
         for path, layer in module.named_modules()
@@ -193,6 +206,8 @@ def _read_masks(path: str | os.PathLike[str]) -> Iterator[tuple[str, PackedMask]
                 elif name in shapes:
                     yield name, PackedMask(tensor, torch.Size(int(size) for size in shapes[name].split(",")))
                 else:
-                    raise ValueError(f"{name} is {tensor.dtype}; expected bool, or int32 words with a shape in the metadata")
+                    raise ValueError(
+                        f"{name} is {tensor.dtype}; expected bool, or int32 words with a shape in the metadata"
+                    )
     except SafetensorError as error:
         raise ValueError(f"not a safetensors file: {error}") from None

@@ -17,8 +17,8 @@ class MaskedLinear(nn.Linear):
     """y = x (M * W)^T + b; an ``nn.Linear`` to whoever looks at it, with the same state-dict keys.
 
     The mask is kept as one bit a weight in the buffer ``mask_words``, which is not in the state dict
-    (``ebft_kernels.save_masks`` keeps masks). The weight's gradient is exactly zero where pruned. While the weight is known
-    to hold zeros there (after ``from_linear``, ``apply_mask_``, ``load_state_dict`` and every ``MaskedAdamW`` step) the
+    (``ebft_kernels.save_masks`` keeps masks). The weight's gradient is exactly zero where pruned. While the weight is
+    known to hold zeros there (after ``from_linear``, ``apply_mask_``, ``load_state_dict`` and every ``MaskedAdamW`` step) the
     products run on it as it is; after any other change, and under ``torch.compile``, the mask takes part in them. A
     write through ``weight.data`` is not seen: call ``apply_mask_()`` after it.
 
@@ -67,7 +67,7 @@ class MaskedLinear(nn.Linear):
         return PackedMask(self.mask_words, self.weight.shape)
 
     def set_mask_(self, mask: MaskLike) -> MaskedLinear:
-        """Take another mask. The weight is left as it is: newly kept places hold what stands there (0 if it was pruned)."""
+        """Take another mask. The weight is left as it is: newly kept places hold what stands there."""
         self._hold(mask)
         return self
 
@@ -78,10 +78,12 @@ class MaskedLinear(nn.Linear):
         return self
 
     def forward(self, input: Tensor) -> Tensor:
+        """``masked_linear`` of (..., in_features), with the mask left out where the weight is known to hold zeros."""
         zeroed = not torch.compiler.is_compiling() and is_zeroed(self.weight, self.mask_words)
         return masked_linear(input, self.weight, self.mask, self.bias, zeroed=zeroed)
 
     def extra_repr(self) -> str:
+        """That of ``nn.Linear``, with the sparsity."""
         density = "" if self.mask_words.is_meta else f", sparsity={1 - self.mask.density():.3f}"
         return super().extra_repr() + density
 
@@ -131,11 +133,12 @@ def mask_linears_(module: nn.Module, masks: Mapping[str, MaskLike]) -> nn.Module
         layer = layers.get(path)
         if last != "weight" or not path or type(layer) not in (nn.Linear, MaskedLinear):
             found = type(layer).__name__ if layer is not None and path else "nothing"
-            raise ValueError(f"mask_linears_ got {name!r}, where {found} is; expected the weight of an nn.Linear inside")
+            raise ValueError(
+                f"mask_linears_ got {name!r}, where {found} is; expected the weight of an nn.Linear inside"
+            )
         if mask.shape != layer.weight.shape:  # type: ignore[union-attr]
             raise ValueError(
-                f"mask_linears_ got a mask {tuple(mask.shape)} for {name}; "
-                f"expected {tuple(layer.weight.shape)}"  # type: ignore[union-attr]
+                f"mask_linears_ got a mask {tuple(mask.shape)} for {name}; expected {tuple(layer.weight.shape)}"  # type: ignore[union-attr]
             )
     for name, mask in packed.items():
         path = name.rpartition(".")[0]

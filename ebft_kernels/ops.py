@@ -204,7 +204,7 @@ _OPS = torch.ops.ebft_kernels
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, words, bias, ctx.zeroed = inputs
+    x, weight, words, _, ctx.zeroed = inputs
     ctx.save_for_backward(x, weight, words)
 
 

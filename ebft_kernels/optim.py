@@ -45,7 +45,9 @@ class MaskedAdamW(torch.optim.Optimizer):
             ("betas[0]", betas[0], 1.0), ("betas[1]", betas[1], 1.0),
         ):  # fmt: skip
             if not 0 <= value < (most or float("inf")):
-                raise ValueError(f"MaskedAdamW got {name} = {value}; expected at least 0 and less than {most or 'infinity'}")
+                raise ValueError(
+                    f"MaskedAdamW got {name} = {value}; expected at least 0 and less than {most or 'infinity'}"
+                )
         self._grad_scale: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         for param, mask in (masks or {}).items():
@@ -59,10 +61,13 @@ class MaskedAdamW(torch.optim.Optimizer):
         return cls(params.values(), masks=masks, **settings)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer``'s, with the dtypes checked."""
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             if param.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"MaskedAdamW got a parameter of {param.dtype}; expected torch.float32 or torch.float64")
+                raise TypeError(
+                    f"MaskedAdamW got a parameter of {param.dtype}; expected torch.float32 or torch.float64"
+                )
 
     def mask_of(self, param: Tensor) -> PackedMask | None:
         """The mask of a parameter, or None."""
@@ -71,12 +76,16 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def set_mask_(self, param: Tensor, mask: MaskLike) -> None:
-        """Take ``mask`` for ``param`` from now on: survivors keep weight and moments, newcomers start at zero moments."""
+        """Take ``mask`` for ``param`` from now on: survivors keep their moments, newcomers start at zero."""
         packed = as_packed(mask).to(param.device)
         if all(param is not p for p in self._params()):
-            raise ValueError(f"MaskedAdamW got a mask for a tensor {tuple(param.shape)} that is not among its parameters")
+            raise ValueError(
+                f"MaskedAdamW got a mask for a tensor {tuple(param.shape)} that is not among its parameters"
+            )
         if packed.shape != param.shape:
-            raise ValueError(f"MaskedAdamW got a mask {tuple(packed.shape)}; expected {tuple(param.shape)}, the parameter's shape")
+            raise ValueError(
+                f"MaskedAdamW got a mask {tuple(packed.shape)}; expected {tuple(param.shape)}, the parameter's shape"
+            )
         state = self.state[param]
         state["mask"] = packed.words
         for tensor in (param, *(state[key] for key in _MOMENTS if key in state)):
@@ -100,7 +109,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         return norm
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every parameter that has a gradient; gives ``closure``'s loss."""
         loss = None
         if closure is not None:
@@ -129,7 +138,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         return loss
 
     def _advance(self, group: dict[str, Any]) -> Iterable[tuple[int, list[Tensor]]]:
-        """Count the step of every parameter with a gradient; gives them by what one call of the op can take together."""
+        """Count the step of every parameter with a gradient; gives those that one call of the op can take together."""
         params = [p for p in group["params"] if p.grad is not None]
         for p in params:
             state = self.state[p]
@@ -149,6 +158,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         return (p for group in self.param_groups for p in group["params"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer``'s; a clip factor that no step has used goes with the gradients."""
         super().zero_grad(set_to_none)
         self._grad_scale = None
 
@@ -159,7 +169,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         A parameter for which ``state_dict`` has no mask keeps the one it has. Pruned weights and moments are zeroed.
         """
         masks = {p: self.mask_of(p) for p in self._params()}
-        super().load_state_dict(state_dict)  # checks the groups; but casts all that a state holds to the parameter's dtype
+        super().load_state_dict(
+            state_dict
+        )  # checks the groups; but casts all that a state holds to the parameter's dtype
         for number, param in enumerate(self._params()):
             saved = state_dict["state"].get(number, {})
             state = {key: v.to(param.device) if isinstance(v, Tensor) else v for key, v in saved.items()}

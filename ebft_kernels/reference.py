@@ -47,7 +47,7 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
 
 
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
-    """Words that keep the ``n`` highest of every ``m`` consecutive scores of (..., K); ties and NaN as ``topk_mask``."""
+    """Words that keep the ``n`` highest of every ``m`` consecutive scores (..., K); ties and NaN as ``topk_mask``."""
     groups = scores.reshape(*scores.shape[:-1], scores.shape[-1] // m, m)
     mask = unpack_mask(topk_mask(groups, n), m)
     return pack_mask(mask.reshape(scores.shape))

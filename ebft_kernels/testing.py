@@ -1,7 +1,7 @@
 """For tests of kernels, here and elsewhere: inputs on ugly shapes, and a tolerance that has a reason.
 
-The rule is that of Cut Cross Entropy: against a float64 truth, a kernel may err no more than plain torch errs in the same
-dtype, plus a small constant; so a tolerance is never a number somebody raised until a test passed.
+The rule is that of Cut Cross Entropy: against a float64 truth, a kernel may err no more than plain torch errs in the
+same dtype, plus a small constant; so a tolerance is never a number somebody raised until a test passed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_mask(kind: str, outputs: int, inputs: int, generator: torch.Generator) 
 def linear_cases(
     dtype: torch.dtype, device: torch.device | str = "cpu", contiguous: bool = True, seed: int = 0
 ) -> Iterator[tuple[str, LinearCase]]:
-    """(name, inputs) for every ugly shape with every kind of mask; not ``contiguous``: x, dy and weight are strided views."""
+    """(name, inputs) for every ugly shape with every kind of mask; not ``contiguous``: strided views."""
     generator = torch.Generator().manual_seed(seed)
 
     def floats(*shape: int) -> Tensor:
@@ -67,12 +67,16 @@ def linear_cases(
     for lead, outputs, inputs in UGLY_SHAPES:
         for kind in MASK_KINDS:
             mask = make_mask(kind, outputs, inputs, generator).to(device)
-            case = LinearCase(floats(*lead, inputs), floats(outputs, inputs), mask, floats(outputs), floats(*lead, outputs))
+            case = LinearCase(
+                floats(*lead, inputs), floats(outputs, inputs), mask, floats(outputs), floats(*lead, outputs)
+            )
             yield f"{lead}x{inputs}->{outputs}, {kind}", case
 
 
-def assert_no_worse_than_torch(got: Tensor, torch_result: Tensor, truth: Tensor, slack: float = 2.0, what: str = "") -> None:
-    """``got`` errs against the float64 ``truth`` at most ``slack`` times as much as torch's own result does, plus rounding.
+def assert_no_worse_than_torch(
+    got: Tensor, torch_result: Tensor, truth: Tensor, slack: float = 2.0, what: str = ""
+) -> None:
+    """``got`` errs against the float64 ``truth`` at most ``slack`` times as much as torch's result, plus rounding.
 
     Errors are largest absolute ones. "Rounding" is 4 units in the last place at the truth's largest value, so that a
     torch result which happens to be exact does not make every other summation order a failure.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from ebft_kernels import PackedMask, load_masks
 from torch import Tensor, nn
 
 from ebft.errors import EBFTError
@@ -21,6 +20,7 @@ from ebft.pruning.magnitude import magnitude
 from ebft.pruning.pattern import Pattern, mask_of_best
 from ebft.pruning.statistics import InputObserver, InputStatistics
 from ebft.pruning.wanda import wanda
+from ebft_kernels import PackedMask, load_masks
 
 __all__ = [
     "CRITERIA",
@@ -52,14 +52,20 @@ class BlockMasks:
 
     def sparsity(self) -> float:
         """Pruned share of all matrices of the block."""
-        total = sum(mask.dense().numel() for mask in self.masks.values())
+        total = sum(mask.numel() for mask in self.masks.values())
         return 1 - sum(mask.count() for mask in self.masks.values()) / total
 
 
 class Masker(Protocol):
-    """Makes the masks of a block."""
+    """Makes the masks of a block.
+
+    Attributes:
+        needs_inputs: statistics of what flows into each matrix are wanted.
+        given: the masks are there beforehand and need no statistics; calling it is cheap.
+    """
 
     needs_inputs: bool
+    given: bool
 
     def check(self, block_name: str, block: nn.Module, matrices: list[Matrix]) -> None:
         """Raise ``EBFTError`` now for what cannot work later; called for every block before any work."""
@@ -81,6 +87,8 @@ def make_masker(prune: str, pattern: Pattern, criterion: Criterion | None = None
 
 
 class _ByCriterion:
+    given = False
+
     def __init__(self, criterion: Criterion, pattern: Pattern) -> None:
         self._criterion, self._pattern = criterion, pattern
         self.needs_inputs = criterion not in _WITHOUT_INPUTS
@@ -95,7 +103,9 @@ class _ByCriterion:
             name = f"{block_name}.{matrix.name}"
             weight = block.get_parameter(matrix.name).detach()
             mask = torch.empty_like(weight, dtype=torch.bool)
-            of_experts = statistics.get(matrix.name) or [InputStatistics.empty(matrix.inputs, weight.device)] * matrix.experts
+            of_experts = (
+                statistics.get(matrix.name) or [InputStatistics.empty(matrix.inputs, weight.device)] * matrix.experts
+            )
             unseen = []
             rows = zip(matrix.by_expert(weight), matrix.by_expert(mask), of_experts, strict=True)
             for expert, (expert_weight, expert_mask, inputs) in enumerate(rows):
@@ -116,24 +126,24 @@ class _ByCriterion:
 
 
 class _Zeros:
-    needs_inputs = False
+    needs_inputs, given = False, True
 
     def check(self, block_name: str, block: nn.Module, matrices: list[Matrix]) -> None:
         pass
 
     def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
-        weights = {matrix.name: block.get_parameter(matrix.name).detach() for matrix in matrices}
-        return BlockMasks({name: PackedMask.from_dense(weight != 0) for name, weight in weights.items()})
+        names = [matrix.name for matrix in matrices]
+        return BlockMasks({name: PackedMask.from_nonzero(block.get_parameter(name)) for name in names})
 
 
 class _FromFile:
-    needs_inputs = False
+    needs_inputs, given = False, True
 
     def __init__(self, file: str) -> None:
         self._file = file
         try:
             self._masks = load_masks(file)
-        except Exception as error:  # whatever safetensors or load_masks found wrong with the file
+        except (OSError, ValueError) as error:
             raise EBFTError(f"--prune {file} is not a file of masks: {' '.join(str(error).split())}") from None
 
     def check(self, block_name: str, block: nn.Module, matrices: list[Matrix]) -> None:

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 
 import torch
-from ebft_kernels import PackedMask
 from torch import Tensor
 
 from ebft.errors import EBFTError
+from ebft_kernels import PackedMask
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Pattern:
         """``"2:4"`` as a pattern; ``EBFTError`` for anything that is not N:M with 0 < N < M."""
         match = re.fullmatch(r"(\d+):(\d+)", text.strip())
         if not match or not 0 < int(match[1]) < int(match[2]):
-            raise EBFTError(f"--pattern is {text!r}; expected N:M, N kept of every M inputs, with 0 < N < M, such as 2:4")
+            raise EBFTError(
+                f"--pattern is {text!r}; expected N:M, N kept of every M inputs, with 0 < N < M, such as 2:4"
+            )
         keep, group = int(match[1]), int(match[2])
         return cls(sparsity=1 - keep / group, keep=keep, group=group)
 

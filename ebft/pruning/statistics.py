@@ -69,7 +69,11 @@ class InputObserver(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Observe what runs inside; experts go through their plain loop, so that each is multiplied on its own."""
-        configs = {id(m.config): m.config for m in self._block.modules() if hasattr(m, "is_transposed") and hasattr(m, "config")}
+        configs = {
+            id(m.config): m.config
+            for m in self._block.modules()
+            if hasattr(m, "is_transposed") and hasattr(m, "config")
+        }
         before = {key: config._experts_implementation for key, config in configs.items()}
         for config in configs.values():
             config._experts_implementation = "eager"

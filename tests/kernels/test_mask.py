@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from ebft_kernels import MaskedLinear, PackedMask, load_masks, mask_linears_, masks_of, save_masks
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from ebft_kernels import MaskedLinear, PackedMask, load_masks, mask_linears_, masks_of, save_masks
 
 
 def test_made_from_and_read_as():

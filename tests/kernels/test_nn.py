@@ -5,11 +5,12 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, mask_linears_
 from ebft_kernels.testing import assert_exact_zeros
 from ebft_kernels.zeroed import is_zeroed
-from torch import nn
-from torch.nn import functional as F
 
 
 def make_layer(outputs=6, inputs=40, dtype=torch.float32, bias=True):
@@ -111,9 +112,11 @@ def test_a_plain_optimizer_keeps_the_mask():
     assert_exact_zeros(layer.weight, mask)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
+)
 def test_copies_are_masked_too(copied):
-    layer, mask = make_layer()
+    layer, _ = make_layer()
     other = copied(layer)
     assert other.weight is not layer.weight
     assert other.mask == layer.mask

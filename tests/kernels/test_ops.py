@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from ebft_kernels import PackedMask, explain, masked_adamw_step, masked_grad_norm, masked_linear, reference, use_impl
-from ebft_kernels.ops import SCHEMAS
-from ebft_kernels.testing import assert_exact_zeros, assert_no_worse_than_torch, linear_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 from torch.nn import functional as F
+
+from ebft_kernels import PackedMask, explain, masked_adamw_step, masked_grad_norm, masked_linear, reference, use_impl
+from ebft_kernels.ops import SCHEMAS
+from ebft_kernels.testing import assert_exact_zeros, assert_no_worse_than_torch, linear_cases
 
 OPS = torch.ops.ebft_kernels
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -81,7 +82,9 @@ def test_topk_and_nm_break_ties_to_the_left(dtype):
         assert torch.equal(words, reference.nm_mask(scores, n, m))
         assert OPS.is_nm(words, 48, n, m)
         assert reference.is_nm(words, 48, n, m)
-    assert reference.unpack_mask(reference.topk_mask(torch.zeros(1, 5), 2), 5).tolist() == [[True, True, False, False, False]]
+    assert reference.unpack_mask(reference.topk_mask(torch.zeros(1, 5), 2), 5).tolist() == [
+        [True, True, False, False, False]
+    ]
 
 
 def test_is_nm_sees_a_single_group_too_full():

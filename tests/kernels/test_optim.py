@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask
 from ebft_kernels.testing import assert_exact_zeros
-from torch import nn
 
 RECIPE = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -91,7 +92,9 @@ def test_a_clip_factor_is_for_one_step_only():
 @pytest.mark.parametrize("through_file", [False, True])
 def test_state_dict_round_trip_continues_bit_for_bit(through_file, tmp_path):
     weight, bias, mask, gradients = make_problem()
-    optimizer = MaskedAdamW([{"params": [weight]}, {"params": [bias], "weight_decay": 0.0}], masks={weight: mask}, **RECIPE)
+    optimizer = MaskedAdamW(
+        [{"params": [weight]}, {"params": [bias], "weight_decay": 0.0}], masks={weight: mask}, **RECIPE
+    )
     run(optimizer, weight, bias, gradients, range(3))
     saved, values = optimizer.state_dict(), [p.detach().clone() for p in (weight, bias)]
     if through_file:
@@ -102,7 +105,9 @@ def test_state_dict_round_trip_continues_bit_for_bit(through_file, tmp_path):
     run(optimizer, weight, bias, gradients, range(3, 6))
 
     other_weight, other_bias = (nn.Parameter(value) for value in values)
-    other = MaskedAdamW([{"params": [other_weight]}, {"params": [other_bias]}])  # it learns the mask and all from the state
+    other = MaskedAdamW(
+        [{"params": [other_weight]}, {"params": [other_bias]}]
+    )  # it learns the mask and all from the state
     other.load_state_dict(saved)
     assert other.mask_of(other_weight) == PackedMask.from_dense(mask)
     assert other.param_groups[1]["weight_decay"] == 0.0
@@ -128,7 +133,9 @@ def test_set_mask_keeps_survivors_and_starts_newcomers_at_zero():
     weight, bias, mask, gradients = make_problem()
     optimizer = MaskedAdamW([weight, bias], masks={weight: mask}, **RECIPE)
     run(optimizer, weight, bias, gradients, range(3))
-    before = {key: optimizer.state[weight][key].clone() for key in ("exp_avg", "exp_avg_sq")} | {"w": weight.detach().clone()}
+    before = {key: optimizer.state[weight][key].clone() for key in ("exp_avg", "exp_avg_sq")} | {
+        "w": weight.detach().clone()
+    }
     fresh = torch.rand(mask.shape, generator=torch.Generator().manual_seed(5)) > 0.5
     optimizer.set_mask_(weight, fresh)
     after = {key: optimizer.state[weight][key] for key in ("exp_avg", "exp_avg_sq")} | {"w": weight}
@@ -191,7 +198,12 @@ def test_for_module_leaves_out_frozen_parameters():
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"lr": -1.0}, "lr = -1.0"), ({"eps": -1e-8}, "eps"), ({"betas": (0.9, 1.0)}, r"betas\[1\] = 1.0"), ({"weight_decay": -1}, "decay")],
+    [
+        ({"lr": -1.0}, "lr = -1.0"),
+        ({"eps": -1e-8}, "eps"),
+        ({"betas": (0.9, 1.0)}, r"betas\[1\] = 1.0"),
+        ({"weight_decay": -1}, "decay"),
+    ],
 )
 def test_settings_out_of_range(settings, says):
     with pytest.raises(ValueError, match=says):

@@ -1,10 +1,11 @@
 """MaskedLinear and MaskedAdamW inside a Hugging Face Trainer."""
 
 import torch
-from ebft_kernels import MaskedAdamW, PackedMask, mask_linears_
-from ebft_kernels.testing import assert_exact_zeros
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from ebft_kernels import MaskedAdamW, PackedMask, mask_linears_
+from ebft_kernels.testing import assert_exact_zeros
 
 
 def test_trainer_keeps_the_mask_bit_for_bit(tmp_path):
@@ -38,7 +39,9 @@ def test_trainer_keeps_the_mask_bit_for_bit(tmp_path):
         assert not torch.equal(after[name], before[name])
         assert (after[name][mask.dense()] != 0).all()
 
-    make_trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))  # steps 4 to 6 again, from the saved state
+    make_trainer().train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-3")
+    )  # steps 4 to 6 again, from the saved state
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), after[name], rtol=1e-6, atol=1e-7)
         if name in masks:

@@ -1,0 +1,1 @@
+"""Microbenchmarks (pytest-benchmark) and benchmarks of whole runs; results lie in results/, by device."""

@@ -1,0 +1,236 @@
+"""What a run works with, loaded and checked before any work is done; and what it says of itself at the end."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ebft.calibration import Tokens, calibration_tokens, evaluation_tokens
+from ebft.checkpoint import DEFAULT_MODEL, OutputFolder, load_model, load_tokenizer
+from ebft.config import EBFTConfig
+from ebft.decoder import Decoder
+from ebft.errors import EBFTError
+from ebft.pruning import CRITERIA, Criterion, Masker, make_masker
+from ebft.reconstruct import BlockReconstructor
+from ebft.report import Reporter
+from ebft_kernels import PackedMask, explain
+
+FUSED_OPS = ("masked_adamw_step", "masked_grad_norm")  # the products run on zeroed weights, without masks
+
+
+@dataclass
+class Clock:
+    """Seconds of each stage."""
+
+    began: float = field(default_factory=time.perf_counter)
+    laps: dict[str, float] = field(default_factory=dict)
+
+    def lap(self, name: str) -> None:
+        """The stage ``name`` ends now; it began where the one before ended."""
+        self.laps[name] = self.total() - sum(self.laps.values())
+
+    def total(self) -> float:
+        """Seconds since the run began."""
+        return time.perf_counter() - self.began
+
+
+@dataclass
+class Job:
+    """Everything a run works with, checked."""
+
+    config: EBFTConfig
+    name: str
+    decoder: Decoder
+    teacher: Decoder
+    tokenizer: PreTrainedTokenizerBase | None
+    masker: Masker
+    reconstructor: BlockReconstructor | None
+    calibration: Tokens | None
+    eval_tokens: dict[str, Tokens]
+    output: OutputFolder
+    reporter: Reporter
+    clock: Clock
+
+
+def prepare_job(
+    config: EBFTConfig,
+    model: str | PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher: PreTrainedModel | None,
+    criterion: Criterion | None,
+    text: Iterable[str] | None,
+    output: OutputFolder,
+    reporter: Reporter,
+) -> Job:
+    """Load and check everything, so that what is wrong is said before any work is done."""
+    clock = Clock()
+    device, compute = choose_device(config.device, config.dtype)
+    for op in FUSED_OPS:
+        choice = explain(op, device)
+        if config.fused and not choice.fused:
+            raise EBFTError(f"--fused cannot be had: {choice}")
+    masker = make_masker(config.prune, config.mask_pattern, criterion)
+    recovers = config.recover != "none"
+
+    source = config.model if model is None else model
+    reporter.say(f"loading {_name_of(source)}")
+    student = source if isinstance(source, PreTrainedModel) else _load(config, source)
+    _check_lengths(config, student)
+    decoder = Decoder(student, device, compute)
+    dense = decoder
+    if teacher is not None or config.teacher is not None:
+        dense = Decoder(teacher or _load(config, config.teacher), device, compute)
+        _check_teacher(decoder, dense)
+    _check_masks(config, masker, decoder, recovers_towards_itself=recovers and dense is decoder)
+
+    needs_calibration = recovers or masker.needs_inputs
+    if tokenizer is None and (config.eval_texts or needs_calibration):
+        if isinstance(source, PreTrainedModel):
+            raise EBFTError("a model in memory was given without its tokenizer, which turns text into tokens")
+        tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    evaluation, calibration = {}, None
+    if tokenizer is not None:
+        evaluation = {t: evaluation_tokens(t, tokenizer, seqlen=config.eval_seqlen) for t in config.eval_texts}
+        if needs_calibration:
+            calibration = _calibrate(config, tokenizer, text)
+            reporter.say(f"calibration: {calibration.use}")
+    reporter.say(f"{choice}; products in {str(compute).removeprefix('torch.')}")
+    clock.lap("load")
+    return Job(
+        config=config,
+        name=_name_of(source),
+        decoder=decoder,
+        teacher=dense,
+        tokenizer=tokenizer,
+        masker=masker,
+        reconstructor=BlockReconstructor(config, device, compute) if recovers else None,
+        calibration=calibration,
+        eval_tokens=evaluation,
+        output=output,
+        reporter=reporter,
+        clock=clock,
+    )
+
+
+def nothing_to_recover(what: str) -> EBFTError:
+    """The weights are pruned already and there is no dense model to recover them towards."""
+    return EBFTError(
+        f"{what} prunes only weights that are zero already, so against the model itself the loss would be 0; "
+        "give the dense model with --teacher"
+    )
+
+
+def _name_of(source: str | PreTrainedModel | None) -> str:
+    return source if isinstance(source, str) else DEFAULT_MODEL if source is None else type(source).__name__
+
+
+def _load(config: EBFTConfig, source: str | None) -> PreTrainedModel:
+    return load_model(source, trust_remote_code=config.trust_remote_code)
+
+
+def _calibrate(config: EBFTConfig, tokenizer: PreTrainedTokenizerBase, text: Iterable[str] | None) -> Tokens:
+    return calibration_tokens(
+        config.calibration if text is None else text,
+        tokenizer,
+        samples=config.samples,
+        seqlen=config.seqlen,
+        windows=config.windows,
+        seed=config.seed,
+    )
+
+
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """What ``--device`` and ``--dtype`` mean on this machine: the device, and the dtype of the matrix products."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise EBFTError(f"--device is {device!r}; expected cpu, cuda, or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise EBFTError(f"--device is {device!r}; expected cpu, cuda, or cuda:N")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise EBFTError(f"--device is {device}; this machine has {torch.cuda.device_count()} GPUs that torch can use")
+    if dtype != "auto":
+        return chosen, getattr(torch, dtype)
+    if chosen.type == "cpu":
+        return chosen, torch.float32
+    has_bfloat16 = torch.cuda.get_device_capability(chosen)[0] >= 8
+    return chosen, torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+def _check_lengths(config: EBFTConfig, model: PreTrainedModel) -> None:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    lengths = {"--seqlen": config.seqlen, "--eval-seqlen": config.eval_seqlen if config.eval_texts else 0}
+    for flag, length in lengths.items():
+        if longest and length > longest:
+            raise EBFTError(f"{flag} is {length}; expected at most {longest}, the model's max_position_embeddings")
+
+
+def _check_masks(config: EBFTConfig, masker: Masker, decoder: Decoder, *, recovers_towards_itself: bool) -> None:
+    """Whatever can be known of the masks before the walk: widths, names, shapes, and that there is something to do."""
+    prunes = changes = False
+    for index, name in enumerate(decoder.names):
+        block = decoder.stored_block(index)
+        masker.check(name, block, decoder.matrices[index])
+        if masker.given and not changes:
+            for matrix, mask in masker(name, block, decoder.matrices[index], {}).masks.items():
+                pruned = block.get_parameter(matrix)[~mask.dense()]
+                prunes, changes = prunes or bool(pruned.numel()), changes or bool((pruned != 0).any())
+    if masker.given and not prunes:
+        raise EBFTError(f"--prune {config.prune} prunes nothing: it keeps every weight of every block")
+    if masker.given and recovers_towards_itself and not changes:
+        raise nothing_to_recover(f"--prune {config.prune}")
+
+
+def _check_teacher(decoder: Decoder, teacher: Decoder) -> None:
+    if len(teacher) != len(decoder):
+        raise EBFTError(f"--teacher has {len(teacher)} blocks; expected {len(decoder)}, as the model has")
+    for index, name in enumerate(decoder.names):
+        shapes = {n: tuple(p.shape) for n, p in decoder.stored_block(index).named_parameters()}
+        theirs = {n: tuple(p.shape) for n, p in teacher.stored_block(index).named_parameters()}
+        for parameter in sorted(shapes.keys() | theirs.keys()):
+            if shapes.get(parameter) != theirs.get(parameter):
+                raise EBFTError(
+                    f"--teacher has {theirs.get(parameter)} for {name}.{parameter}; "
+                    f"expected {shapes.get(parameter)}, as the model has"
+                )
+
+
+def summarise(job: Job, masks: dict[str, PackedMask], stages: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """What ``ebft_summary.json`` holds."""
+    config = job.config
+    how = config.prune if config.prune in ("zeros", *CRITERIA) else "given masks"
+    pattern = f" {config.mask_pattern}" if config.prune in CRITERIA else ""
+    total = sum(mask.numel() for mask in masks.values())
+    return {
+        "model": job.name,
+        "recipe": f"{how}{pattern}, "
+        + ("no recovery" if config.recover == "none" else f"recovered by {config.recover}"),
+        "output": str(job.output.final),
+        "perplexity": {text: {stage: values[text] for stage, values in stages.items()} for text in job.eval_tokens},
+        "seconds": job.clock.total(),
+        "stage_seconds": job.clock.laps,
+        "sparsity": 1 - sum(mask.count() for mask in masks.values()) / total,
+        "calibration": job.calibration.use.to_dict() if job.calibration else None,
+        "evaluation": {name: tokens.use.to_dict() for name, tokens in job.eval_tokens.items()},
+        "implementations": {op: str(explain(op, job.decoder.device)) for op in FUSED_OPS},
+        "config": config.to_dict(),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("ebft", "torch", "transformers")},
+            "device": _device_name(job.decoder.device),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
