@@ -56,8 +56,8 @@ class Plan:
             lines.append(f"{heading}: {sum(rows.values()) / _GIB:.2f} GiB")
             lines += [f"    {name:<42} {size / _GIB:9.3f} GiB" for name, size in rows.items()]
         lines.append(
-            f"blocks: {self.flops / 1e12:.1f} TFLOP, {duration(self.seconds)} at the {self.rate / 1e9:.0f} GFLOP/s that "
-            "a matrix product reaches here now; loading and perplexities come on top"
+            f"blocks: {self.flops / 1e12:.1f} TFLOP, {duration(self.seconds)} at the {self.rate / 1e9:.0f} GFLOP/s "
+            "that a product reaches here now; loading and perplexities come on top"
         )
         return "\n".join(lines)
 

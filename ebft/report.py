@@ -108,8 +108,12 @@ def model_card(summary: dict[str, Any]) -> str:
         for text, values in summary["perplexity"].items()
     )
     recipe = "\n".join(f"| {name} | {value} |" for name, value in config.items() if value is not None)
-    calibration = summary["calibration"]
-    trained_on = f"{calibration['tokens']} tokens of {calibration['source']} ({calibration['windows']})"
+    use = summary["calibration"]
+    tuned = ""
+    if config["recover"] != "none":
+        tuned = (
+            f" The kept ones were tuned block by block on {use['tokens']} tokens of {use['source']} ({use['windows']})."
+        )
     base = summary["model"] if "/" in summary["model"] and not Path(summary["model"]).exists() else None
     data = ModelCardData(
         base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=["sparse", "pruned", "ebft"]
@@ -122,7 +126,7 @@ def model_card(summary: dict[str, Any]) -> str:
 
 Made by [ebft](https://arxiv.org/abs/2402.12419) {summary["versions"]["ebft"]}: {summary["recipe"]}.
 It loads as any model of transformers does. {summary["sparsity"]:.2%} of the weights of the matrices inside its blocks
-are exactly zero; the kept ones were tuned block by block on {trained_on}. `masks.safetensors` holds the masks.
+are exactly zero; `masks.safetensors` says which.{tuned}
 
 | perplexity | dense | pruned | recovered | won back |
 | --- | --- | --- | --- | --- |

@@ -1,4 +1,4 @@
-"""Masked linear layers and masked optimizer steps for sparse networks: tensors and masks, nothing of language models."""
+"""Masked linear layers and masked optimizer steps for sparse networks; it knows tensors and masks, no LLMs."""
 
 from ebft_kernels.dispatch import Choice, explain, use_impl
 from ebft_kernels.functional import masked_adamw_step, masked_grad_norm, masked_linear

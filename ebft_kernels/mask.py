@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -173,7 +174,7 @@ def masks_of(module: nn.Module) -> dict[str, PackedMask]:
 
 
 def save_masks(masks: nn.Module | Mapping[str, PackedMask | Tensor], path: str | os.PathLike[str]) -> None:
-    """Write masks to a safetensors file: key = weight name, tensor = words, metadata[key] = the weight's shape.
+    """Write masks to a safetensors file: key = weight name, tensor = words; metadata["shapes"], JSON, has the shapes.
 
     Args:
         masks: weight name -> mask, or a module with ``MaskedLinear`` layers inside.
@@ -181,8 +182,8 @@ def save_masks(masks: nn.Module | Mapping[str, PackedMask | Tensor], path: str |
     """
     named = masks_of(masks) if isinstance(masks, nn.Module) else {name: as_packed(m) for name, m in masks.items()}
     words = {name: mask.words.cpu().contiguous() for name, mask in named.items()}
-    shapes = {name: ",".join(map(str, mask.shape)) for name, mask in named.items()}
-    save_file(words, path, metadata={"format": "pt", **shapes})
+    # One metadata entry: safetensors writes several in no fixed order, and equal masks shall give equal files.
+    save_file(words, path, metadata={"shapes": json.dumps({name: list(mask.shape) for name, mask in named.items()})})
 
 
 def load_masks(path: str | os.PathLike[str]) -> dict[str, PackedMask]:
@@ -198,13 +199,13 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, PackedMask]:
 def _read_masks(path: str | os.PathLike[str]) -> Iterator[tuple[str, PackedMask]]:
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = file.metadata() or {}
+            shapes = json.loads((file.metadata() or {}).get("shapes", "{}"))
             for name in file.keys():  # noqa: SIM118  (a safetensors file, not a dict)
                 tensor = file.get_tensor(name)
                 if tensor.dtype == torch.bool:
                     yield name, PackedMask.from_dense(tensor)
                 elif name in shapes:
-                    yield name, PackedMask(tensor, torch.Size(int(size) for size in shapes[name].split(",")))
+                    yield name, PackedMask(tensor, torch.Size(shapes[name]))
                 else:
                     raise ValueError(
                         f"{name} is {tensor.dtype}; expected bool, or int32 words with a shape in the metadata"
