@@ -148,7 +148,11 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[EBFTConfig, bool]:
     Later beats earlier: preset, then ``--config`` file, then flags. With no ``--preset`` it is ``paper`` where a
     model is named and ``demo`` where none is.
     """
-    parser = _Parser(prog="python -m ebft.run", description="Prune a decoder and win its quality back, block by block.")
+    parser = _Parser(
+        prog="python -m ebft.run",
+        description="Prune a decoder and win its quality back, block by block.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--preset", choices=tuple(PRESETS), help="starting settings (default: paper; no model: demo)")
     parser.add_argument("--config", metavar="FILE.yaml", help="settings from a YAML file, over the preset's")
     parser.add_argument("--plan", action="store_true", help="print what the run would need, and stop")

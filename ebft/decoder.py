@@ -15,11 +15,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedModel
 
 from ebft.errors import EBFTError
 from ebft.matrices import Matrix, find_matrices
+from ebft.shapes import shapes_only, without_values
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -93,9 +95,12 @@ class Decoder:
 
     def working_block(self, index: int) -> nn.Module:
         """A copy of block ``index`` to work on: on the device, float32, evaluation mode, no gradients."""
+        return _cast_parameters(self.copy_of_block(index), self.device).requires_grad_(False)
+
+    def copy_of_block(self, index: int) -> nn.Module:
+        """A copy of block ``index`` as it is stored."""
         stored = self._stored_blocks[index]
-        block = copy.deepcopy(stored, _shared_configs(stored))
-        return _cast_parameters(block, self.device).requires_grad_(False)
+        return copy.deepcopy(stored, _shared_configs(stored))
 
     def store_block(self, index: int, weights: dict[str, Tensor]) -> None:
         """Write ``weights`` (parameter name -> tensor, in the stored dtype) into the model on the host."""
@@ -165,7 +170,7 @@ class Decoder:
         """How the model calls block ``index`` for a batch of that shape; tensors are on the device."""
         if (batch, seqlen) not in self._calls:
             # Random tokens, twice: an argument that depends on the tokens could not be reused for other samples.
-            first, second = (self._record_calls(batch, seqlen, seed) for seed in (0, 1))
+            first, second = (self._record_calls(batch, seqlen, seed, last=len(self) - 1) for seed in (0, 1))
             for name, one, other in zip(self.names, first, second, strict=True):
                 if not one.equals(other):
                     raise EBFTError(
@@ -181,24 +186,26 @@ class Decoder:
         return self._calls[batch, seqlen][index]
 
     @torch.no_grad()
-    def _record_calls(self, batch: int, seqlen: int, seed: int) -> list[BlockCall]:
+    def _record_calls(self, batch: int, seqlen: int, seed: int, last: int) -> list[BlockCall]:
+        """How the model calls its blocks up to the ``last`` one, for random tokens of that shape."""
         calls: list[BlockCall] = []
 
         def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden, call = BlockCall.split(args, kwargs)
             calls.append(call)
-            if index == len(self) - 1:
+            if index == last:
                 raise _LastBlockReached
             return (hidden,) if self._returns_tuple[index] else hidden
 
-        ids = self._some_tokens(batch, seqlen, seed)
-        self._run_skeleton(ids, record)
-        return calls
-
-    def _some_tokens(self, batch: int, seqlen: int, seed: int) -> Tensor:
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(vocabulary, (batch, seqlen), generator=generator).to(self._skeleton_device())
+        ids = torch.randint(vocabulary, (batch, seqlen), generator=torch.Generator().manual_seed(seed))
+        self._run_skeleton(ids.to(self._skeleton_device()), record)
+        if len(calls) != last + 1:
+            raise EBFTError(
+                f"{type(self.model).__name__} does not call its {len(self)} {self._path} one after another: "
+                f"it called {len(calls)} before number {last}"
+            )
+        return calls
 
     def _run_skeleton(self, ids: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
         """The model's forward on ``ids``, with ``instead(index, args, kwargs)`` in place of every block's forward."""
@@ -210,35 +217,40 @@ class Decoder:
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """Run a few tokens through the model as it is: do the blocks form a chain, and is it causal?"""
-        ids = self._some_tokens(1, 6, seed=0).to(self.model.device).repeat(2, 1)
-        ids[1, -1] = (ids[1, -1] + 1) % self.model.get_input_embeddings().weight.shape[0]
-        handles, outputs = [], []
+        """Run a few hidden states through one block of each kind: what does it return, and is it causal?"""
+        for index, block in enumerate(self._stored_blocks):
+            if type(block) in map(type, self._stored_blocks[:index]):
+                continue
+            calls, width = self._record_calls(2, 6, seed=0, last=index), self._width()
+            generator = torch.Generator().manual_seed(0)
+            hidden = torch.randn(1, 6, width, generator=generator).repeat(2, 1, 1)
+            hidden[1, -1] = torch.randn(width, generator=generator)
+            out = self._try_block(index, calls[index], hidden)
+            tensor, kind = first_output(out), type(self.model).__name__
+            if not isinstance(tensor, Tensor) or tensor.shape != hidden.shape:
+                raise EBFTError(f"{kind} does not pass hidden states through its {self._path} one after another")
+            for same, other in enumerate(self._stored_blocks):
+                self._returns_tuple[same] |= isinstance(out, tuple) and type(other) is type(block)
+            if isinstance(tensor, FakeTensor):
+                continue  # a skeleton without values, for a plan
+            # Equal but for rounding: rows of one batch may take different roads through a grouped expert product.
+            first, second = tensor[:, :-1].float()
+            if (first - second).abs().max() > 1e-4 * tensor.float().std():
+                raise EBFTError(f"{kind} is not a decoder: a later token changes the outputs at earlier ones")
 
-        def watch(index: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                self._returns_tuple[index] = isinstance(output, tuple)
-                outputs.append(first_output(output))
+    def _try_block(self, index: int, call: BlockCall, hidden: Tensor) -> Any:
+        """What block ``index`` returns for ``hidden``; on fake tensors where its weights are on the meta device."""
+        if all(not p.is_meta for p in self._stored_blocks[index].parameters()):
+            block = _cast_parameters(self.copy_of_block(index), torch.device("cpu"))
+            call = call.map_tensors(lambda tensor: tensor.cpu())
+            return block(hidden, *call.args, **call.kwargs)
+        block = self.copy_of_block(index).float()
+        with shapes_only():
+            block, call = block._apply(without_values), call.map_tensors(without_values)
+            return block(without_values(hidden), *call.args, **call.kwargs)
 
-            return hook
-
-        try:
-            handles = [block.register_forward_hook(watch(i)) for i, block in enumerate(self._stored_blocks)]
-            logits = self.model(input_ids=ids, use_cache=False).logits
-        finally:
-            for handle in handles:
-                handle.remove()
-        kind = type(self.model).__name__
-        if len(outputs) != len(self) or any(not isinstance(out, Tensor) or out.ndim != 3 for out in outputs):
-            raise EBFTError(
-                f"{kind} does not pass hidden states through its {len(self)} {self._path} one after another"
-            )
-        if logits.is_meta:
-            return  # a skeleton without values, for a plan
-        # Equal but for rounding: rows of one batch may take different roads through a grouped expert product.
-        difference = (logits[0, :-1].float() - logits[1, :-1].float()).abs().max()
-        if difference > (1e-4 if logits.dtype == torch.float32 else 0.1) * logits.float().std():
-            raise EBFTError(f"{kind} is not a decoder: a later token changes the outputs at earlier ones")
+    def _width(self) -> int:
+        return self.enter(torch.zeros(1, 2, dtype=torch.long)).shape[-1]
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:

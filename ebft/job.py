@@ -72,8 +72,8 @@ def prepare_job(
     """Load and check everything, so that what is wrong is said before any work is done."""
     clock = Clock()
     device, compute = choose_device(config.device, config.dtype)
-    for op in FUSED_OPS:
-        choice = explain(op, device)
+    choices = [explain(op, device) for op in FUSED_OPS]
+    for choice in choices:
         if config.fused and not choice.fused:
             raise EBFTError(f"--fused cannot be had: {choice}")
     masker = make_masker(config.prune, config.mask_pattern, criterion)
@@ -101,7 +101,7 @@ def prepare_job(
         if needs_calibration:
             calibration = _calibrate(config, tokenizer, text)
             reporter.say(f"calibration: {calibration.use}")
-    reporter.say(f"{choice}; products in {str(compute).removeprefix('torch.')}")
+    reporter.say(f"{choices[0]}; products in {str(compute).removeprefix('torch.')}")
     clock.lap("load")
     return Job(
         config=config,

@@ -6,23 +6,25 @@ memory tracker and FLOP counter.
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ebft.checkpoint import DEFAULT_MODEL, load_config
 from ebft.config import EBFTConfig
-from ebft.decoder import Decoder
+from ebft.decoder import Decoder, find_blocks
 from ebft.errors import EBFTError
 from ebft.job import choose_device
 from ebft.reconstruct import BlockReconstructor
 from ebft.report import duration
+from ebft.shapes import shapes_only, without_values
 from ebft_kernels import PackedMask
 
 _GIB = 2**30
@@ -70,16 +72,11 @@ def make_plan(config: EBFTConfig) -> Plan:
     """
     device, compute = choose_device(config.device, config.dtype)
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
-    except ValueError:
-        raise EBFTError(f"model {config.model} is not a decoder (a causal language model)") from None
-    decoder = Decoder(model, torch.device("meta"))
+    weights = sum(p.numel() for p in _on_meta(config, model_config).parameters())  # tied ones once
+    decoder = Decoder(_stand_in(config, model_config), torch.device("cpu"))
     stored = model_config.dtype or torch.float32
-    parameters = {id(p): p.numel() for p in model.parameters()}
     in_blocks = sum(p.numel() for i in range(len(decoder)) for p in decoder.stored_block(i).parameters())
-    model_bytes, rest = sum(parameters.values()) * stored.itemsize, sum(parameters.values()) - in_blocks
+    model_bytes, rest = weights * stored.itemsize, weights - in_blocks
     width = decoder.enter(torch.zeros(1, 2, dtype=torch.long)).shape[-1]
     stream = config.samples * config.seqlen * width * 4
 
@@ -105,6 +102,28 @@ def make_plan(config: EBFTConfig) -> Plan:
     )
 
 
+def _on_meta(config: EBFTConfig, model_config: Any) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    except ValueError:
+        raise EBFTError(f"model {config.model} is not a decoder (a causal language model)") from None
+
+
+def _stand_in(config: EBFTConfig, model_config: Any) -> PreTrainedModel:
+    """The model with a vocabulary of 8: real outside its blocks, so that it can be entered, and on meta inside."""
+    small = copy.deepcopy(model_config)
+    small.get_text_config().update({"vocab_size": 8, "pad_token_id": 0})
+    model = _on_meta(config, small)
+    _, blocks = find_blocks(model)
+    inside = {module for block in blocks for module in block.modules()}
+    for module in model.modules():
+        if module not in inside:
+            module.to_empty(device="cpu", recurse=False)
+            model._init_weights(module)
+    return model
+
+
 def _step(
     config: EBFTConfig, decoder: Decoder, device: torch.device, compute: torch.dtype
 ) -> tuple[dict[str, int], float, float]:
@@ -113,13 +132,14 @@ def _step(
     index = sizes.index(max(sizes))
     example = decoder.enter(torch.zeros(config.batch_size, config.seqlen, dtype=torch.long))
     cpu = torch.device("cpu")
-    with FakeTensorMode():
-        block = decoder.working_block(index).float()._apply(_unbacked)
-        x, y = _unbacked(example), _unbacked(example)
+    block, call = decoder.copy_of_block(index).float(), decoder.call_for(index, *example.shape[:2])
+    with shapes_only():
+        block._apply(without_values)
+        x, y = without_values(example), without_values(example)
         masks = {m.name: PackedMask.from_dense(block.get_parameter(m.name) != 0) for m in decoder.matrices[index]}
         reconstructor = BlockReconstructor(config, cpu, compute)
 
-        call = decoder.call_for(index, *example.shape[:2]).map_tensors(_unbacked)
+        call = call.map_tensors(without_values)
 
         def forward(block: nn.Module, hidden: Tensor) -> Tensor:
             with torch.autocast("cpu", dtype=compute, enabled=compute != torch.float32):
@@ -143,11 +163,6 @@ def _step(
         if name != "Total":
             rows[_TRACKED.get(name, "batch, temporaries and others")] += int(size)
     return rows, float(counter.get_total_flops()), float(forward_counter.get_total_flops())
-
-
-def _unbacked(tensor: Tensor) -> Tensor:
-    """A fake CPU tensor in place of one on the meta device; a fake tensor of another device would fail in autograd."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

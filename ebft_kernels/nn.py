@@ -19,8 +19,8 @@ class MaskedLinear(nn.Linear):
     The mask is kept as one bit a weight in the buffer ``mask_words``, which is not in the state dict
     (``ebft_kernels.save_masks`` keeps masks). The weight's gradient is exactly zero where pruned. While the weight is
     known to hold zeros there (after ``from_linear``, ``apply_mask_``, ``load_state_dict`` and every ``MaskedAdamW``
-    step) the products run on it as it is; after any other change, and under ``torch.compile``, the mask takes part in them. A
-    write through ``weight.data`` is not seen: call ``apply_mask_()`` after it.
+    step) the products run on it as it is; after any other change, and under ``torch.compile``, the mask takes part in
+    them. A write through ``weight.data`` is not seen: call ``apply_mask_()`` after it.
 
     Args:
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``.

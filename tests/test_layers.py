@@ -1,0 +1,65 @@
+"""The two packages, and which way they look: read from the imports themselves."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ebft_kernels
+
+ROOT = Path(__file__).parent.parent
+
+
+def imports_of(file: Path) -> list[tuple[str, list[str]]]:
+    """(module, names taken from it) for every import in a file, wherever it stands."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, []) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append((node.module, [alias.name for alias in node.names]))
+    return found
+
+
+def files_of(package: str) -> list[Path]:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert len(files) > 5
+    return files
+
+
+def test_the_kernels_know_nothing_of_language_models():
+    for file in files_of("ebft_kernels"):
+        for module, _ in imports_of(file):
+            assert module.split(".")[0] not in {"ebft", "transformers", "datasets", "benchmarks", "tests"}, file
+
+
+def test_the_loop_uses_only_public_names_of_the_kernels():
+    used = set()
+    for file in files_of("ebft"):
+        for module, names in imports_of(file):
+            assert not module.startswith("ebft_kernels."), f"{file} looks inside: {module}"
+            assert module.split(".")[0] not in {"benchmarks", "tests"}, file
+            if module == "ebft_kernels":
+                used.update(names)
+    assert used
+    assert used <= set(ebft_kernels.__all__)
+
+
+def test_kernel_files_import_only_from_those_below():
+    order = ["reference", "ops", "dispatch", "mask", "functional", "zeroed", "nn", "optim", "testing", "__init__"]
+    for file in files_of("ebft_kernels"):
+        for module, _ in imports_of(file):
+            package, _, name = module.partition(".")
+            if package == "ebft_kernels" and name:
+                assert order.index(name.split(".")[0]) < order.index(file.stem), f"{file.name} imports {name}"
+
+
+@pytest.mark.parametrize("package", ["ebft", "ebft_kernels"])
+def test_importing_reaches_for_nothing(package):
+    """No datasets (seconds), no compiler at import; the kernels bring no transformers along."""
+    banned = ["datasets"] if package == "ebft" else ["transformers", "datasets", "triton"]
+    code = f"import sys, {package}; print([name for name in {banned} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "[]"
