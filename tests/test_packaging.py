@@ -36,7 +36,8 @@ def test_what_is_inside(dist):
         "ebft_kernels/py.typed",
     }
     assert not any(name.startswith(("tests", "benchmarks")) for name in inside)
-    source = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        source = {name.partition("/")[2] for name in archive.getnames()}
     tracked = {
         str(path.relative_to(ROOT))
         for folder in ("csrc", "ebft", "ebft_kernels", "tests", "benchmarks")
