@@ -27,7 +27,7 @@ HUB_TEXTS: dict[str, dict[str, Any]] = {
         "evaluation": "test",
     },
 }
-HELD_OUT_EVERY = 8  # of the built-in topics, every 8th is for evaluation
+HELD_OUT_EVERY = 16  # of the built-in topics, every 16th is for evaluation
 C4_EVALUATION_DOCUMENTS = 1100
 
 
@@ -113,7 +113,7 @@ def read_documents(
 
 
 def builtin_documents(use: str) -> list[str]:
-    """Python's own reference texts (``pydoc_data.topics``): every 8th topic for evaluation, the others to calibrate.
+    """Python's own reference texts (``pydoc_data.topics``): every 16th topic for evaluation, the others to calibrate.
 
     Topics repeat each other's paragraphs; a paragraph that is held out is taken from the calibration text, and each
     paragraph stands once.
