@@ -81,7 +81,7 @@ def make_plan(config: EBFTConfig) -> Plan:
     stream = config.samples * config.seqlen * width * 4
 
     step_rows, step_flops, forward_flops = _step(config, decoder, device, compute)
-    passes = 2 + 2 / 8  # dense, recovered, and the error on an eighth of the samples before and after
+    passes = 2 + 2 / 16  # dense, recovered, and the error on a sixteenth of the samples before and after
     steps = config.epochs * config.samples / config.batch_size if config.recover != "none" else 0
     flops = len(decoder) * (steps * step_flops + passes * config.samples / config.batch_size * forward_flops)
     rate = _matmul_rate(device, compute)

@@ -82,7 +82,7 @@ class BlockReconstructor:
         config, began = self._config, time.perf_counter()
         forward = forward or self._plain_forward(kwargs)
         optimizer, scaler = self.prepare(block, masks)
-        probe = slice(0, max(1, len(inputs) // 8))
+        probe = slice(0, max(1, len(inputs) // 16))
         error_before = self._error(block, inputs[probe], targets[probe], forward)
 
         steps = config.epochs * -(-len(inputs) // config.batch_size)
