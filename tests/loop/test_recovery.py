@@ -46,7 +46,7 @@ def test_recovery_heals(method, settings, silent):
     result = run_ebft(config=settings(**method), reporter=silent)
     perplexity = result.summary["perplexity"]["builtin"]
     assert perplexity["dense"] < 25  # of 512 tokens
-    assert perplexity["pruned"] > 1.2 * perplexity["dense"]
+    assert perplexity["pruned"] > 1.1 * perplexity["dense"]
     assert share_won_back(perplexity) > 0.5, perplexity
     for line in result.blocks:
         assert line["relative_error_after"] < 0.7 * line["relative_error_before"]
