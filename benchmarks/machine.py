@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ def machine_info() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         **{package: _version(package) for package in ("ebft", "torch", "triton", "transformers")},
     }
@@ -27,7 +27,7 @@ def machine_info() -> dict[str, Any]:
 def write_result(name: str, content: dict[str, Any], folder: Path | None = None) -> Path:
     """Write ``content`` with the machine's facts to ``results/<device>/<name>.json``; gives the file."""
     machine = machine_info()
-    folder = folder or RESULTS / "-".join(machine["device"].lower().split())
+    folder = folder or RESULTS / re.sub("[^a-z0-9]+", "-", machine["device"].lower())
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
     file.write_text(json.dumps({"machine": machine, **content}, indent=2) + "\n", encoding="utf-8")
@@ -47,4 +47,5 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.machine()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{names[0]} {capability}, {len(names)} cores" if names else platform.machine()
