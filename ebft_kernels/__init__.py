@@ -1,5 +1,6 @@
 """Masked linear layers and masked optimizer steps for sparse networks; it knows tensors and masks, no LLMs."""
 
+from ebft_kernels.compressed import CompressedLinear
 from ebft_kernels.dispatch import Choice, explain, use_impl
 from ebft_kernels.functional import masked_adamw_step, masked_grad_norm, masked_linear
 from ebft_kernels.mask import PackedMask, load_masks, masks_of, save_masks
@@ -8,6 +9,7 @@ from ebft_kernels.optim import MaskedAdamW
 
 __all__ = [
     "Choice",
+    "CompressedLinear",
     "MaskedAdamW",
     "MaskedLinear",
     "PackedMask",

@@ -1,7 +1,7 @@
 """Which kernel runs an op: the one file that knows all back ends.
 
-An op has one kernel for each implementation (``torch`` always; ``native`` and ``triton`` where they exist). The first
-that can run on the tensors' device is taken; the reason is what ``explain`` says.
+An op has one kernel for each implementation: ``torch`` always, ``native`` (csrc/) and ``triton`` where they exist. The first
+that can run on what it is given is taken; the reason is what ``explain`` says.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ebft_kernels.ops import LIBRARY, SCHEMAS, TORCH_KERNELS
+from ebft_kernels._extension import native_reason
+from ebft_kernels.ops import LIBRARY, NATIVE, SCHEMAS, TORCH_KERNELS
 
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
 _LOG = logging.getLogger("ebft_kernels")
@@ -22,12 +24,12 @@ _LOG = logging.getLogger("ebft_kernels")
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs an op on a device, and why.
+    """What runs an op, and why.
 
     Attributes:
         op: the op's name.
         impl: ``torch``, ``native`` or ``triton``.
-        reason: a sentence's worth of why this one and no other.
+        reason: why this one and no other.
     """
 
     op: str
@@ -60,13 +62,11 @@ class use_impl:
     def __enter__(self) -> use_impl:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         use_impl._current = self._before
 
 
-def explain(op: str, device: torch.device | str = "cpu") -> Choice:
+def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Choice:
     """What would run ``op`` (``"masked_linear"``, ``"masked_adamw_step"`` …) on ``device`` now, and why.
 
     Raises:
@@ -75,36 +75,57 @@ def explain(op: str, device: torch.device | str = "cpu") -> Choice:
     """
     if op not in SCHEMAS:
         raise ValueError(f"explain got op {op!r}; expected one of {', '.join(SCHEMAS)}")
-    device, forced = torch.device(device), use_impl._current
+    return _choose(op, torch.device(device), dtype)
+
+
+def _choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    forced = use_impl._current
     if forced == "torch":
         return Choice(op, "torch", "use_impl('torch') asks for it")
-    missing = f"there is no fused kernel for {device.type} in this version"
+    missing: dict[str, str | None] = {"triton": _triton_missing(op, device), "native": _native_missing(op, device, dtype)}
     if forced != "auto":
-        raise RuntimeError(f"use_impl({forced!r}) cannot run {op} on {device.type}: {missing}")
-    return Choice(op, "torch", missing)
+        if missing[forced] is not None:
+            raise RuntimeError(f"use_impl({forced!r}) cannot run {op} on {device.type}: {missing[forced]}")
+        return Choice(op, forced, f"use_impl({forced!r}) asks for it")
+    for impl, why in missing.items():
+        if why is None:
+            return Choice(op, impl, f"the fused kernel for {device.type}")
+    return Choice(op, "torch", missing["native" if device.type == "cpu" else "triton"] or "")
+
+
+def _triton_missing(op: str, device: torch.device) -> str | None:
+    """Why Triton cannot run ``op``; None where it can."""
+    return f"there is no Triton kernel for {device.type} in this version"
+
+
+def _native_missing(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the native library cannot run ``op``; None where it can. Builds the library if it is not there yet."""
+    if op.startswith("masked_linear"):
+        return "products on zeroed or masked weights are torch's own on a CPU"
+    if device.type != "cpu":
+        return f"there is no native kernel for {device.type} in this version"
+    if dtype == torch.float64:
+        return "the native kernels do not take float64"
+    return native_reason()
 
 
 def _install(op: str) -> None:
     """Make the chooser the op's kernel on every device."""
+    kernels: dict[str, Callable[..., Any]] = {"torch": TORCH_KERNELS[op]}
+    if op in NATIVE:
+        kernels["native"] = getattr(torch.ops.ebft_kernels, op).native
     announced: set[str] = set()
 
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        device = _device_of(args)
-        choice = explain(op, device)
-        if not choice.fused and use_impl._current == "auto" and device.type not in announced:
-            announced.add(device.type)
+    def kernel(*args: Any) -> Any:
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        choice = _choose(op, first.device, first.dtype)
+        if not choice.fused and use_impl._current == "auto" and first.device.type not in announced:
+            announced.add(first.device.type)
             _LOG.info("%s", choice)
-        return _KERNELS[choice.impl][op](*args, **kwargs)
+        return kernels[choice.impl](*args)
 
     LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
 
-
-def _device_of(args: tuple[Any, ...]) -> torch.device:
-    first = args[0]
-    return first.device if isinstance(first, torch.Tensor) else first[0].device
-
-
-_KERNELS: dict[str, dict[str, Callable[..., Any]]] = {"torch": TORCH_KERNELS}
 
 for _op in SCHEMAS:
     _install(_op)

@@ -95,7 +95,11 @@ class PackedMask:
 
     def count(self) -> int:
         """How many it keeps. A sync point on a GPU."""
-        return int(self.dense().sum())
+        return int(self.row_offsets()[-1])
+
+    def row_offsets(self) -> Tensor:
+        """int64 (rows + 1): how many weights are kept before each row, and in all; rows are all leading places."""
+        return _OPS.row_offsets(self.words)
 
     def density(self) -> float:
         """The kept share, 1 - sparsity. A sync point on a GPU."""

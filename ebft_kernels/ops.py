@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ebft_kernels.reference import WORD_BITS
+from ebft_kernels import reference
+from ebft_kernels.reference import SCALE_GROUP, WORD_BITS
 
 NAMESPACE = "ebft_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -25,17 +26,28 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
     "topk_mask": "(Tensor scores, SymInt k) -> Tensor",
     "nm_mask": "(Tensor scores, int n, int m) -> Tensor",
     "is_nm": "(Tensor words, SymInt width, int n, int m) -> Tensor",
+    "row_offsets": "(Tensor words) -> Tensor",
     "masked_linear": "(Tensor x, Tensor weight, Tensor words, Tensor? bias, bool zeroed) -> Tensor",
     "masked_linear_dx": "(Tensor dy, Tensor weight, Tensor words, bool zeroed) -> Tensor",
     "masked_linear_dw": "(Tensor dy, Tensor x, Tensor words) -> Tensor",
+    "compressed_linear": (
+        "(Tensor x, Tensor words, Tensor values, Tensor row_offsets, Tensor? scales, Tensor? bias, SymInt width) -> Tensor"
+    ),
+    "decompress": "(Tensor words, Tensor values, Tensor row_offsets, Tensor? scales, SymInt width) -> Tensor",
     "masked_grad_norm": "(Tensor[] grads, Tensor[] words) -> Tensor",
     "masked_adamw_step": (
-        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] words, "
-        "Tensor? grad_scale, *, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()"
+        "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
+        "Tensor(e!)[] exp_avg_scales, Tensor(f!)[] exp_avg_sq_scales, Tensor(g!)[] masters, Tensor[] words, "
+        "Tensor[] row_offsets, Tensor? grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, "
+        "int step, bool stochastic, int seed, int[] param_ids, bool zero_grads) -> ()"
     ),
 }
+NATIVE = tuple(name for name in SCHEMAS if not name.startswith("masked_linear"))  # what csrc/ has kernels for
+
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
+    if _name in NATIVE:
+        LIBRARY.define(f"{_name}.native{_schema}")
 
 
 def words_in(width: int) -> int:
@@ -94,6 +106,27 @@ def masked_linear_dw(dy: Tensor, x: Tensor, words: Tensor) -> Tensor:
     return zero_pruned(dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]), words)
 
 
+def decompress(words: Tensor, values: Tensor, row_offsets: Tensor, scales: Tensor | None, width: int) -> Tensor:
+    dense = torch.zeros((words.shape[0], width), dtype=values.dtype, device=values.device)
+    dense.masked_scatter_(unpack_mask(words, width), values)
+    if scales is None:
+        return dense
+    return dense.float() * scales.repeat_interleave(SCALE_GROUP, dim=1)[:, :width]
+
+
+def compressed_linear(
+    x: Tensor,
+    words: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    width: int,
+) -> Tensor:
+    weight = decompress(words, values, row_offsets, scales, width).to(x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
 def masked_grad_norm(grads: list[Tensor], words: list[Tensor]) -> Tensor:
     kept = [zero_pruned(grad, mask) if mask.numel() else grad for grad, mask in zip(grads, words, strict=True)]
     wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
@@ -101,21 +134,41 @@ def masked_grad_norm(grads: list[Tensor], words: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
+def row_offsets(words: Tensor) -> Tensor:
+    counts = unpack_mask(words, words.shape[-1] * WORD_BITS).sum(-1).flatten()
+    return F.pad(counts.cumsum(0), (1, 0))
+
+
 def masked_adamw_step(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
+    masters: list[Tensor],
     words: list[Tensor],
+    row_offsets: list[Tensor],
     grad_scale: Tensor | None,
-    *,
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
     step: int,
+    stochastic: bool,
+    seed: int,
+    param_ids: list[int],
+    zero_grads: bool,
 ) -> None:
+    states = (*exp_avg_scales, *masters, *row_offsets)
+    if any(state.numel() for state in states) or any(m.dtype != p.dtype for m, p in zip(exp_avgs, params, strict=True)):
+        reference.masked_adamw_step(
+            params, grads, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, masters, words, row_offsets,
+            grad_scale, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step,
+            stochastic=stochastic, seed=seed, param_ids=param_ids, zero_grads=zero_grads,
+        )  # fmt: skip
+        return
     kept = [_kept_bits(mask, p) if mask.numel() else None for mask, p in zip(words, params, strict=True)]
     # torch's fused step writes unscaled gradients back, so it gets copies; it divides by its scale.
     copies = [
@@ -142,6 +195,8 @@ def masked_adamw_step(
     for tensor, bits in zip((*params, *exp_avgs, *exp_avg_sqs), kept * 3, strict=True):
         if bits is not None:
             _as_int(tensor).bitwise_and_(bits)
+    if zero_grads:
+        torch._foreach_zero_(grads)
 
 
 def zero_pruned(tensor: Tensor, words: Tensor) -> Tensor:
@@ -187,9 +242,14 @@ FAKES = {
     "masked_linear": lambda x, weight, words, bias=None, zeroed=False: x.new_empty((*x.shape[:-1], weight.shape[0])),
     "masked_linear_dx": lambda dy, weight, words, zeroed=False: dy.new_empty((*dy.shape[:-1], weight.shape[1])),
     "masked_linear_dw": lambda dy, x, words: x.new_empty((dy.shape[-1], x.shape[-1])),
+    "compressed_linear": lambda x, words, *rest: x.new_empty((*x.shape[:-1], words.shape[0])),
+    "decompress": lambda words, values, row_offsets, scales, width: values.new_empty(
+        (words.shape[0], width), dtype=torch.float32 if scales is not None else values.dtype
+    ),
     "masked_grad_norm": lambda grads, words: grads[0].new_empty(
         (), dtype=torch.float64 if grads[0].dtype == torch.float64 else torch.float32
     ),
+    "row_offsets": lambda words: words.new_empty((words.shape[:-1].numel() + 1,), dtype=torch.int64),
     "masked_adamw_step": lambda *args, **kwargs: None,
 }
 for _name, _fake in FAKES.items():
@@ -249,9 +309,23 @@ def _dw_backward(ctx: Any, ddw: Tensor) -> tuple[Any, ...]:
     )
 
 
+def _compressed_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, words, values, row_offsets, scales, _, ctx.width = inputs
+    ctx.save_for_backward(words, values, row_offsets, scales)
+    ctx.dtype = x.dtype
+
+
+def _compressed_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    words, values, row_offsets, scales = ctx.saved_tensors
+    weight = _OPS.decompress(words, values, row_offsets, scales, ctx.width).to(ctx.dtype)
+    db = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[5] else None
+    return (dy @ weight if ctx.needs_input_grad[0] else None, None, None, None, None, db, None)
+
+
 for _name, _setup, _backward in (
     ("masked_linear", _linear_setup, _linear_backward),
     ("masked_linear_dx", _dx_setup, _dx_backward),
     ("masked_linear_dw", _dw_setup, _dw_backward),
+    ("compressed_linear", _compressed_setup, _compressed_backward),
 ):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup, lib=LIBRARY)

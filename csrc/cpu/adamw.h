@@ -1,0 +1,40 @@
+// What a masked AdamW kernel works on: one parameter and its states, as plain pointers.
+#pragma once
+
+#include <cstdint>
+
+namespace ebft {
+
+enum class Weight { kFloat, kMasterBfloat16, kMasterHalf, kStochastic };
+enum class Moment { kFloat, kBfloat16, kInt8 };
+
+inline constexpr int64_t kBlock = 256;  // stored moments that share a scale
+
+// Scalars of a step, rounded to float where the arithmetic is float.
+struct AdamWScalars {
+  float decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps;
+  float grad_scale;  // if `scaled`
+  bool scaled, zero_grads;
+  uint32_t seed_low, seed_high, step, param_id;
+};
+
+struct AdamWTensors {
+  void* param;
+  void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  float* exp_avg_scale;
+  float* exp_avg_sq_scale;
+  float* master;
+  const uint8_t* mask;   // bytes of the mask words, or null: everything is kept
+  int64_t mask_stride;   // bytes from row to row
+  int64_t width;
+};
+
+// The places [(row0, col0), (row1, col1)) in row-major order, and the stored entries [stored0, stored1) among them.
+// With 8-bit moments stored0 is a multiple of kBlock.
+struct Span {
+  int64_t row0, col0, row1, col1, stored0, stored1;
+};
+
+}  // namespace ebft

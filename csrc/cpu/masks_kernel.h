@@ -1,0 +1,190 @@
+// Masks as bits: pack, unpack, choose the best of a row or of every M, check. One row at a time. Included twice, by both.h.
+
+// --- bytes of 0 and 1 <-> bits ----------------------------------------------------------------------------------------
+
+inline uint32_t pack32(const uint8_t* bytes) {
+#if EBFT_AVX2
+  __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+  return uint32_t(_mm256_movemask_epi8(_mm256_cmpgt_epi8(v, _mm256_setzero_si256())));
+#else
+  uint32_t word = 0;
+  for (int part = 0; part < 4; ++part) {
+    uint64_t octet;
+    memcpy(&octet, bytes + 8 * part, 8);
+    word |= uint32_t(octet * 0x0102040810204080ull >> 56) << (8 * part);  // byte i's bit to bit i
+  }
+  return word;
+#endif
+}
+
+inline void unpack32(uint32_t word, uint8_t* bytes) {
+#if EBFT_AVX2
+  __m256i spread = _mm256_shuffle_epi8(
+      _mm256_set1_epi32(int32_t(word)),
+      _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3));
+  __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201ull));
+  __m256i kept = _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit), _mm256_set1_epi8(1));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes), kept);
+#else
+  for (int part = 0; part < 4; ++part) {
+    uint64_t octet = word >> (8 * part) & 0xFF;
+    octet = (octet * 0x8040201008040201ull & 0x8080808080808080ull) >> 7;  // bit 7 - i of each byte ...
+    octet = __builtin_bswap64(octet);                                      // ... to byte i
+    memcpy(bytes + 8 * part, &octet, 8);
+  }
+#endif
+}
+
+void pack_row(const uint8_t* mask, uint32_t* words, int64_t width) {
+  int64_t whole = width / 32;
+  for (int64_t j = 0; j < whole; ++j) words[j] = pack32(mask + 32 * j);
+  if (width % 32) {
+    uint8_t tail[32] = {};
+    memcpy(tail, mask + 32 * whole, size_t(width % 32));
+    words[whole] = pack32(tail);
+  }
+}
+
+void unpack_row(const uint32_t* words, uint8_t* mask, int64_t width) {
+  int64_t whole = width / 32;
+  for (int64_t j = 0; j < whole; ++j) unpack32(words[j], mask + 32 * j);
+  if (width % 32) {
+    uint8_t tail[32];
+    unpack32(words[whole], tail);
+    memcpy(mask + 32 * whole, tail, size_t(width % 32));
+  }
+}
+
+int64_t count_bits(const uint32_t* words, int64_t count) {
+  int64_t total = 0;
+  for (int64_t j = 0; j < count; ++j) total += __builtin_popcount(words[j]);
+  return total;
+}
+
+// --- scores as integers in the same order -----------------------------------------------------------------------------
+// NaN is the highest, -0 equals +0.
+
+inline int32_t key_of(uint32_t bits) {
+  if ((bits & 0x7FFFFFFF) > 0x7F800000) return 0x7FFFFFFF;
+  if (bits == 0x80000000) return 0;
+  return int32_t(bits) >= 0 ? int32_t(bits) : int32_t(bits ^ 0x7FFFFFFF);
+}
+
+void keys_of_float(const float* scores, int32_t* keys, int64_t width) {
+  for (int64_t i = 0; i < width; ++i) {
+    uint32_t bits;
+    memcpy(&bits, scores + i, 4);
+    keys[i] = key_of(bits);
+  }
+}
+
+void keys_of_bfloat16(const uint16_t* scores, int32_t* keys, int64_t width) {
+  for (int64_t i = 0; i < width; ++i) keys[i] = key_of(uint32_t(scores[i]) << 16);
+}
+
+void keys_of_half(const uint16_t* scores, int32_t* keys, int64_t width) {
+  for (int64_t i = 0; i < width; ++i) {  // the order of half bits is that of float bits with as many exponents
+    uint32_t bits = scores[i], size = bits & 0x7FFF;
+    keys[i] = size > 0x7C00 ? 0x7FFFFFFF : bits & 0x8000 ? -int32_t(size) : int32_t(size);
+  }
+}
+
+// --- the best of a row ------------------------------------------------------------------------------------------------
+
+// Bits for the k highest keys, of equal ones those further left. Radix selection: three passes over digits of the keys.
+void topk_row(const int32_t* keys, uint32_t* words, int64_t width, int64_t k) {
+  uint32_t threshold = 0;  // digits found so far of the k-th highest key, offset to be unsigned
+  int64_t left = k;        // how many of those that share these digits are still to be kept
+  const int shifts[3] = {21, 10, 0}, sizes[3] = {2048, 2048, 1024};
+  uint32_t known = 0;  // mask of the digits found
+  for (int pass = 0; pass < 3 && k > 0; ++pass) {
+    int32_t histogram[2048] = {};
+    for (int64_t i = 0; i < width; ++i) {
+      uint32_t key = uint32_t(keys[i]) ^ 0x80000000u;
+      if ((key & known) == threshold) ++histogram[key >> shifts[pass] & uint32_t(sizes[pass] - 1)];
+    }
+    int digit = sizes[pass] - 1;
+    while (histogram[digit] < left) left -= histogram[digit--];
+    threshold |= uint32_t(digit) << shifts[pass];
+    known |= uint32_t(sizes[pass] - 1) << shifts[pass];
+  }
+  for (int64_t j = 0; j < (width + 31) / 32; ++j) {
+    uint32_t word = 0;
+    for (int64_t i = 32 * j; i < width && i < 32 * j + 32; ++i) {
+      uint32_t key = uint32_t(keys[i]) ^ 0x80000000u;
+      bool keep = k > 0 && (key > threshold || (key == threshold && left > 0));
+      if (keep && key == threshold) --left;
+      word |= uint32_t(keep) << (i & 31);
+    }
+    words[j] = word;
+  }
+}
+
+// --- N of every M -----------------------------------------------------------------------------------------------------
+
+// Four keys: how many of the others come before each, and so the n that are kept.
+inline uint32_t best_of_4(const int32_t* k, int n) {
+  int r0 = (k[1] > k[0]) + (k[2] > k[0]) + (k[3] > k[0]);
+  int r1 = (k[0] >= k[1]) + (k[2] > k[1]) + (k[3] > k[1]);
+  int r2 = (k[0] >= k[2]) + (k[1] >= k[2]) + (k[3] > k[2]);
+  int r3 = (k[0] >= k[3]) + (k[1] >= k[3]) + (k[2] >= k[3]);
+  return uint32_t(r0 < n) | uint32_t(r1 < n) << 1 | uint32_t(r2 < n) << 2 | uint32_t(r3 < n) << 3;
+}
+
+#if EBFT_AVX2
+// Two groups of four: each key against the three others of its group, by rotations within 128 bits.
+inline uint32_t best_of_4_twice(const int32_t* keys, int n) {
+  __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys));
+  __m256i before = _mm256_setzero_si256();  // minus how many come before
+  __m256i r1 = _mm256_shuffle_epi32(k, 0x39), r2 = _mm256_shuffle_epi32(k, 0x4E), r3 = _mm256_shuffle_epi32(k, 0x93);
+  // A neighbour that stands further left also comes before where it is equal.
+  __m256i left1 = _mm256_setr_epi32(0, 0, 0, -1, 0, 0, 0, -1), left2 = _mm256_setr_epi32(0, 0, -1, -1, 0, 0, -1, -1);
+  __m256i left3 = _mm256_setr_epi32(0, -1, -1, -1, 0, -1, -1, -1);
+  before = _mm256_or_si256(_mm256_cmpgt_epi32(r1, k), _mm256_and_si256(_mm256_cmpeq_epi32(r1, k), left1));
+  before = _mm256_add_epi32(
+      before, _mm256_or_si256(_mm256_cmpgt_epi32(r2, k), _mm256_and_si256(_mm256_cmpeq_epi32(r2, k), left2)));
+  before = _mm256_add_epi32(
+      before, _mm256_or_si256(_mm256_cmpgt_epi32(r3, k), _mm256_and_si256(_mm256_cmpeq_epi32(r3, k), left3)));
+  __m256i keep = _mm256_cmpgt_epi32(before, _mm256_set1_epi32(-n));
+  return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(keep)));
+}
+#endif
+
+void nm_row(const int32_t* keys, uint32_t* words, int64_t width, int n, int m) {
+  memset(words, 0, size_t((width + 31) / 32) * 4);
+  int64_t i = 0;
+  if (m == 4) {
+#if EBFT_AVX2
+    for (; i + 8 <= width; i += 8) words[i / 32] |= best_of_4_twice(keys + i, n) << (i & 31);
+#endif
+    for (; i < width; i += 4) words[i / 32] |= best_of_4(keys + i, n) << (i & 31);
+    return;
+  }
+  for (; i < width; i += m) {
+    for (int a = 0; a < m; ++a) {
+      const int32_t key = keys[i + a];
+      int before = 0;
+      for (int b = 0; b < a; ++b) before += keys[i + b] >= key;
+      for (int b = a + 1; b < m; ++b) before += keys[i + b] > key;
+      if (before < n) words[(i + a) / 32] |= 1u << ((i + a) & 31);
+    }
+  }
+}
+
+bool is_nm_row(const uint32_t* words, int64_t width, int n, int m) {
+  if (m == 4) {  // four bits a group: counts in nibbles, and a carry into the top bit where one is above n
+    uint32_t over = 0, add = 0x11111111u * uint32_t(7 - n);
+    for (int64_t j = 0; j < (width + 31) / 32; ++j) {
+      uint32_t pairs = words[j] - (words[j] >> 1 & 0x55555555u);
+      uint32_t counts = (pairs & 0x33333333u) + (pairs >> 2 & 0x33333333u);
+      over |= (counts + add) & 0x88888888u;
+    }
+    return over == 0;
+  }
+  for (int64_t i = 0; i < width; i += m) {
+    int count = 0;
+    for (int64_t b = i; b < i + m; ++b) count += int(words[b / 32] >> (b & 31) & 1);
+    if (count > n) return false;
+  }
+  return true;
+}

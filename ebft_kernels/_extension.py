@@ -1,0 +1,122 @@
+"""The native library of csrc/: found, or built just in time; and the reason where there is none.
+
+It comes from one of three places: built at install (``pip install --no-build-isolation .`` with torch at hand), built at
+first use where there is a compiler (cached for this torch, this CPU and these sources; ``EBFT_CACHE`` moves the cache), or
+nowhere, and then everything runs without it. ``EBFT_NATIVE=0`` turns it off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+_PACKAGE = Path(__file__).parent
+CFLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall", "-Wextra"]
+
+
+def sources(folder: Path) -> list[Path]:
+    """The C++ files of a csrc folder that make the library."""
+    return sorted(folder.glob("cpu/*.cpp"))
+
+
+def installed_name() -> str:
+    """The file name of a library built at install: it fits one torch only."""
+    return f"_native-torch{torch.__version__.split('+')[0]}.so"
+
+
+@functools.cache
+def native_reason() -> str | None:
+    """None where the native library is loaded (this loads or builds it); otherwise why it is not."""
+    if os.environ.get("EBFT_NATIVE", "1") == "0":
+        return "EBFT_NATIVE=0 turns the native library off"
+    installed = _PACKAGE / installed_name()
+    if installed.is_file():
+        return _load(installed)
+    folder = next((f for f in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if sources(f)), None)
+    if folder is None:
+        return "the native library was not built at install, and its sources are not here"
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        return f"the native library is not built, and there is no compiler ({compiler}) to build it"
+    return _build(folder, compiler)
+
+
+def _load(library: Path) -> str | None:
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"the native library {library} cannot be loaded: {' '.join(str(error).split())[:200]}"
+    return None
+
+
+def _build(folder: Path, compiler: str) -> str | None:
+    """Build in the cache, or take what is there."""
+    cache = _cache_folder(folder, compiler)
+    library = cache / "ebft_kernels_native.so"
+    if library.is_file():
+        return _load(library)
+    from torch.utils import cpp_extension  # imports setuptools: only when there is something to build
+
+    print(f"ebft_kernels: building the native kernels, once (about a minute) into {cache}", file=sys.stderr, flush=True)
+    began = time.perf_counter()
+    work = cache / f"build-{os.getpid()}"  # every process in a folder of its own; the last to finish replaces the others'
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with _tools_on_path():
+            cpp_extension.load(
+                library.stem,
+                [str(file) for file in sources(folder)],
+                extra_cflags=CFLAGS,
+                extra_include_paths=[str(folder)],
+                build_directory=str(work),
+                is_python_module=False,
+                with_cuda=False,
+            )
+        (work / library.name).replace(library)
+    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        log = cache / "build.log"
+        with contextlib.suppress(OSError):
+            log.write_text(f"{compiler}\n{error}\n", encoding="utf-8")
+        return f"the native library could not be built with {compiler}; the log is {log}"
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print(f"ebft_kernels: built in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    return None
+
+
+@contextlib.contextmanager
+def _tools_on_path() -> Iterator[None]:
+    """ninja comes as a package: it lies beside this Python, which need not be on the PATH."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join(filter(None, (str(Path(sys.executable).parent), before)))
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+def _cache_folder(folder: Path, compiler: str) -> Path:
+    base = os.environ.get("EBFT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebft_kernels"
+    fingerprint = hashlib.sha256(f"{compiler} {CFLAGS} {_cpu()}".encode())
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".cpp", ".h")):
+        fingerprint.update(file.name.encode() + file.read_bytes())
+    return Path(base) / f"torch{torch.__version__}-{platform.machine()}-{fingerprint.hexdigest()[:16]}"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith("model name")), platform.processor())
