@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ebft_kernels.mask import MaskLike, PackedMask, as_packed
+from ebft_kernels.reference import QUANTIZED_BLOCK
 
 _OPS = torch.ops.ebft_kernels
 
@@ -40,7 +41,8 @@ def masked_linear(
         raise ValueError(f"masked_linear got bias {tuple(bias.shape)}; expected ({weight.shape[0]},)")
     words = _words(mask, weight, "masked_linear")
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta tensors have none
+    if autocast and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     for name, operand in (("weight", weight), ("bias", bias)):
@@ -76,45 +78,86 @@ def masked_adamw_step(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     grad_scale: Tensor | None = None,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    masters: Sequence[Tensor] | None = None,
+    row_offsets: Sequence[Tensor] | None = None,
+    stochastic: bool = False,
+    seed: int = 0,
+    param_ids: Sequence[int] | None = None,
+    zero_grads: bool = False,
 ) -> None:
     """One AdamW step (arXiv 1711.05101, algorithm 2) on kept weights, in place; pruned ones and their moments become 0.
 
+    docs/layouts.md has the layouts of the states; an entry that a parameter does not need is an empty tensor.
+
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: float tensors (..., K), one by one alike in shape and dtype.
+        params: float tensors (..., K) on one device.
+        grads: of the same shapes and dtypes.
+        exp_avgs, exp_avg_sqs: the moments, dense or compact; float32 (float64), bfloat16, or 8-bit codes.
         masks: a mask for each, or None for a parameter without one.
         step: number of this step, from 1.
         grad_scale: scalar tensor that multiplies the gradients (a clip factor, 1 / loss scale), on their device.
+        exp_avg_scales, exp_avg_sq_scales: float32 scales of 8-bit codes, one for 256 stored entries.
+        masters: float32 weights of 16-bit parameters, stored as the moments are.
+        row_offsets: int64 (rows + 1) of ``PackedMask.row_offsets()``: the states of that parameter are compact.
+        stochastic: round bfloat16 parameters stochastically, by ``seed``, ``step``, ``param_ids`` and place.
+        zero_grads: set the gradients to 0 in the same pass.
 
     Raises:
-        ValueError: shapes or dtypes do not fit each other.
+        ValueError: shapes, dtypes or lengths do not fit each other.
     """
-    lists = (params, grads, exp_avgs, exp_avg_sqs)
-    if step < 1 or len({len(of) for of in (*lists, masks)}) != 1:
-        lengths = ", ".join(str(len(of)) for of in (*lists, masks))
+    none = [torch.empty(0, dtype=torch.float32, device=p.device) for p in params]
+    no_rows = [torch.empty(0, dtype=torch.int64, device=p.device) for p in params]
+    lists = [list(params), list(grads), list(exp_avgs), list(exp_avg_sqs)]
+    lists += [list(given) if given is not None else none for given in (exp_avg_scales, exp_avg_sq_scales, masters)]
+    offsets, ids = list(row_offsets) if row_offsets is not None else no_rows, list(param_ids or range(len(params)))
+    lengths = [len(of) for of in (*lists, masks, offsets, ids)]
+    if step < 1 or len(set(lengths)) != 1:
+        given = ", ".join(map(str, lengths))
         raise ValueError(
-            f"masked_adamw_step got step {step} and lists of {lengths}; expected step >= 1 and equal lengths"
+            f"masked_adamw_step got step {step} and lists of {given}; expected step >= 1 and equal lengths"
         )
-    for param, *others in zip(*lists, strict=True):
-        for other in others:
-            if other.shape != param.shape or other.dtype != param.dtype or other.device != param.device:
+    words = [_words(mask, param, "masked_adamw_step") for mask, param in zip(masks, params, strict=True)]
+    for param, grad, *states in zip(*lists, strict=True):
+        if grad.shape != param.shape or grad.dtype != param.dtype:
+            raise ValueError(
+                f"masked_adamw_step got a gradient {grad.dtype} {tuple(grad.shape)} for a parameter {param.dtype} "
+                f"{tuple(param.shape)}; expected the same"
+            )
+        for state in (grad, *states):
+            if state.device != param.device:
                 raise ValueError(
-                    f"masked_adamw_step got {other.dtype} {tuple(other.shape)} on {other.device} for a parameter "
-                    f"{param.dtype} {tuple(param.shape)} on {param.device}; expected the same"
+                    f"masked_adamw_step got a state on {state.device}; expected {param.device}, the parameter's"
                 )
+    for param, m, v, m_scale, v_scale, master, rows in zip(params, *lists[2:], offsets, strict=True):
+        _check_states(param, m, v, m_scale, v_scale, master, compact=rows.numel() > 0)
     _OPS.masked_adamw_step(
-        list(params),
-        list(grads),
-        list(exp_avgs),
-        list(exp_avg_sqs),
-        [_words(mask, param, "masked_adamw_step") for mask, param in zip(masks, params, strict=True)],
-        grad_scale,
-        lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
-        eps=eps,
-        weight_decay=weight_decay,
-        step=step,
+        *lists, words, offsets, grad_scale, lr, *betas, eps, weight_decay, step, stochastic, seed, ids, zero_grads
     )
+
+
+def _check_states(
+    param: Tensor, m: Tensor, v: Tensor, m_scale: Tensor, v_scale: Tensor, master: Tensor, *, compact: bool
+) -> None:
+    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+    kinds = {(wide, wide), (torch.bfloat16, torch.bfloat16), (torch.int8, torch.uint8)}
+    if (m.dtype, v.dtype) not in kinds:
+        given = f"moments {m.dtype} and {v.dtype}"
+        raise ValueError(
+            f"masked_adamw_step got {given}; expected {wide}, torch.bfloat16, or torch.int8 and torch.uint8"
+        )
+    stored = m.numel() if compact else param.numel()
+    scales = -(-stored // QUANTIZED_BLOCK) if m.dtype == torch.int8 else 0
+    for name, state, expected in (
+        ("first moments", m, stored),
+        ("second moments", v, stored),
+        ("scales of the first moments", m_scale, scales),
+        ("scales of the second moments", v_scale, scales),
+        ("master weights", master, stored if master.numel() else 0),
+    ):
+        if state.numel() != expected:
+            raise ValueError(f"masked_adamw_step got {state.numel()} {name}; expected {expected}")
 
 
 def _words(mask: MaskLike | None, weight: Tensor, who: str) -> Tensor:

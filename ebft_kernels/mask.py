@@ -95,7 +95,11 @@ class PackedMask:
 
     def count(self) -> int:
         """How many it keeps. A sync point on a GPU."""
-        return int(self.dense().sum())
+        return int(self.row_offsets()[-1])
+
+    def row_offsets(self) -> Tensor:
+        """int64 (rows + 1): how many weights are kept before each row, and in all; rows are all leading places."""
+        return _OPS.row_offsets(self.words)
 
     def density(self) -> float:
         """The kept share, 1 - sparsity. A sync point on a GPU."""
@@ -200,12 +204,17 @@ def _read_masks(path: str | os.PathLike[str]) -> Iterator[tuple[str, PackedMask]
     try:
         with safe_open(path, framework="pt") as file:
             shapes = json.loads((file.metadata() or {}).get("shapes", "{}"))
+            if not isinstance(shapes, dict):
+                raise ValueError(f"metadata shapes is {type(shapes).__name__}; expected a JSON object, name -> shape")
             for name in file.keys():  # noqa: SIM118  (a safetensors file, not a dict)
                 tensor = file.get_tensor(name)
                 if tensor.dtype == torch.bool:
                     yield name, PackedMask.from_dense(tensor)
                 elif name in shapes:
-                    yield name, PackedMask(tensor, torch.Size(shapes[name]))
+                    mask = PackedMask(tensor, torch.Size(shapes[name]))
+                    if not torch.equal(PackedMask.from_dense(mask.dense()).words, mask.words):
+                        raise ValueError(f"{name} has bits set past the end of a row of {mask.shape[-1]}")
+                    yield name, mask
                 else:
                     raise ValueError(
                         f"{name} is {tensor.dtype}; expected bool, or int32 words with a shape in the metadata"

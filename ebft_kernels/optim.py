@@ -11,24 +11,44 @@ from torch import Tensor, nn
 
 from ebft_kernels.functional import masked_adamw_step, masked_grad_norm
 from ebft_kernels.mask import MaskLike, PackedMask, as_packed, masks_of
-from ebft_kernels.zeroed import mark_zeroed
+from ebft_kernels.reference import dequantize, quantize
+from ebft_kernels.zeroed import known_words, mark_zeroed
+
+WEIGHTS = ("fp32", "master", "stochastic")
+MOMENTS = ("fp32", "bf16", "int8")
 
 
 class MaskedAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) on the kept weights; pruned ones are exactly zero from the start and after every step.
 
     On kept weights it does what ``torch.optim.AdamW`` does, to rounding. The gradients may be anything, NaN included,
-    where pruned. Parameters without a mask may be present.
+    where pruned. Parameters without a mask may be present. A state is a float32 number a weight or less:
+
+    =================  =====================================================  ===============================
+    ``weights``        parameters                                             bytes a weight, beside parameter
+    =================  =====================================================  ===============================
+    ``"fp32"``         float32 (or float64)                                   0
+    ``"master"``       bfloat16 or float16, with a float32 master             4
+    ``"stochastic"``   bfloat16, rounded stochastically (no master)           0
+    =================  =====================================================  ===============================
+
+    ``moments``: ``"fp32"`` 8 bytes, ``"bf16"`` 4, ``"int8"`` 2.03 (blocks of 256 with a scale; docs/layouts.md). With
+    ``compact`` all of these are kept for surviving weights only. float32 parameters among 16-bit ones stay float32.
 
     Args:
-        params: parameters or parameter groups, float32 or float64.
+        params: parameters or parameter groups.
         lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
         masks: parameter -> PackedMask or bool mask of its shape (1 / True = kept).
+        weights, moments, compact: the layout above; every combination is valid.
+        seed: of the stochastic rounding, which depends on it, the step, the parameter's number and the place alone.
+        zero_grads: set gradients to 0 in the pass of the step, for loops that keep them allocated.
 
     Raises:
         ValueError: a setting is out of range, or a mask has another shape or belongs to no parameter given.
-        TypeError: a parameter is neither float32 nor float64.
+        TypeError: a parameter's dtype does not go with ``weights``.
     """
+
+    _grad_scale: Tensor | None = None  # of the next step: the clip factor, on the device
 
     def __init__(
         self,
@@ -39,6 +59,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         *,
         masks: Mapping[Tensor, MaskLike] | None = None,
+        weights: str = "fp32",
+        moments: str = "fp32",
+        compact: bool = False,
+        seed: int = 0,
+        zero_grads: bool = False,
     ) -> None:
         for name, value, most in (
             ("lr", lr, None), ("eps", eps, None), ("weight_decay", weight_decay, None),
@@ -48,7 +73,11 @@ class MaskedAdamW(torch.optim.Optimizer):
                 raise ValueError(
                     f"MaskedAdamW got {name} = {value}; expected at least 0 and less than {most or 'infinity'}"
                 )
-        self._grad_scale: Tensor | None = None
+        for name, given, allowed in (("weights", weights, WEIGHTS), ("moments", moments, MOMENTS)):
+            if given not in allowed:
+                raise ValueError(f"MaskedAdamW got {name} = {given!r}; expected one of {', '.join(allowed)}")
+        self._weights, self._moments, self._compact = weights, moments, compact
+        self._seed, self._zero_grads = seed, zero_grads
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         for param, mask in (masks or {}).items():
             self.set_mask_(param, mask)
@@ -63,20 +92,30 @@ class MaskedAdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer``'s, with the dtypes checked."""
         super().add_param_group(param_group)
+        allowed = {"fp32": [], "master": [torch.bfloat16, torch.float16], "stochastic": [torch.bfloat16]}[self._weights]
+        allowed = [torch.float32, *([torch.float64] if self._moments == "fp32" else []), *allowed]
         for param in self.param_groups[-1]["params"]:
-            if param.dtype not in (torch.float32, torch.float64):
+            if param.dtype not in allowed:
                 raise TypeError(
-                    f"MaskedAdamW got a parameter of {param.dtype}; expected torch.float32 or torch.float64"
+                    f"MaskedAdamW got a parameter of {param.dtype}; expected {', '.join(map(str, allowed))} with "
+                    f"weights={self._weights!r}, moments={self._moments!r}"
                 )
 
     def mask_of(self, param: Tensor) -> PackedMask | None:
         """The mask of a parameter, or None."""
-        words = self.state[param].get("mask") if param in self.state else None
-        return None if words is None else PackedMask(words, param.shape)
+        state = self.state.get(param, {})
+        if "mask" not in state:
+            return None
+        if state["mask"].device != param.device:  # the module has been moved
+            state["mask"] = _same_words(param, state["mask"].to(param.device))
+        return PackedMask(state["mask"], param.shape)
 
     @torch.no_grad()
     def set_mask_(self, param: Tensor, mask: MaskLike) -> None:
-        """Take ``mask`` for ``param`` from now on: survivors keep their moments, newcomers start at zero."""
+        """Take ``mask`` for ``param`` from now on: survivors keep their states, newcomers start at zero.
+
+        8-bit moments of survivors are rounded anew where their blocks change.
+        """
         packed = as_packed(mask).to(param.device)
         if all(param is not p for p in self._params()):
             raise ValueError(
@@ -87,9 +126,13 @@ class MaskedAdamW(torch.optim.Optimizer):
                 f"MaskedAdamW got a mask {tuple(packed.shape)}; expected {tuple(param.shape)}, the parameter's shape"
             )
         state = self.state[param]
+        dense = {key: self._dense(param, key) for key in ("master", *_MOMENTS) if key in state}
+        packed.zero_pruned_(param)
         state["mask"] = packed.words
-        for tensor in (param, *(state[key] for key in _MOMENTS if key in state)):
-            packed.zero_pruned_(tensor)
+        if self._compact:
+            state["row_offsets"] = packed.row_offsets()
+        for key, value in dense.items():
+            self._store(param, key, packed.zero_pruned_(value))
         mark_zeroed(param, packed.words)
 
     @torch.no_grad()
@@ -104,7 +147,10 @@ class MaskedAdamW(torch.optim.Optimizer):
         with_grad = [p for p in self._params() if p.grad is not None]
         if not with_grad:
             return torch.zeros(())
-        norm = masked_grad_norm([p.grad for p in with_grad], [self.mask_of(p) for p in with_grad])
+        norms = []
+        for _, alike in _grouped(with_grad, lambda p: str(p.dtype)):
+            norms.append(masked_grad_norm([_contiguous(p.grad) for p in alike], [self.mask_of(p) for p in alike]))
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         self._grad_scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         return norm
 
@@ -115,12 +161,29 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        numbers = {p: number for number, p in enumerate(self._params())}
         for group in self.param_groups:
-            for step, params in self._advance(group):
+            with_grad = [p for p in group["params"] if p.grad is not None]
+            for p in with_grad:
+                self._begin(p)
+            for (step, *_), params in _grouped(
+                with_grad, lambda p: (self.state[p]["step"], str(p.device), str(p.dtype))
+            ):
                 states = [self.state[p] for p in params]
+                lists = {
+                    name: [
+                        state.get(key, torch.empty(0, device=p.device)) for p, state in zip(params, states, strict=True)
+                    ]
+                    for name, key in (
+                        ("exp_avg_scales", "exp_avg_scale"),
+                        ("exp_avg_sq_scales", "exp_avg_sq_scale"),
+                        ("masters", "master"),
+                    )
+                }
+                no_rows = torch.empty(0, dtype=torch.int64, device=params[0].device)
                 masked_adamw_step(
                     params,
-                    [p.grad for p in params],
+                    [_contiguous(p.grad) for p in params],
                     [state["exp_avg"] for state in states],
                     [state["exp_avg_sq"] for state in states],
                     [self.mask_of(p) for p in params],
@@ -130,6 +193,12 @@ class MaskedAdamW(torch.optim.Optimizer):
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
                     grad_scale=self._grad_scale,
+                    row_offsets=[state.get("row_offsets", no_rows) for state in states],
+                    stochastic=self._weights == "stochastic" and params[0].dtype == torch.bfloat16,
+                    seed=self._seed,
+                    param_ids=[numbers[p] for p in params],
+                    zero_grads=self._zero_grads,
+                    **lists,
                 )
                 for p in params:
                     if "mask" in self.state[p]:
@@ -137,50 +206,129 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._grad_scale = None
         return loss
 
-    def _advance(self, group: dict[str, Any]) -> Iterable[tuple[int, list[Tensor]]]:
-        """Count the step of every parameter with a gradient; gives those that one call of the op can take together."""
-        params = [p for p in group["params"] if p.grad is not None]
-        for p in params:
-            state = self.state[p]
-            if "step" not in state:
-                state["step"] = 0
-                for key in _MOMENTS:
-                    state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["step"] += 1
-
-        def together(p: Tensor) -> tuple[Any, ...]:
-            return (self.state[p]["step"], str(p.device), str(p.dtype))
-
-        for (step, *_), alike in itertools.groupby(sorted(params, key=together), key=together):
-            yield step, list(alike)
-
-    def _params(self) -> Iterable[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
+    def __getstate__(self) -> dict[str, Any]:
+        layout = {name: getattr(self, name) for name in ("_weights", "_moments", "_compact", "_seed", "_zero_grads")}
+        return {**super().__getstate__(), **layout}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer``'s; a clip factor that no step has used goes with the gradients."""
         super().zero_grad(set_to_none)
         self._grad_scale = None
 
+    # --- states ---------------------------------------------------------------------------------------------------
+
+    def _params(self) -> Iterable[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _begin(self, param: Tensor) -> None:
+        """Count a step; make the states before the first."""
+        state = self.state[param]
+        if "step" not in state:
+            state["step"] = 0
+            for key in _MOMENTS:
+                self._store(param, key, torch.zeros(param.shape, dtype=_wide(param), device=param.device))
+            if self._weights == "master" and param.dtype in (torch.bfloat16, torch.float16):
+                self._store(param, "master", param.float())
+        state["step"] += 1
+
+    def _dense(self, param: Tensor, key: str) -> Tensor:
+        """A state as it is meant: float32 (float64) in the parameter's shape, 0 where nothing is stored."""
+        state = self.state[param]
+        stored = state[key].flatten()
+        stored = dequantize(stored, state[f"{key}_scale"]) if f"{key}_scale" in state else stored.to(_wide(param))
+        mask = self.mask_of(param)
+        if mask is None or not self._compact:
+            return stored.view(param.shape).clone()
+        return torch.zeros(param.shape, dtype=stored.dtype, device=param.device).masked_scatter_(mask.dense(), stored)
+
+    def _store(self, param: Tensor, key: str, dense: Tensor) -> None:
+        """Store a state of the parameter's shape in the layout of this optimizer."""
+        state, mask = self.state[param], self.mask_of(param)
+        stored = dense[mask.dense()] if self._compact and mask is not None else dense.contiguous()
+        if key == "master" or self._moments == "fp32":
+            state[key] = stored
+        elif self._moments == "bf16":
+            state[key] = stored.to(torch.bfloat16)
+        else:
+            codes, state[f"{key}_scale"] = quantize(stored.flatten(), signed=key == "exp_avg")
+            state[key] = codes.view(stored.shape)
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over settings, moments and masks; the state of a plain ``torch.optim.AdamW`` is taken too.
+        """Take over settings, states and masks; the state of a plain ``torch.optim.AdamW`` is taken too.
 
         A parameter for which ``state_dict`` has no mask keeps the one it has. Pruned weights and moments are zeroed.
+
+        Raises:
+            ValueError: the states have another layout (weights, moments, compact) than this optimizer.
         """
-        masks = {p: self.mask_of(p) for p in self._params()}
+        before = {p: self.mask_of(p) for p in self._params()}
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         super().load_state_dict(
             state_dict
         )  # checks the groups; but casts all that a state holds to the parameter's dtype
-        for number, param in enumerate(self._params()):
-            saved = state_dict["state"].get(number, {})
-            state = {key: v.to(param.device) if isinstance(v, Tensor) else v for key, v in saved.items()}
-            if "step" in state:
-                state["step"] = int(state["step"])
-            self.state[param] = state
-            mask = PackedMask(state["mask"], param.shape) if "mask" in state else masks[param]
+        for number, param in zip(numbers, self._params(), strict=True):
+            saved = {
+                k: v.to(param.device, copy=True) if isinstance(v, Tensor) else v
+                for k, v in state_dict["state"].get(number, {}).items()
+            }
+            if "max_exp_avg_sq" in saved:
+                raise ValueError("MaskedAdamW got a state dict of AMSGrad; expected one of AdamW")
+            words = saved.pop("mask", None)
+            mask = before[param] if words is None else PackedMask(_same_words(param, words), param.shape)
+            plain = isinstance(saved.get("step"), Tensor)  # torch's own counts steps in tensors
+            if "step" in saved:
+                saved["step"] = int(saved["step"])
+            self.state[param] = state = saved
             if mask is not None:
-                self.set_mask_(param, mask)
+                state["mask"] = mask.words
+                mask.zero_pruned_(param)
+                mark_zeroed(param, mask.words)
+            if plain and "exp_avg" in state:  # dense, and in whatever dtype
+                for key in _MOMENTS:
+                    dense = state[key].to(_wide(param))
+                    self._store(param, key, dense if mask is None else mask.zero_pruned_(dense))
+                if mask is not None and self._compact:
+                    state["row_offsets"] = mask.row_offsets()
+            self._check_layout(param)
+
+    def _check_layout(self, param: Tensor) -> None:
+        state = self.state[param]
+        if "exp_avg" not in state:
+            return
+        mask = self.mask_of(param)
+        dtype = {"fp32": _wide(param), "bf16": torch.bfloat16, "int8": torch.int8}[self._moments]
+        stored = mask.count() if mask is not None and self._compact else param.numel()
+        master = self._weights == "master" and param.dtype in (torch.bfloat16, torch.float16)
+        if state["exp_avg"].dtype != dtype or state["exp_avg"].numel() != stored or ("master" in state) != master:
+            given = f"{state['exp_avg'].dtype} moments of {state['exp_avg'].numel()} entries"
+            given += " and a master" if "master" in state else ""
+            raise ValueError(
+                f"MaskedAdamW got a state dict with {given} for a parameter {tuple(param.shape)}; expected {dtype} "
+                f"moments of {stored} entries{' and a master' if master else ''}, those of weights={self._weights!r}, "
+                f"moments={self._moments!r}, compact={self._compact}"
+            )
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _wide(param: Tensor) -> torch.dtype:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def _same_words(param: Tensor, words: Tensor) -> Tensor:
+    """``words``, or the equal ones that a ``MaskedLinear`` around ``param`` holds: both know of the same zeros then."""
+    known = known_words(param)
+    same = known is not None and known.device == words.device and torch.equal(known, words)
+    return known if same and known is not None else words
+
+
+def _contiguous(grad: Tensor | None) -> Tensor:
+    assert grad is not None
+    return grad.contiguous()
+
+
+def _grouped(params: list[Tensor], key: Callable[[Tensor], Any]) -> Iterable[tuple[Any, list[Tensor]]]:
+    """The parameters by ``key``, each group in its order."""
+    return ((value, list(alike)) for value, alike in itertools.groupby(sorted(params, key=key), key=key))

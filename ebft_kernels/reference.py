@@ -110,15 +110,22 @@ def masked_adamw_step(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
+    masters: list[Tensor],
     words: list[Tensor],
+    row_offsets: list[Tensor],
     grad_scale: Tensor | None,
-    *,
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
     step: int,
+    stochastic: bool,
+    seed: int,
+    param_ids: list[int],
+    zero_grads: bool,
 ) -> None:
     """One AdamW step (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2) on kept weights, in place.
 
@@ -127,24 +134,145 @@ def masked_adamw_step(
         w <- (1 - lr * weight_decay) w
         m <- beta1 m + (1 - beta1) g
         v <- beta2 v + (1 - beta2) g^2
-        w <- w - lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
+        w <- w - (lr / (1 - beta1^step)) m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 
-    Pruned weights and their moments become exactly 0, whatever stood there. Gradients are only read.
+    Pruned weights become exactly 0, whatever stood there, and so do their moments where they are stored. States are
+    *stored* either dense, in the parameter's shape, or compact: 1-D, row-major over kept weights.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: float tensors, alike in shape and dtype one by one.
+        params: float parameters (..., K); 16-bit ones have a master weight or are rounded stochastically.
+        grads: of the parameters' shapes and dtypes; read, and then set to 0 if ``zero_grads``.
+        exp_avgs, exp_avg_sqs: m and v, stored as float32 (float64 for float64 parameters), bfloat16, or 8-bit codes
+            (int8 for m, uint8 for v; ``quantize``).
+        exp_avg_scales, exp_avg_sq_scales: float32 scales of 8-bit codes; empty tensors otherwise.
+        masters: float32 weights, stored as the moments are; empty tensors where the parameter itself is the weight.
         words: int32 mask words of each parameter; no words (numel 0) for a parameter without a mask.
+        row_offsets: int64 (rows + 1), how many weights are kept before each row: the states are compact; empty: dense.
         grad_scale: scalar tensor that multiplies the gradients (a clip factor, 1 / loss scale), or None.
         step: number of this step, from 1.
+        stochastic: round bfloat16 parameters stochastically, with the bits of ``philox``.
+        seed, param_ids: what those bits depend on, with step and place.
+        zero_grads: set the gradients to 0 in the same pass.
     """
-    for param, grad, m, v, mask in zip(params, grads, exp_avgs, exp_avg_sqs, words, strict=True):
+    step_size = lr / (1 - beta1**step)
+    correction = (1 - beta2**step) ** -0.5
+    for n, (param, grad, mask) in enumerate(zip(params, grads, words, strict=True)):
         kept = unpack_mask(mask, param.shape[-1]) if mask.numel() else torch.ones_like(param, dtype=torch.bool)
-        g = wide(grad).masked_fill(~kept, 0.0)
+        # In storage order: all places, or kept ones alone.
+        places = kept.flatten().nonzero().flatten() if row_offsets[n].numel() else torch.arange(kept.numel())
+        places = places.to(param.device)
+        alive = kept.flatten()[places]
+        m, v = (
+            _load_moment(code, scale)
+            for code, scale in ((exp_avgs[n], exp_avg_scales[n]), (exp_avg_sqs[n], exp_avg_sq_scales[n]))
+        )
+        g = wide(grad).flatten()[places].masked_fill(~alive, 0.0)
         if grad_scale is not None:
             g = g * grad_scale
-        w = wide(param) * (1 - lr * weight_decay)
-        new_m = beta1 * m + (1 - beta1) * g
-        new_v = beta2 * v + (1 - beta2) * g * g
-        w = w - lr * (new_m / (1 - beta1**step)) / ((new_v / (1 - beta2**step)).sqrt() + eps)
-        for old, new in ((param, w), (m, new_m), (v, new_v)):
-            old.copy_(new.masked_fill(~kept, 0.0))
+        w = masters[n].flatten() if masters[n].numel() else wide(param).flatten()[places]
+
+        w = w * (1 - lr * weight_decay)
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g * g
+        w = w - step_size * m / (v.sqrt() * correction + eps)
+
+        w, m, v = (t.masked_fill(~alive, 0.0) for t in (w, m, v))
+        _store_moment(m, exp_avgs[n], exp_avg_scales[n])
+        _store_moment(v, exp_avg_sqs[n], exp_avg_sq_scales[n])
+        if masters[n].numel():
+            masters[n].copy_(w.view_as(masters[n]))
+        if stochastic:
+            w = round_stochastically(w, philox(seed, step, param_ids[n], places))
+        full = torch.zeros(param.numel(), dtype=w.dtype, device=param.device)
+        full[places] = w
+        param.copy_(full.view_as(param))
+        if zero_grads:
+            grad.zero_()
+
+
+def _load_moment(code: Tensor, scale: Tensor) -> Tensor:
+    return dequantize(code.flatten(), scale) if scale.numel() else wide(code).flatten()
+
+
+def _store_moment(value: Tensor, code: Tensor, scale: Tensor) -> None:
+    if scale.numel():
+        codes, scales = quantize(value, signed=code.dtype == torch.int8)
+        code.copy_(codes.view_as(code))
+        scale.copy_(scales)
+    else:
+        code.copy_(value.view_as(code))
+
+
+def row_offsets(words: Tensor) -> Tensor:
+    """int64 (rows + 1): how many weights a mask of words (..., W) keeps before each row, and in all."""
+    counts = unpack_mask(words, words.shape[-1] * WORD_BITS).sum(-1).flatten()  # tail bits are 0
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+# --- 8-bit moments ------------------------------------------------------------------------------------------------
+# Blocks of 256 consecutive stored values share a float32 scale. A code is, but for rounding, the eighth root of the
+# value, which a shift by three bits makes of a float's bits (piecewise linearly): 127 or 255 levels down to 2^-63, the
+# nearer to 1 the finer. Integer arithmetic on float bits alone, so that every back end gives the same codes.
+
+QUANTIZED_BLOCK = 256
+_TOP = {
+    True: 1.875,
+    False: 1.9375,
+}  # what the highest code stands for, signed (7 bits and a sign) and unsigned (8 bits)
+_OFFSET = {True: 944 << 20, False: 952 << 20}
+_LEAST = 2.0**-100  # a block whose largest value is smaller is scaled by this one
+
+
+def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """float32 (n,) -> codes (n,), int8 or uint8, and float32 scales (ceil(n / 256),).
+
+    0 is exact. Unsigned: a value above 0 never becomes 0, because a second moment that did would make the step explode.
+    """
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % QUANTIZED_BLOCK)).view(-1, QUANTIZED_BLOCK)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    clamped = largest.clamp(min=_LEAST)
+    fraction = blocks.abs() * (torch.full_like(clamped, _TOP[signed]) / clamped)  # one rounding; a scalar / x has two
+    root = ((fraction.view(torch.int32) >> 3) + _OFFSET[signed]).view(torch.float32)
+    code = root.round().clamp(max=127.0 if signed else 255.0)
+    code = torch.where(blocks < 0, -code, code) if signed else torch.where(blocks > 0, code.clamp(min=1.0), code)
+    scales = torch.where(largest == 0, 0.0, clamped / _TOP[signed]).flatten()
+    return code.flatten()[: len(values)].to(torch.int8 if signed else torch.uint8), scales
+
+
+def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
+    """The inverse of ``quantize``: float32 (n,)."""
+    signed = codes.dtype == torch.int8
+    root = codes.float().abs()
+    fraction = ((root.view(torch.int32) - _OFFSET[signed]) << 3).view(torch.float32)
+    value = torch.where(root == 0, 0.0, fraction) * scales.repeat_interleave(QUANTIZED_BLOCK)[: len(codes)]
+    return torch.where(codes < 0, -value, value) if signed else value
+
+
+# --- random bits --------------------------------------------------------------------------------------------------
+
+
+def philox(seed: int, step: int, param_id: int, places: Tensor) -> Tensor:
+    """The first word of Philox 4x32-10 (Salmon et al., SC 2011) for each place: int64 holding 32 bits.
+
+    key = (seed, seed >> 32), counter = (place, place >> 32, param_id, step), each modulo 2^32. ``places`` are dense
+    flat indices, whatever the layout of the states: the bits are the same on every back end, tile and thread count.
+    """
+    word = 0xFFFFFFFF
+    c0, c1 = places.long() & word, (places.long() >> 32) & word
+    c2, c3 = torch.full_like(c0, param_id & word), torch.full_like(c0, step & word)
+    k0, k1 = seed & word, (seed >> 32) & word
+    for _ in range(10):
+        # int64 products wrap modulo 2^64, so both halves are right.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32 & word) ^ c1 ^ k0, p1 & word, (p0 >> 32 & word) ^ c3 ^ k1, p0 & word
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    return c0
+
+
+def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:
+    """float32 -> float32 that bfloat16 can hold: the low 16 random bits are added before truncation.
+
+    The expected value is the value. Infinity and NaN pass through.
+    """
+    rounded = (values.view(torch.int32) + (bits & 0xFFFF).int()) & -65536
+    return torch.where(values.isfinite(), rounded.view(torch.float32), values)
