@@ -84,16 +84,18 @@ def explain(op: str, device: torch.device | str = "cpu") -> Choice:
     return Choice(op, "torch", missing)
 
 
+_announced: set[str] = set()  # device types whose fallback to torch has been said
+
+
 def _install(op: str) -> None:
     """Make the chooser the op's kernel on every device."""
-    announced: set[str] = set()
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         device = _device_of(args)
         choice = explain(op, device)
-        if not choice.fused and use_impl._current == "auto" and device.type not in announced:
-            announced.add(device.type)
-            _LOG.info("%s", choice)
+        if not choice.fused and use_impl._current == "auto" and device.type not in _announced:
+            _announced.add(device.type)
+            _LOG.warning("%s", choice)
         return _KERNELS[choice.impl][op](*args, **kwargs)
 
     LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")

@@ -91,8 +91,8 @@ def adamw_lists(
 ) -> list[list[Tensor]]:
     """The tensor lists of the op ``masked_adamw_step``, in its order, with old states and garbage in pruned places.
 
-    Parameters of ugly shapes, with masks (random, all pruned, all kept, one row empty) and without. ``dtype`` is that of
-    the parameters, unless ``weights`` is ``"fp32"``. Gradients span 1e-6 to 1; where pruned they are NaN.
+    Parameters of ugly shapes, with masks (random, all pruned, all kept, one row empty) and without. ``dtype`` is that
+    of the parameters, unless ``weights`` is ``"fp32"``. Gradients span 1e-6 to 1; where pruned they are NaN.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.float32 if weights == "fp32" else dtype
