@@ -13,10 +13,10 @@ demo: $(VENV)/.ready  ## prune SmolLM2-135M to 60 %, win its quality back, save 
 	$(RUN) -m ebft.run --output $(OUTPUT) --overwrite
 
 test: $(VENV)/.ready lint  ## lint, types and the tests (under 15 minutes on 2 cores)
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest --benchmark-disable -m "not slow"
 
 test-all: $(VENV)/.ready lint  ## the slow tests too
-	$(RUN) -m pytest
+	$(RUN) -m pytest --benchmark-disable
 
 lint: $(VENV)/.ready  ## ruff (lint and format) and mypy
 	$(RUN) -m ruff check .
@@ -31,7 +31,8 @@ build: $(VENV)/.ready  ## wheel and sdist into dist/
 	$(RUN) -m build
 
 bench: $(VENV)/.ready  ## the microbenchmarks
-	$(RUN) -m pytest benchmarks --size full --benchmark-enable --benchmark-only --benchmark-json .benchmarks.json
+	@mkdir -p .benchmarks
+	$(RUN) -m pytest benchmarks --size full --benchmark-enable --benchmark-only --benchmark-json .benchmarks/latest.json
 
 clean:  ## everything that make made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

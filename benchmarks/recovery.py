@@ -65,7 +65,8 @@ def main() -> None:
                 name: statistics.median(r["tuning_seconds"] for r in rows if r["contender"] == name)
                 for name in {row["contender"] for row in rows}
             }
-            content = {"settings": vars(given), "dense_perplexity": dense, "median_tuning_seconds": medians}
+            settings = {name: Path(v).name if isinstance(v, str) else v for name, v in vars(given).items()}
+            content = {"settings": settings, "dense_perplexity": dense, "median_tuning_seconds": medians}
             file = write_result(given.name, {**content, "runs": rows})
     print(f"{medians}\nwritten to {file}")
 
@@ -77,6 +78,8 @@ def _config(given: argparse.Namespace, output: str) -> EBFTConfig:
         calibration=given.calibration,
         windows="packed",
         eval="",
+        device="cpu",
+        dtype="float32",
         output=output,
         **{name: getattr(given, name) for name in ("model", "samples", "seqlen", "epochs", "lr")},
     )

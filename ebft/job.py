@@ -6,20 +6,21 @@ import platform
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ebft.calibration import Tokens, calibration_tokens, evaluation_tokens
 from ebft.checkpoint import DEFAULT_MODEL, OutputFolder, load_model, load_tokenizer
 from ebft.config import EBFTConfig
 from ebft.decoder import Decoder
 from ebft.errors import EBFTError
-from ebft.pruning import CRITERIA, Criterion, Masker, make_masker
+from ebft.pruning import Criterion, Masker, make_masker
 from ebft.reconstruct import BlockReconstructor
 from ebft.report import Reporter
+from ebft.version import __version__
 from ebft_kernels import PackedMask, explain
 
 FUSED_OPS = ("masked_adamw_step", "masked_grad_norm")  # the products run on zeroed weights, without masks
@@ -82,7 +83,7 @@ def prepare_job(
     source = config.model if model is None else model
     reporter.say(f"loading {_name_of(source)}")
     student = source if isinstance(source, PreTrainedModel) else _load(config, source)
-    _check_lengths(config, student)
+    check_lengths(config, student.config)
     decoder = Decoder(student, device, compute)
     dense = decoder
     if teacher is not None or config.teacher is not None:
@@ -91,10 +92,10 @@ def prepare_job(
     _check_masks(config, masker, decoder, recovers_towards_itself=recovers and dense is decoder)
 
     needs_calibration = recovers or masker.needs_inputs
-    if tokenizer is None and (config.eval_texts or needs_calibration):
-        if isinstance(source, PreTrainedModel):
-            raise EBFTError("a model in memory was given without its tokenizer, which turns text into tokens")
+    if tokenizer is None and not isinstance(source, PreTrainedModel):
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    if tokenizer is None and (config.eval_texts or needs_calibration):
+        raise EBFTError("a model in memory was given without its tokenizer, which turns text into tokens")
     evaluation, calibration = {}, None
     if tokenizer is not None:
         evaluation = {t: evaluation_tokens(t, tokenizer, seqlen=config.eval_seqlen) for t in config.eval_texts}
@@ -116,14 +117,6 @@ def prepare_job(
         output=output,
         reporter=reporter,
         clock=clock,
-    )
-
-
-def nothing_to_recover(what: str) -> EBFTError:
-    """The weights are pruned already and there is no dense model to recover them towards."""
-    return EBFTError(
-        f"{what} prunes only weights that are zero already, so against the model itself the loss would be 0; "
-        "give the dense model with --teacher"
     )
 
 
@@ -166,28 +159,18 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     return chosen, torch.bfloat16 if has_bfloat16 else torch.float16
 
 
-def _check_lengths(config: EBFTConfig, model: PreTrainedModel) -> None:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+def check_lengths(config: EBFTConfig, model: PretrainedConfig) -> None:
+    """``EBFTError`` if a sequence is longer than the model allows."""
+    longest = getattr(model.get_text_config(), "max_position_embeddings", None)
     lengths = {"--seqlen": config.seqlen, "--eval-seqlen": config.eval_seqlen if config.eval_texts else 0}
     for flag, length in lengths.items():
         if longest and length > longest:
-            raise EBFTError(f"{flag} is {length}; expected at most {longest}, the model's max_position_embeddings")
-
-
-def _check_masks(config: EBFTConfig, masker: Masker, decoder: Decoder, *, recovers_towards_itself: bool) -> None:
-    """Whatever can be known of the masks before the walk: widths, names, shapes, and that there is something to do."""
-    prunes = changes = False
-    for index, name in enumerate(decoder.names):
-        block = decoder.stored_block(index)
-        masker.check(name, block, decoder.matrices[index])
-        if masker.given and not changes:
-            for matrix, mask in masker(name, block, decoder.matrices[index], {}).masks.items():
-                pruned = block.get_parameter(matrix)[~mask.dense()]
-                prunes, changes = prunes or bool(pruned.numel()), changes or bool((pruned != 0).any())
-    if masker.given and not prunes:
-        raise EBFTError(f"--prune {config.prune} prunes nothing: it keeps every weight of every block")
-    if masker.given and recovers_towards_itself and not changes:
-        raise nothing_to_recover(f"--prune {config.prune}")
+            raise EBFTError(
+                f"{flag} is {length}; expected at most {longest}, the model's longest sequence ({flag} {longest})"
+            )
 
 
 def _check_teacher(decoder: Decoder, teacher: Decoder) -> None:
@@ -202,18 +185,55 @@ def _check_teacher(decoder: Decoder, teacher: Decoder) -> None:
                     f"--teacher has {theirs.get(parameter)} for {name}.{parameter}; "
                     f"expected {shapes.get(parameter)}, as the model has"
                 )
+    ours, its = (_shape_settings(either.model) for either in (decoder, teacher))
+    for setting, value in ours.items():
+        if its[setting] != value:
+            raise EBFTError(f"--teacher has {setting} {its[setting]}; expected {value}, as the model has")
+
+
+def _shape_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """What two models can differ in although all their blocks are alike in shape."""
+    config = model.config.get_text_config()
+    names = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+    rows = model.get_input_embeddings().weight.shape[0]
+    return {"vocabulary": rows, **{name: getattr(config, name, None) for name in names}}
+
+
+def _check_masks(config: EBFTConfig, masker: Masker, decoder: Decoder, *, recovers_towards_itself: bool) -> None:
+    """Whatever can be known of the masks before the walk: widths, names, shapes, and that there is something to do."""
+    blocks = [decoder.stored_block(index) for index in range(len(decoder))]
+    masker.check(decoder.names, blocks, decoder.matrices)
+    prunes = changes = False
+    for name, block, matrices in zip(decoder.names, blocks, decoder.matrices, strict=True):
+        if masker.given:
+            for matrix, mask in masker(name, block, matrices, {}).masks.items():
+                pruned = block.get_parameter(matrix)[~mask.dense()]
+                prunes, changes = prunes or bool(pruned.numel()), changes or bool((pruned != 0).any())
+        else:  # a criterion takes zeros first; does it need more than there are?
+            zeros = [float((block.get_parameter(m.name) == 0).float().mean()) for m in matrices]
+            prunes, changes = True, changes or min(zeros) < 0.99 * config.mask_pattern.sparsity
+        if prunes and changes:
+            return
+    if not prunes:
+        raise EBFTError(f"--prune {config.prune} prunes nothing: it keeps every weight of every block")
+    if recovers_towards_itself:
+        raise EBFTError(
+            f"--prune {config.prune} prunes only weights that are zero already, so against the model itself the loss "
+            "would be 0; give the dense model with --teacher"
+        )
+
+
+# --- the summary --------------------------------------------------------------------------------------------------
 
 
 def summarise(job: Job, masks: dict[str, PackedMask], stages: dict[str, dict[str, float]]) -> dict[str, Any]:
     """What ``ebft_summary.json`` holds."""
     config = job.config
-    how = config.prune if config.prune in ("zeros", *CRITERIA) else "given masks"
-    pattern = f" {config.mask_pattern}" if config.prune in CRITERIA else ""
+    recovery = "no recovery" if config.recover == "none" else f"recovered by {config.recover}"
     total = sum(mask.numel() for mask in masks.values())
     return {
         "model": job.name,
-        "recipe": f"{how}{pattern}, "
-        + ("no recovery" if config.recover == "none" else f"recovered by {config.recover}"),
+        "recipe": f"{job.masker.name}, {recovery}",
         "output": str(job.output.final),
         "perplexity": {text: {stage: values[text] for stage, values in stages.items()} for text in job.eval_tokens},
         "seconds": job.clock.total(),
@@ -221,11 +241,13 @@ def summarise(job: Job, masks: dict[str, PackedMask], stages: dict[str, dict[str
         "sparsity": 1 - sum(mask.count() for mask in masks.values()) / total,
         "calibration": job.calibration.use.to_dict() if job.calibration else None,
         "evaluation": {name: tokens.use.to_dict() for name, tokens in job.eval_tokens.items()},
-        "implementations": {op: str(explain(op, job.decoder.device)) for op in FUSED_OPS},
+        "implementations": {op: explain(op, job.decoder.device).impl for op in FUSED_OPS},
         "config": config.to_dict(),
         "versions": {
             "python": platform.python_version(),
-            **{package: version(package) for package in ("ebft", "torch", "transformers")},
+            "ebft": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
             "device": _device_name(job.decoder.device),
             "threads": torch.get_num_threads(),
         },

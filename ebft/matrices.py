@@ -55,14 +55,14 @@ def find_matrices(block: nn.Module) -> list[Matrix]:
 
 
 def router_paths(block: nn.Module) -> set[str]:
-    """Names of the modules that choose or weigh experts: what stands beside ``experts`` and is called gate or router
-    (with all below it), and linear layers with a single output, such as a shared expert's gate."""
+    """Names of the modules that choose or weigh experts: what is called a router, or stands beside ``experts`` and is
+    called gate (with all below it), and linear layers with a single output, such as a shared expert's gate."""
     names = {path for path, _ in block.named_modules()}
     routers: set[str] = set()
     for path, module in block.named_modules():
         parent, _, last = path.rpartition(".")
         beside_experts = (f"{parent}.experts" if parent else "experts") in names
         single = isinstance(module, nn.Linear) and module.out_features == 1
-        if single or parent in routers or (beside_experts and last in ("gate", "router")):
+        if single or parent in routers or "router" in last or (beside_experts and last == "gate"):
             routers.add(path)
     return routers

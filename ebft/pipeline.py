@@ -22,13 +22,13 @@ from ebft.config import EBFTConfig
 from ebft.decoder import Decoder
 from ebft.errors import EBFTError
 from ebft.evaluate import perplexities
-from ebft.job import FUSED_OPS, Job, nothing_to_recover, prepare_job, summarise
+from ebft.job import FUSED_OPS, Job, prepare_job, summarise
 from ebft.pruning import BlockMasks, Criterion, InputObserver, Statistics
 from ebft.reconstruct import BlockResult
-from ebft.report import Reporter, append_line, model_card
+from ebft.report import Reporter, model_card
 from ebft.report_page import report_page
 from ebft.stream import Stream, Streams
-from ebft_kernels import PackedMask, explain, save_masks
+from ebft_kernels import PackedMask, explain
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,10 @@ def run_ebft(
             are kept in ``OUTPUT.partial``.
     """
     config, reporter = config or EBFTConfig(), reporter or Reporter()
-    with OutputFolder(config.output, overwrite=config.overwrite) as output:
-        return _run(prepare_job(config, model, tokenizer, teacher, criterion, text, output, reporter))
+    output = OutputFolder(config.output, overwrite=config.overwrite)
+    job = prepare_job(config, model, tokenizer, teacher, criterion, text, output, reporter)
+    with output:
+        return _run(job)
 
 
 def _run(job: Job) -> RunResult:
@@ -103,7 +105,7 @@ def _run(job: Job) -> RunResult:
     all_masks = {
         f"{decoder.names[index]}.{name}": mask for index, of in enumerate(masks) for name, mask in of.masks.items()
     }
-    save_masks(all_masks, out.path / "masks.safetensors")
+    out.save_masks(all_masks)
     clock.lap("save")
     recovered = {}
     if job.eval_tokens:
@@ -113,23 +115,17 @@ def _run(job: Job) -> RunResult:
 
     summary = summarise(job, all_masks, {"dense": dense, "pruned": pruned, "recovered": recovered})
     out.write_json(SUMMARY, summary)
-    (out.path / "README.md").write_text(model_card(summary), encoding="utf-8")
-    (out.path / "report.html").write_text(report_page(summary, blocks), encoding="utf-8")
+    out.write_text("README.md", model_card(summary))
+    out.write_text("report.html", report_page(summary, blocks))
     out.commit()
     job.reporter.table(summary)
     return RunResult(out.final, summary, blocks, all_masks, decoder.model)
 
 
-def apply_masks(block: nn.Module, masks: dict[str, PackedMask]) -> bool:
-    """Set pruned weights to zero; True if any was not zero already."""
-    changed = torch.zeros((), dtype=torch.bool)
-    with torch.no_grad():
-        for name, mask in masks.items():
-            weight = block.get_parameter(name)
-            pruned = ~mask.to(weight.device).dense()
-            changed |= weight[pruned].any().cpu()
-            weight.masked_fill_(pruned, 0.0)
-    return bool(changed)
+def apply_masks(block: nn.Module, masks: dict[str, PackedMask]) -> None:
+    """Set pruned weights to zero."""
+    for name, mask in masks.items():
+        mask.zero_pruned_(block.get_parameter(name))
 
 
 # --- the walk -----------------------------------------------------------------------------------------------------
@@ -144,22 +140,24 @@ def _walk(job: Job) -> tuple[list[dict[str, Any]], list[BlockMasks]]:
     with job.reporter.progress("block", len(decoder)) as advance:
         for index, name in enumerate(decoder.names):
             began = time.perf_counter()
+            if decoder.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(decoder.device)
             block = decoder.working_block(index)
             statistics = _dense_pass(job, streams, index, block) if streams else {}
             masks = job.masker(name, block, decoder.matrices[index], statistics)
-            changed = apply_masks(block, masks.masks)
-            if index == 0 and not changed and job.reconstructor and job.teacher is decoder:
-                raise nothing_to_recover(f"the mask of {name}")
+            apply_masks(block, masks.masks)
             result = _recover(job, streams, index, block, masks, advance) if streams and job.reconstructor else None
 
             weights = decoder.round_as_stored(index, block)  # the stream goes through the block as it is saved
+            if not all(torch.isfinite(weight).all() for weight in weights.values()):
+                raise _not_finite(job, index, "its weights hold NaN or infinity")
             if streams:
                 streams.sparse_pass(partial(decoder.run_block, index, block))
-                _check_finite(job, index, streams.inputs, "the outputs of the block as it is saved")
+                _check_finite(job, index, streams.inputs, "the next block's inputs")
             job.output.write_block(index, weights)
-            all_masks.append(masks)
+            all_masks.append(masks.to("cpu"))
             lines.append(_block_line(job, index, masks, result, time.perf_counter() - began))
-            append_line(job.output.path / "blocks.jsonl", lines[-1])
+            job.output.append_line("blocks.jsonl", lines[-1])
             advance(index + 1, _block_note(lines[-1]))
     return lines, all_masks
 
@@ -256,7 +254,7 @@ def _block_note(line: dict[str, Any]) -> str:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak on a GPU, the process's peak resident memory on a CPU."""
+    """Bytes: the allocator's peak within the block on a GPU; on a CPU, the process's peak resident memory so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

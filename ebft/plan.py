@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -21,7 +21,7 @@ from ebft.checkpoint import DEFAULT_MODEL, load_config
 from ebft.config import EBFTConfig
 from ebft.decoder import Decoder, find_blocks
 from ebft.errors import EBFTError
-from ebft.job import choose_device
+from ebft.job import check_lengths, choose_device
 from ebft.reconstruct import BlockReconstructor
 from ebft.report import duration
 from ebft.shapes import shapes_only, without_values
@@ -72,12 +72,13 @@ def make_plan(config: EBFTConfig) -> Plan:
     """
     device, compute = choose_device(config.device, config.dtype)
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    check_lengths(config, model_config)
     weights = sum(p.numel() for p in _on_meta(config, model_config).parameters())  # tied ones once
     decoder = Decoder(_stand_in(config, model_config), torch.device("cpu"))
     stored = model_config.dtype or torch.float32
     in_blocks = sum(p.numel() for i in range(len(decoder)) for p in decoder.stored_block(i).parameters())
     model_bytes, rest = weights * stored.itemsize, weights - in_blocks
-    width = decoder.enter(torch.zeros(1, 2, dtype=torch.long)).shape[-1]
+    width = decoder.width()
     stream = config.samples * config.seqlen * width * 4
 
     step_rows, step_flops, forward_flops = _step(config, decoder, device, compute)
@@ -141,10 +142,7 @@ def _step(
 
         call = call.map_tensors(without_values)
 
-        def forward(block: nn.Module, hidden: Tensor) -> Tensor:
-            with torch.autocast("cpu", dtype=compute, enabled=compute != torch.float32):
-                return call(block, hidden).float()
-
+        forward = partial(call, compute=compute)
         optimizer, _ = reconstructor.prepare(block, masks)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         tracker, counter, forward_counter = MemTracker(), FlopCounterMode(display=False), FlopCounterMode(display=False)

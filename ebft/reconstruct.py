@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebft.config import EBFTConfig
-from ebft.decoder import first_output
+from ebft.decoder import BlockCall
 from ebft.matrices import router_paths
 from ebft_kernels import MaskedAdamW, PackedMask
 
@@ -32,7 +33,8 @@ class BlockResult:
         losses: the loss (mean squared error) of every step, before that step.
         gradient_norms: the gradient's L2 norm over kept weights of every step, before clipping.
         error_before, error_after: mean squared error on the probe samples.
-        branch_energy: mean of (Y - X)^2 on them, X the input; error / energy is the relative error.
+        branch_energy: mean of (Y - X)^2 on them, how far the targets are from the inputs; error / energy is the
+            relative error.
         seconds: time that tuning took.
     """
 
@@ -80,7 +82,7 @@ class BlockReconstructor:
             on_step: called with (steps done, steps in all) after each step.
         """
         config, began = self._config, time.perf_counter()
-        forward = forward or self._plain_forward(kwargs)
+        forward = forward or partial(BlockCall((), kwargs), compute=self._compute)
         optimizer, scaler = self.prepare(block, masks)
         probe = slice(0, max(1, len(inputs) // 16))
         error_before = self._error(block, inputs[probe], targets[probe], forward)
@@ -100,7 +102,7 @@ class BlockReconstructor:
         block.requires_grad_(False)
 
         return BlockResult(
-            losses=losses.tolist(),  # sync point: the first since the block began
+            losses=losses.tolist(),  # sync point
             gradient_norms=norms.tolist(),
             error_before=error_before.item(),
             error_after=self._error(block, inputs[probe], targets[probe], forward).item(),
@@ -145,14 +147,6 @@ class BlockReconstructor:
         scaler.update()
         optimizer.zero_grad()
         return loss.detach(), norm
-
-    def _plain_forward(self, kwargs: dict[str, Any]) -> Forward:
-        def forward(block: nn.Module, hidden: Tensor) -> Tensor:
-            enabled = self._compute != torch.float32
-            with torch.autocast(self._device.type, dtype=self._compute, enabled=enabled):
-                return first_output(block(hidden, **kwargs)).float()
-
-        return forward
 
     @torch.no_grad()
     def _error(self, block: nn.Module, inputs: Tensor, targets: Tensor, forward: Forward) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -45,9 +44,9 @@ class Reporter:
         with Progress(*columns, console=self.console, disable=not live, transient=True) as bar:
             task = bar.add_task(what, total=total, note="")
 
-            def advance(done: float, note: str = "", whole: bool = True) -> None:
+            def advance(done: float, note: str = "") -> None:
                 bar.update(task, completed=done, note=note)
-                if whole and note and not live:
+                if note and not live:
                     passed = time.perf_counter() - began
                     left = passed / done * (total - done) if done else 0.0
                     self.say(f"{what} {done:g}/{total} {note} ({duration(passed)} passed, {duration(left)} left)")
@@ -65,12 +64,6 @@ class Reporter:
             table.add_row(text, *(number(values[stage]) for stage in STAGES), won_back(values))
         self.console.print(table)
         self.say(f"sparsity {summary['sparsity']:.2%}, {duration(summary['seconds'])}, {summary['output']}")
-
-
-def append_line(file: Path, line: dict[str, Any]) -> None:
-    """One JSON object, one line."""
-    with file.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(line) + "\n")
 
 
 def recovered_share(values: dict[str, float]) -> float | None:
@@ -100,6 +93,14 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+_NOT_OF_THE_RECIPE = {"output", "overwrite", "trust_remote_code", "fused", "device"}
+
+
+def _without_folder(value: Any) -> Any:
+    """The name of a file or folder of this machine, in place of its path."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def model_card(summary: dict[str, Any]) -> str:
     """README.md of the saved model: where it comes from, the recipe, the figures."""
     config = summary["config"]
@@ -107,7 +108,10 @@ def model_card(summary: dict[str, Any]) -> str:
         f"| {text} | {' | '.join(number(values[stage]) for stage in STAGES)} | {won_back(values)} |"
         for text, values in summary["perplexity"].items()
     )
-    recipe = "\n".join(f"| {name} | {value} |" for name, value in config.items() if value is not None)
+    shown = {name: value for name, value in config.items() if value is not None and name not in _NOT_OF_THE_RECIPE}
+    if config["pattern"]:
+        shown.pop("sparsity")
+    recipe = "\n".join(f"| {name} | {_without_folder(value)} |" for name, value in shown.items())
     use = summary["calibration"]
     tuned = ""
     if config["recover"] != "none":
@@ -122,7 +126,7 @@ def model_card(summary: dict[str, Any]) -> str:
 {data.to_yaml()}
 ---
 
-# {summary["model"]}, {summary["sparsity"]:.0%} sparse
+# {_without_folder(summary["model"])}, {summary["sparsity"]:.0%} sparse
 
 Made by [ebft](https://arxiv.org/abs/2402.12419) {summary["versions"]["ebft"]}: {summary["recipe"]}.
 It loads as any model of transformers does. {summary["sparsity"]:.2%} of the weights of the matrices inside its blocks

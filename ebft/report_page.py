@@ -33,7 +33,7 @@ def report_page(summary: dict[str, Any], blocks: list[dict[str, Any]]) -> str:
     curves = (
         _section(
             "Reconstruction error, block by block",
-            "Mean squared error against the target, relative to what the block adds to its input.",
+            "Mean squared error against the targets, relative to how far these are from the block's inputs.",
             lambda axes: _errors(axes, tuned),
         )
         + _section(

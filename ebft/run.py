@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from ebft.plan import make_plan
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for (default: ``sys.argv``)."""
+    logging.getLogger("ebft_kernels").setLevel(logging.ERROR)  # the report says which implementations run
     try:
         config, plan_only = parse_args(argv)
         if plan_only:

@@ -19,15 +19,17 @@ class Stream:
     float32, because residual streams carry a few channels of size 1e3, where bfloat16's step is 4 to 8.
     """
 
-    def __init__(self, states: Tensor, device: torch.device, batch_size: int) -> None:
-        self.states = states.pin_memory() if device.type == "cuda" else states
+    def __init__(self, shape: tuple[int, ...], device: torch.device, batch_size: int) -> None:
+        self.states = torch.empty(shape, pin_memory=device.type == "cuda")
         self._device, self.batch_size = device, batch_size
 
     @classmethod
     def entering(cls, decoder: Decoder, tokens: Tensor, batch_size: int) -> Stream:
         """The stream before the first block, from token ids (samples, seqlen)."""
-        states = torch.cat([decoder.enter(ids) for ids in tokens.split(batch_size)])
-        return cls(states, decoder.device, batch_size)
+        stream = cls((*tokens.shape, decoder.width()), decoder.device, batch_size)
+        for ids, states in zip(tokens.split(batch_size), stream.states.split(batch_size), strict=True):
+            states.copy_(decoder.enter(ids))
+        return stream
 
     def batches(self) -> Iterator[Tensor]:
         """Hidden states (batch, seqlen, width) on the device, in order."""
@@ -36,7 +38,7 @@ class Stream:
 
     def empty(self) -> Stream:
         """A stream of this size with nothing in it yet."""
-        return Stream(torch.empty_like(self.states), self._device, self.batch_size)
+        return Stream(tuple(self.states.shape), self._device, self.batch_size)
 
     @torch.no_grad()
     def through(self, run: Run, out: Stream) -> None:

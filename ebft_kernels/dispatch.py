@@ -30,11 +30,13 @@ class Choice:
         op: the op's name.
         impl: ``torch``, ``native`` or ``triton``.
         reason: why this one and no other.
+        fallback: a fused kernel exists for this op, but not here.
     """
 
     op: str
     impl: str
     reason: str
+    fallback: bool = False
 
     @property
     def fused(self) -> bool:
@@ -82,7 +84,7 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     forced = use_impl._current
     if forced == "torch":
         return Choice(op, "torch", "use_impl('torch') asks for it")
-    missing: dict[str, str | None] = {"triton": _triton_missing(op, device), "native": _native_missing(op, device, dtype)}
+    missing = {"triton": _triton_missing(op, device), "native": _native_missing(op, device, dtype)}
     if forced != "auto":
         if missing[forced] is not None:
             raise RuntimeError(f"use_impl({forced!r}) cannot run {op} on {device.type}: {missing[forced]}")
@@ -90,7 +92,7 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     for impl, why in missing.items():
         if why is None:
             return Choice(op, impl, f"the fused kernel for {device.type}")
-    return Choice(op, "torch", missing["native" if device.type == "cpu" else "triton"] or "")
+    return Choice(op, "torch", missing["native" if device.type == "cpu" else "triton"] or "", fallback=op in NATIVE)
 
 
 def _triton_missing(op: str, device: torch.device) -> str | None:
@@ -100,8 +102,8 @@ def _triton_missing(op: str, device: torch.device) -> str | None:
 
 def _native_missing(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the native library cannot run ``op``; None where it can. Builds the library if it is not there yet."""
-    if op.startswith("masked_linear"):
-        return "products on zeroed or masked weights are torch's own on a CPU"
+    if op not in NATIVE:
+        return f"torch's own product is the best there is on {device.type}"
     if device.type != "cpu":
         return f"there is no native kernel for {device.type} in this version"
     if dtype == torch.float64:
@@ -109,19 +111,21 @@ def _native_missing(op: str, device: torch.device, dtype: torch.dtype) -> str | 
     return native_reason()
 
 
+_announced: set[str] = set()  # device types whose fallback to torch has been said
+
+
 def _install(op: str) -> None:
     """Make the chooser the op's kernel on every device."""
     kernels: dict[str, Callable[..., Any]] = {"torch": TORCH_KERNELS[op]}
     if op in NATIVE:
         kernels["native"] = getattr(torch.ops.ebft_kernels, op).native
-    announced: set[str] = set()
 
     def kernel(*args: Any) -> Any:
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
         choice = _choose(op, first.device, first.dtype)
-        if not choice.fused and use_impl._current == "auto" and first.device.type not in announced:
-            announced.add(first.device.type)
-            _LOG.info("%s", choice)
+        if choice.fallback and use_impl._current == "auto" and first.device.type not in _announced:
+            _announced.add(first.device.type)
+            _LOG.warning("%s", choice)
         return kernels[choice.impl](*args)
 
     LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")

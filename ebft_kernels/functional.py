@@ -41,7 +41,8 @@ def masked_linear(
         raise ValueError(f"masked_linear got bias {tuple(bias.shape)}; expected ({weight.shape[0]},)")
     words = _words(mask, weight, "masked_linear")
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta tensors have none
+    if autocast and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     for name, operand in (("weight", weight), ("bias", bias)):
@@ -93,7 +94,7 @@ def masked_adamw_step(
     Args:
         params: float tensors (..., K) on one device.
         grads: of the same shapes and dtypes.
-        exp_avgs, exp_avg_sqs: the moments: in the parameter's shape or compact; float32 (float64), bfloat16, or 8-bit codes.
+        exp_avgs, exp_avg_sqs: the moments, dense or compact; float32 (float64), bfloat16, or 8-bit codes.
         masks: a mask for each, or None for a parameter without one.
         step: number of this step, from 1.
         grad_scale: scalar tensor that multiplies the gradients (a clip factor, 1 / loss scale), on their device.
@@ -114,7 +115,9 @@ def masked_adamw_step(
     lengths = [len(of) for of in (*lists, masks, offsets, ids)]
     if step < 1 or len(set(lengths)) != 1:
         given = ", ".join(map(str, lengths))
-        raise ValueError(f"masked_adamw_step got step {step} and lists of {given}; expected step >= 1 and equal lengths")
+        raise ValueError(
+            f"masked_adamw_step got step {step} and lists of {given}; expected step >= 1 and equal lengths"
+        )
     words = [_words(mask, param, "masked_adamw_step") for mask, param in zip(masks, params, strict=True)]
     for param, grad, *states in zip(*lists, strict=True):
         if grad.shape != param.shape or grad.dtype != param.dtype:
@@ -124,7 +127,9 @@ def masked_adamw_step(
             )
         for state in (grad, *states):
             if state.device != param.device:
-                raise ValueError(f"masked_adamw_step got a state on {state.device}; expected {param.device}, the parameter's")
+                raise ValueError(
+                    f"masked_adamw_step got a state on {state.device}; expected {param.device}, the parameter's"
+                )
     for param, m, v, m_scale, v_scale, master, rows in zip(params, *lists[2:], offsets, strict=True):
         _check_states(param, m, v, m_scale, v_scale, master, compact=rows.numel() > 0)
     _OPS.masked_adamw_step(
@@ -139,7 +144,9 @@ def _check_states(
     kinds = {(wide, wide), (torch.bfloat16, torch.bfloat16), (torch.int8, torch.uint8)}
     if (m.dtype, v.dtype) not in kinds:
         given = f"moments {m.dtype} and {v.dtype}"
-        raise ValueError(f"masked_adamw_step got {given}; expected {wide}, torch.bfloat16, or torch.int8 and torch.uint8")
+        raise ValueError(
+            f"masked_adamw_step got {given}; expected {wide}, torch.bfloat16, or torch.int8 and torch.uint8"
+        )
     stored = m.numel() if compact else param.numel()
     scales = -(-stored // QUANTIZED_BLOCK) if m.dtype == torch.int8 else 0
     for name, state, expected in (

@@ -204,12 +204,17 @@ def _read_masks(path: str | os.PathLike[str]) -> Iterator[tuple[str, PackedMask]
     try:
         with safe_open(path, framework="pt") as file:
             shapes = json.loads((file.metadata() or {}).get("shapes", "{}"))
+            if not isinstance(shapes, dict):
+                raise ValueError(f"metadata shapes is {type(shapes).__name__}; expected a JSON object, name -> shape")
             for name in file.keys():  # noqa: SIM118  (a safetensors file, not a dict)
                 tensor = file.get_tensor(name)
                 if tensor.dtype == torch.bool:
                     yield name, PackedMask.from_dense(tensor)
                 elif name in shapes:
-                    yield name, PackedMask(tensor, torch.Size(shapes[name]))
+                    mask = PackedMask(tensor, torch.Size(shapes[name]))
+                    if not torch.equal(PackedMask.from_dense(mask.dense()).words, mask.words):
+                        raise ValueError(f"{name} has bits set past the end of a row of {mask.shape[-1]}")
+                    yield name, mask
                 else:
                     raise ValueError(
                         f"{name} is {tensor.dtype}; expected bool, or int32 words with a shape in the metadata"

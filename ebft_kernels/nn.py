@@ -67,7 +67,10 @@ class MaskedLinear(nn.Linear):
         return PackedMask(self.mask_words, self.weight.shape)
 
     def set_mask_(self, mask: MaskLike) -> MaskedLinear:
-        """Take another mask. The weight is left as it is: newly kept places hold what stands there."""
+        """Take another mask. The weight is left as it is: newly kept places hold what stands there.
+
+        An optimizer that holds the old mask has to be told too (``MaskedAdamW.set_mask_``).
+        """
         self._hold(mask)
         return self
 
@@ -97,13 +100,17 @@ class MaskedLinear(nn.Linear):
 
     # --- what else changes a weight: loading, moving, copying ---------------------------------------------------
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if local_metadata.get("assign_to_params_buffers", False):  # the caller's own tensor, which is not ours to zero
+            self.weight: nn.Parameter = nn.Parameter(self.weight.detach().clone(), self.weight.requires_grad)
         self.apply_mask_()
 
     def _apply(self, fn: Any, recurse: bool = True) -> MaskedLinear:
-        zeroed = is_zeroed(self.weight, self.mask_words)
+        zeroed, words = is_zeroed(self.weight, self.mask_words), self.mask_words
         super()._apply(fn, recurse)
+        if not words.is_meta:  # not by ``fn``: ``to_empty`` would leave garbage, and no state dict brings it back
+            self.mask_words = words.to(self.weight.device)
         return self.apply_mask_() if zeroed else self
 
     def __getstate__(self) -> dict[str, Any]:

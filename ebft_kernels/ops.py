@@ -39,7 +39,7 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
         "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
         "Tensor(e!)[] exp_avg_scales, Tensor(f!)[] exp_avg_sq_scales, Tensor(g!)[] masters, Tensor[] words, "
         "Tensor[] row_offsets, Tensor? grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, "
-        "int step, bool stochastic, int seed, int[] param_ids, bool zero_grads) -> ()"
+        "SymInt step, bool stochastic, int seed, int[] param_ids, bool zero_grads) -> ()"
     ),
 }
 NATIVE = tuple(name for name in SCHEMAS if not name.startswith("masked_linear"))  # what csrc/ has kernels for
@@ -75,18 +75,29 @@ def unpack_mask(words: Tensor, width: int) -> Tensor:
 
 
 def topk_mask(scores: Tensor, k: int) -> Tensor:
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    kept = torch.ones((), dtype=torch.bool, device=scores.device).expand_as(order)
-    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    return pack_mask(mask.scatter_(-1, order[..., :k], kept[..., :k]))
+    if k == 0 or scores.numel() == 0:
+        return pack_mask(torch.zeros(scores.shape, dtype=torch.bool, device=scores.device))
+    keys = _ordered(scores)
+    least = keys.kthvalue(keys.shape[-1] - k + 1, dim=-1, keepdim=True).values  # of the kept ones: no sort
+    above, equal = keys > least, keys == least
+    left = k - above.sum(-1, keepdim=True)  # of the equal ones, those further left
+    return pack_mask(above | (equal & (equal.cumsum(-1) <= left)))
 
 
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
     groups = scores.reshape(*scores.shape[:-1], scores.shape[-1] // m, m)
-    order = groups.argsort(dim=-1, descending=True, stable=True)
+    order = _ordered(groups).argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device)
     mask.scatter_(-1, order[..., :n], torch.ones_like(order[..., :n], dtype=torch.bool))
     return pack_mask(mask.reshape(scores.shape))
+
+
+def _ordered(scores: Tensor) -> Tensor:
+    """Integers in the order of the scores: NaN highest, -0 equal to +0."""
+    wide = scores.double() if scores.dtype == torch.float64 else scores.float()
+    bits = _as_int((wide + 0.0).contiguous())  # -0 + 0 is +0
+    top = torch.iinfo(bits.dtype).max
+    return torch.where(wide.isnan(), top, torch.where(bits < 0, bits ^ top, bits))
 
 
 def is_nm(words: Tensor, width: int, n: int, m: int) -> Tensor:
@@ -128,9 +139,11 @@ def compressed_linear(
 
 
 def masked_grad_norm(grads: list[Tensor], words: list[Tensor]) -> Tensor:
-    kept = [zero_pruned(grad, mask) if mask.numel() else grad for grad, mask in zip(grads, words, strict=True)]
     wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
-    norms = [torch.linalg.vector_norm(grad, dtype=wide) for grad in kept]
+    norms = []
+    for grad, mask in zip(grads, words, strict=True):  # one at a time: a masked copy is as large as the gradient
+        kept = zero_pruned(grad, mask) if mask.numel() else grad
+        norms.append(torch.linalg.vector_norm(kept, dtype=wide))
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
@@ -161,29 +174,62 @@ def masked_adamw_step(
     param_ids: list[int],
     zero_grads: bool,
 ) -> None:
-    states = (*exp_avg_scales, *masters, *row_offsets)
-    if any(state.numel() for state in states) or any(m.dtype != p.dtype for m, p in zip(exp_avgs, params, strict=True)):
-        reference.masked_adamw_step(
-            params, grads, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, masters, words, row_offsets,
-            grad_scale, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step,
-            stochastic=stochastic, seed=seed, param_ids=param_ids, zero_grads=zero_grads,
-        )  # fmt: skip
-        return
-    kept = [_kept_bits(mask, p) if mask.numel() else None for mask, p in zip(words, params, strict=True)]
-    # torch's fused step writes unscaled gradients back, so it gets copies; it divides by its scale.
-    copies = [
-        grad.clone() if bits is None else (_as_int(grad) & bits).view(grad.dtype)
-        for grad, bits in zip(grads, kept, strict=True)
-    ]
+    for n, param in enumerate(params):
+        settings = (lr, beta1, beta2, eps, weight_decay, step)
+        packed = any(states[n].numel() for states in (exp_avg_scales, masters, row_offsets))
+        plain = param.dtype in (torch.float32, torch.float64) and exp_avgs[n].dtype == param.dtype
+        if packed or stochastic or not plain:
+            lists = (
+                params,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                exp_avg_scales,
+                exp_avg_sq_scales,
+                masters,
+                words,
+                row_offsets,
+            )
+            one: Any = [[of[n]] for of in lists]
+            rest: Any = (grad_scale, *settings, stochastic, seed, [param_ids[n]], zero_grads)
+            reference.masked_adamw_step(*one, *rest)
+            continue
+        _fused_step(param, grads[n], exp_avgs[n], exp_avg_sqs[n], words[n], grad_scale, *settings)
+        if zero_grads:
+            grads[n].zero_()
+
+
+def _fused_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    words: Tensor,
+    grad_scale: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """torch's fused step between two masks, for states in the parameter's shape and dtype."""
+    # It takes every tensor for contiguous, whatever its strides.
+    w, m, v = (t.contiguous() for t in (param, exp_avg, exp_avg_sq))
+    bits = _kept_bits(words, param) if words.numel() else None
+    g = grad.contiguous()
+    if bits is not None:
+        g = (_as_int(g) & bits).view(g.dtype)
+    if grad_scale is not None:
+        g = g * grad_scale
     adamw(
-        params,
-        copies,
-        exp_avgs,
-        exp_avg_sqs,
+        [w],
+        [g],
+        [m],
+        [v],
         [],
-        [torch.full((), step - 1.0, device=p.device) for p in params],  # it counts them up itself
+        [torch.full((), step - 1.0, device=w.device)],  # it counts the step itself
         fused=True,
-        grad_scale=None if grad_scale is None else grad_scale.float().reciprocal(),
         amsgrad=False,
         maximize=False,
         lr=lr,
@@ -192,11 +238,11 @@ def masked_adamw_step(
         eps=eps,
         weight_decay=weight_decay,
     )
-    for tensor, bits in zip((*params, *exp_avgs, *exp_avg_sqs), kept * 3, strict=True):
+    for given, used in ((param, w), (exp_avg, m), (exp_avg_sq, v)):
         if bits is not None:
-            _as_int(tensor).bitwise_and_(bits)
-    if zero_grads:
-        torch._foreach_zero_(grads)
+            _as_int(used).bitwise_and_(bits)
+        if used is not given:
+            given.copy_(used)
 
 
 def zero_pruned(tensor: Tensor, words: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ebft_kernels.functional import masked_adamw_step, masked_grad_norm
 from ebft_kernels.mask import MaskLike, PackedMask, as_packed, masks_of
-from ebft_kernels.reference import QUANTIZED_BLOCK, dequantize, quantize
-from ebft_kernels.zeroed import mark_zeroed
+from ebft_kernels.reference import dequantize, quantize
+from ebft_kernels.zeroed import known_words, mark_zeroed
 
 WEIGHTS = ("fp32", "master", "stochastic")
 MOMENTS = ("fp32", "bf16", "int8")
@@ -48,6 +48,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         TypeError: a parameter's dtype does not go with ``weights``.
     """
 
+    _grad_scale: Tensor | None = None  # of the next step: the clip factor, on the device
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -68,13 +70,14 @@ class MaskedAdamW(torch.optim.Optimizer):
             ("betas[0]", betas[0], 1.0), ("betas[1]", betas[1], 1.0),
         ):  # fmt: skip
             if not 0 <= value < (most or float("inf")):
-                raise ValueError(f"MaskedAdamW got {name} = {value}; expected at least 0 and less than {most or 'infinity'}")
+                raise ValueError(
+                    f"MaskedAdamW got {name} = {value}; expected at least 0 and less than {most or 'infinity'}"
+                )
         for name, given, allowed in (("weights", weights, WEIGHTS), ("moments", moments, MOMENTS)):
             if given not in allowed:
                 raise ValueError(f"MaskedAdamW got {name} = {given!r}; expected one of {', '.join(allowed)}")
         self._weights, self._moments, self._compact = weights, moments, compact
         self._seed, self._zero_grads = seed, zero_grads
-        self._grad_scale: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         for param, mask in (masks or {}).items():
             self.set_mask_(param, mask)
@@ -100,8 +103,12 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def mask_of(self, param: Tensor) -> PackedMask | None:
         """The mask of a parameter, or None."""
-        words = self.state[param].get("mask") if param in self.state else None
-        return None if words is None else PackedMask(words, param.shape)
+        state = self.state.get(param, {})
+        if "mask" not in state:
+            return None
+        if state["mask"].device != param.device:  # the module has been moved
+            state["mask"] = _same_words(param, state["mask"].to(param.device))
+        return PackedMask(state["mask"], param.shape)
 
     @torch.no_grad()
     def set_mask_(self, param: Tensor, mask: MaskLike) -> None:
@@ -111,9 +118,13 @@ class MaskedAdamW(torch.optim.Optimizer):
         """
         packed = as_packed(mask).to(param.device)
         if all(param is not p for p in self._params()):
-            raise ValueError(f"MaskedAdamW got a mask for a tensor {tuple(param.shape)} that is not among its parameters")
+            raise ValueError(
+                f"MaskedAdamW got a mask for a tensor {tuple(param.shape)} that is not among its parameters"
+            )
         if packed.shape != param.shape:
-            raise ValueError(f"MaskedAdamW got a mask {tuple(packed.shape)}; expected {tuple(param.shape)}, the parameter's shape")
+            raise ValueError(
+                f"MaskedAdamW got a mask {tuple(packed.shape)}; expected {tuple(param.shape)}, the parameter's shape"
+            )
         state = self.state[param]
         dense = {key: self._dense(param, key) for key in ("master", *_MOMENTS) if key in state}
         packed.zero_pruned_(param)
@@ -155,11 +166,19 @@ class MaskedAdamW(torch.optim.Optimizer):
             with_grad = [p for p in group["params"] if p.grad is not None]
             for p in with_grad:
                 self._begin(p)
-            for (step, *_), params in _grouped(with_grad, lambda p: (self.state[p]["step"], str(p.device), str(p.dtype))):
+            for (step, *_), params in _grouped(
+                with_grad, lambda p: (self.state[p]["step"], str(p.device), str(p.dtype))
+            ):
                 states = [self.state[p] for p in params]
                 lists = {
-                    name: [state.get(key, torch.empty(0, device=p.device)) for p, state in zip(params, states, strict=True)]
-                    for name, key in (("exp_avg_scales", "exp_avg_scale"), ("exp_avg_sq_scales", "exp_avg_sq_scale"), ("masters", "master"))
+                    name: [
+                        state.get(key, torch.empty(0, device=p.device)) for p, state in zip(params, states, strict=True)
+                    ]
+                    for name, key in (
+                        ("exp_avg_scales", "exp_avg_scale"),
+                        ("exp_avg_sq_scales", "exp_avg_sq_scale"),
+                        ("masters", "master"),
+                    )
                 }
                 no_rows = torch.empty(0, dtype=torch.int64, device=params[0].device)
                 masked_adamw_step(
@@ -186,6 +205,10 @@ class MaskedAdamW(torch.optim.Optimizer):
                         mark_zeroed(p, self.state[p]["mask"])
         self._grad_scale = None
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        layout = {name: getattr(self, name) for name in ("_weights", "_moments", "_compact", "_seed", "_zero_grads")}
+        return {**super().__getstate__(), **layout}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer``'s; a clip factor that no step has used goes with the gradients."""
@@ -240,24 +263,33 @@ class MaskedAdamW(torch.optim.Optimizer):
             ValueError: the states have another layout (weights, moments, compact) than this optimizer.
         """
         before = {p: self.mask_of(p) for p in self._params()}
-        super().load_state_dict(state_dict)  # checks the groups; but casts all that a state holds to the parameter's dtype
-        for number, param in enumerate(self._params()):
-            saved = state_dict["state"].get(number, {})
-            state = {key: v.to(param.device) if isinstance(v, Tensor) else v for key, v in saved.items()}
-            mask = PackedMask(state.pop("mask"), param.shape) if "mask" in state else before[param]
-            plain = "exp_avg" in state and state["exp_avg"].shape == param.shape and "row_offsets" not in state
-            self.state[param] = state
-            if "step" in state:
-                state["step"] = int(state["step"])
-            if mask is None:
-                self._check_layout(param)
-                continue
-            if plain or "exp_avg" not in state:
-                self.set_mask_(param, mask)  # dense states: cut to the mask, and compacted if this optimizer compacts
-            else:
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        super().load_state_dict(
+            state_dict
+        )  # checks the groups; but casts all that a state holds to the parameter's dtype
+        for number, param in zip(numbers, self._params(), strict=True):
+            saved = {
+                k: v.to(param.device, copy=True) if isinstance(v, Tensor) else v
+                for k, v in state_dict["state"].get(number, {}).items()
+            }
+            if "max_exp_avg_sq" in saved:
+                raise ValueError("MaskedAdamW got a state dict of AMSGrad; expected one of AdamW")
+            words = saved.pop("mask", None)
+            mask = before[param] if words is None else PackedMask(_same_words(param, words), param.shape)
+            plain = isinstance(saved.get("step"), Tensor)  # torch's own counts steps in tensors
+            if "step" in saved:
+                saved["step"] = int(saved["step"])
+            self.state[param] = state = saved
+            if mask is not None:
                 state["mask"] = mask.words
                 mask.zero_pruned_(param)
                 mark_zeroed(param, mask.words)
+            if plain and "exp_avg" in state:  # dense, and in whatever dtype
+                for key in _MOMENTS:
+                    dense = state[key].to(_wide(param))
+                    self._store(param, key, dense if mask is None else mask.zero_pruned_(dense))
+                if mask is not None and self._compact:
+                    state["row_offsets"] = mask.row_offsets()
             self._check_layout(param)
 
     def _check_layout(self, param: Tensor) -> None:
@@ -269,11 +301,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         stored = mask.count() if mask is not None and self._compact else param.numel()
         master = self._weights == "master" and param.dtype in (torch.bfloat16, torch.float16)
         if state["exp_avg"].dtype != dtype or state["exp_avg"].numel() != stored or ("master" in state) != master:
-            given = f"first moments {state['exp_avg'].dtype} with {state['exp_avg'].numel()} entries"
+            given = f"{state['exp_avg'].dtype} moments of {state['exp_avg'].numel()} entries"
+            given += " and a master" if "master" in state else ""
             raise ValueError(
-                f"MaskedAdamW got a state dict with {given}{' and a master' if 'master' in state else ''} for a parameter "
-                f"{tuple(param.shape)}; expected that of weights={self._weights!r}, moments={self._moments!r}, "
-                f"compact={self._compact}: {dtype}, {stored} entries"
+                f"MaskedAdamW got a state dict with {given} for a parameter {tuple(param.shape)}; expected {dtype} "
+                f"moments of {stored} entries{' and a master' if master else ''}, those of weights={self._weights!r}, "
+                f"moments={self._moments!r}, compact={self._compact}"
             )
 
 
@@ -282,6 +315,13 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def _wide(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def _same_words(param: Tensor, words: Tensor) -> Tensor:
+    """``words``, or the equal ones that a ``MaskedLinear`` around ``param`` holds: both know of the same zeros then."""
+    known = known_words(param)
+    same = known is not None and known.device == words.device and torch.equal(known, words)
+    return known if same and known is not None else words
 
 
 def _contiguous(grad: Tensor | None) -> Tensor:

@@ -191,7 +191,7 @@ def masked_adamw_step(
         exp_avg_scales, exp_avg_sq_scales: float32 scales of 8-bit codes; empty tensors otherwise.
         masters: float32 weights, stored as the moments are; empty tensors where the parameter itself is the weight.
         words: int32 mask words of each parameter; no words (numel 0) for a parameter without a mask.
-        row_offsets: int64 (rows + 1), how many weights are kept before each row: the states are compact; numel 0: dense.
+        row_offsets: int64 (rows + 1), how many weights are kept before each row: the states are compact; empty: dense.
         grad_scale: scalar tensor that multiplies the gradients (a clip factor, 1 / loss scale), or None.
         step: number of this step, from 1.
         stochastic: round bfloat16 parameters stochastically, with the bits of ``philox``.
@@ -207,7 +207,8 @@ def masked_adamw_step(
         places = places.to(param.device)
         alive = kept.flatten()[places]
         m, v = (
-            _load_moment(code, scale) for code, scale in ((exp_avgs[n], exp_avg_scales[n]), (exp_avg_sqs[n], exp_avg_sq_scales[n]))
+            _load_moment(code, scale)
+            for code, scale in ((exp_avgs[n], exp_avg_scales[n]), (exp_avg_sqs[n], exp_avg_sq_scales[n]))
         )
         g = wide(grad).flatten()[places].masked_fill(~alive, 0.0)
         if grad_scale is not None:
@@ -247,19 +248,21 @@ def _store_moment(value: Tensor, code: Tensor, scale: Tensor) -> None:
 
 
 def row_offsets(words: Tensor) -> Tensor:
-    """int64 (rows + 1): how many weights a mask keeps before each row, and in all; words (..., W) have a row a leading place."""
+    """int64 (rows + 1): how many weights a mask of words (..., W) keeps before each row, and in all."""
     counts = unpack_mask(words, words.shape[-1] * WORD_BITS).sum(-1).flatten()  # tail bits are 0
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 # --- 8-bit moments ------------------------------------------------------------------------------------------------
-# Blocks of 256 consecutive stored values share a float32 scale. A code is, but for rounding, the eighth root of the value,
-# which a shift by three bits makes of a float's bits (piecewise linearly): 126 or 254 levels from 2^-55 to 1, the
-# nearer to 1 the finer, 4 to 12 % apart in the upper 16 octaves. Integer arithmetic on float bits alone, so that
-# every back end gives the same codes.
+# Blocks of 256 consecutive stored values share a float32 scale. A code is, but for rounding, the eighth root of the
+# value, which a shift by three bits makes of a float's bits (piecewise linearly): 127 or 255 levels down to 2^-63, the
+# nearer to 1 the finer. Integer arithmetic on float bits alone, so that every back end gives the same codes.
 
 QUANTIZED_BLOCK = 256
-_TOP = {True: 1.875, False: 1.9375}  # what the highest code stands for, signed (7 bits and a sign) and unsigned (8 bits)
+_TOP = {
+    True: 1.875,
+    False: 1.9375,
+}  # what the highest code stands for, signed (7 bits and a sign) and unsigned (8 bits)
 _OFFSET = {True: 944 << 20, False: 952 << 20}
 _LEAST = 2.0**-100  # a block whose largest value is smaller is scaled by this one
 
@@ -275,10 +278,7 @@ def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     fraction = blocks.abs() * (torch.full_like(clamped, _TOP[signed]) / clamped)  # one rounding; a scalar / x has two
     root = ((fraction.view(torch.int32) >> 3) + _OFFSET[signed]).view(torch.float32)
     code = root.round().clamp(max=127.0 if signed else 255.0)
-    if signed:
-        code = torch.where(blocks < 0, -code, code)
-    else:
-        code = torch.where(blocks > 0, code.clamp(min=1.0), code)
+    code = torch.where(blocks < 0, -code, code) if signed else torch.where(blocks > 0, code.clamp(min=1.0), code)
     scales = torch.where(largest == 0, 0.0, clamped / _TOP[signed]).flatten()
     return code.flatten()[: len(values)].to(torch.int8 if signed else torch.uint8), scales
 
@@ -298,8 +298,8 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
 def philox(seed: int, step: int, param_id: int, places: Tensor) -> Tensor:
     """The first word of Philox 4x32-10 (Salmon et al., SC 2011) for each place: int64 holding 32 bits.
 
-    key = (seed, seed >> 32), counter = (place, place >> 32, param_id, step), each modulo 2^32. ``places`` are dense flat
-    indices, whatever the layout of the states, so that the bits are the same on every back end, tile and thread count.
+    key = (seed, seed >> 32), counter = (place, place >> 32, param_id, step), each modulo 2^32. ``places`` are dense
+    flat indices, whatever the layout of the states: the bits are the same on every back end, tile and thread count.
     """
     word = 0xFFFFFFFF
     c0, c1 = places.long() & word, (places.long() >> 32) & word

@@ -1,16 +1,20 @@
 """For tests of kernels, here and elsewhere: inputs on ugly shapes, and a tolerance that has a reason.
 
-The rule is that of Cut Cross Entropy: against a float64 truth, a kernel may err no more than plain torch errs in the
-same dtype, plus a small constant; so a tolerance is never a number somebody raised until a test passed.
+The rule is that of Cut Cross Entropy: against a float64 truth, a kernel may err no more than twice what plain torch
+errs in the same dtype, plus a small constant; so a tolerance is never a number somebody raised until a test passed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ebft_kernels.optim import MOMENTS, WEIGHTS
+from ebft_kernels.reference import pack_mask, quantize, row_offsets
 
 # (tokens, outputs N, inputs K): no multiple of a tile, K no multiple of 8 or 32, one word, one weight, no tokens
 UGLY_SHAPES = [
@@ -71,6 +75,65 @@ def linear_cases(
                 floats(*lead, inputs), floats(outputs, inputs), mask, floats(outputs), floats(*lead, outputs)
             )
             yield f"{lead}x{inputs}->{outputs}, {kind}", case
+
+
+# (weights, moments, compact): every layout of MaskedAdamW's states
+ADAMW_LAYOUTS = [(w, m, c) for w in WEIGHTS for m in MOMENTS for c in (False, True)]
+
+
+def adamw_lists(
+    weights: str,
+    moments: str,
+    compact: bool,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> list[list[Tensor]]:
+    """The tensor lists of the op ``masked_adamw_step``, in its order, with old states and garbage in pruned places.
+
+    Parameters of ugly shapes, with masks (random, all pruned, all kept, one row empty) and without. ``dtype`` is that
+    of the parameters, unless ``weights`` is ``"fp32"``. Gradients span 1e-6 to 1; where pruned they are NaN.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.float32 if weights == "fp32" else dtype
+    shapes = [((7, 33), "random"), ((5,), None), ((2, 3, 70), "random"), ((1, 600), "random"), ((4, 40), "all pruned")]
+    shapes += [((3, 96), "all kept"), ((9, 260), "one empty row"), ((1500,), None), ((40, 300), "random")]
+    lists: list[list[Tensor]] = [[] for _ in range(9)]
+    empty, no_rows = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    for shape, kind in shapes:
+
+        def floats(shape: tuple[int, ...] = shape) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        scale = 10 ** (-6 * torch.rand(shape, generator=generator))
+        param, grad, m, v = (
+            floats().to(dtype).float(),
+            floats() * scale,
+            floats() * scale * 0.1,
+            (floats() * scale).square(),
+        )
+        words, rows, stored = torch.empty(0, dtype=torch.int32), no_rows, slice(None)
+        if kind is not None:
+            mask = make_mask(kind, math.prod(shape[:-1]), shape[-1], generator).view(shape)
+            words = pack_mask(mask)
+            grad[~mask], m[~mask], v[~mask] = float("nan"), 0.0, 0.0
+            if compact:
+                m, v, stored, rows = m[mask], v[mask], mask, row_offsets(words).to(device)
+        master = param[stored] + 1e-4 * floats()[stored] if weights == "master" else empty
+        scales = [empty, empty]
+        if moments == "int8":
+            (m, scales[0]), (v, scales[1]) = _codes(m, True), _codes(v, False)
+        elif moments == "bf16":
+            m, v = m.bfloat16(), v.bfloat16()
+        row = (param.to(dtype), grad.to(dtype), m, v, *scales, master, words, rows)
+        for of, tensor in zip(lists, row, strict=True):
+            of.append(tensor.contiguous().to(device))
+    return lists
+
+
+def _codes(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    codes, scales = quantize(values.flatten(), signed)
+    return codes.view(values.shape), scales
 
 
 def assert_no_worse_than_torch(

@@ -21,6 +21,11 @@ def mark_zeroed(weight: Tensor, words: Tensor) -> None:
         _known[weight] = (weight._version, weakref.ref(words), words._version)
 
 
+def known_words(weight: Tensor) -> Tensor | None:
+    """The words by which ``weight`` was last marked, if they are still there."""
+    return _known[weight][1]() if weight in _known else None
+
+
 def is_zeroed(weight: Tensor, words: Tensor) -> bool:
     """Whether ``weight`` is known to hold zeros where ``words`` prune; False where nothing is known."""
     if weight.is_inference() or words.is_inference() or weight not in _known:

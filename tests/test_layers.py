@@ -1,6 +1,7 @@
 """The two packages, and which way they look: read from the imports themselves."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,13 +48,70 @@ def test_the_loop_uses_only_public_names_of_the_kernels():
     assert used <= set(ebft_kernels.__all__)
 
 
-def test_kernel_files_import_only_from_those_below():
-    order = ["reference", "ops", "dispatch", "mask", "functional", "zeroed", "nn", "optim", "testing", "__init__"]
-    for file in files_of("ebft_kernels"):
-        for module, _ in imports_of(file):
-            package, _, name = module.partition(".")
-            if package == "ebft_kernels" and name:
-                assert order.index(name.split(".")[0]) < order.index(file.stem), f"{file.name} imports {name}"
+ORDER = {
+    "ebft_kernels": [
+        "reference",
+        "ops",
+        "dispatch",
+        "mask",
+        "functional",
+        "zeroed",
+        "nn",
+        "optim",
+        "testing",
+        "__init__",
+    ],
+    "ebft": [
+        "version",
+        "errors",
+        "shapes",
+        "matrices",
+        "pruning",
+        "config",
+        "report",
+        "report_page",
+        "decoder",
+        "stream",
+        "calibration",
+        "checkpoint",
+        "evaluate",
+        "reconstruct",
+        "job",
+        "pipeline",
+        "plan",
+        "__init__",
+        "run",
+    ],
+}
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_files_import_only_from_those_below(package):
+    order = ORDER[package]
+    for file in files_of(package):
+        room = file.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        for module, names in imports_of(file):
+            top, _, rest = module.partition(".")
+            if top == package:
+                used = [rest.split(".")[0]] if rest else [name for name in names if name in order]
+                for name in used:
+                    assert name == room or order.index(name) < order.index(room), f"{file.name} imports {name}"
+
+
+def test_what_is_imported_is_declared():
+    declared = {re.split(r"[<>=;\[ ]", line)[0].lower() for line in tomllib_dependencies()}
+    known_as = {"yaml": "pyyaml"}
+    for package in ORDER:
+        for file in files_of(package):
+            for module, _ in imports_of(file):
+                top = module.split(".")[0]
+                if top not in sys.stdlib_module_names and top not in ORDER:
+                    assert known_as.get(top, top).lower() in declared, f"{file} imports {top}"
+
+
+def tomllib_dependencies() -> list[str]:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return re.findall(r'"([^"]+)"', re.search(r"^dependencies = \[(.*?)^\]", text, re.S | re.M)[1])
 
 
 @pytest.mark.parametrize("package", ["ebft", "ebft_kernels"])

@@ -50,6 +50,10 @@ class BlockMasks:
     masks: dict[str, PackedMask] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def to(self, device: torch.device | str) -> BlockMasks:
+        """The same on another device."""
+        return BlockMasks({name: mask.to(device) for name, mask in self.masks.items()}, self.notes)
+
     def sparsity(self) -> float:
         """Pruned share of all matrices of the block."""
         total = sum(mask.numel() for mask in self.masks.values())
@@ -62,13 +66,16 @@ class Masker(Protocol):
     Attributes:
         needs_inputs: statistics of what flows into each matrix are wanted.
         given: the masks are there beforehand and need no statistics; calling it is cheap.
+        name: how the report calls it.
     """
 
     needs_inputs: bool
     given: bool
 
-    def check(self, block_name: str, block: nn.Module, matrices: list[Matrix]) -> None:
-        """Raise ``EBFTError`` now for what cannot work later; called for every block before any work."""
+    name: str
+
+    def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
+        """Raise ``EBFTError`` for what cannot work on these blocks (full names, modules, matrices), before any work."""
 
     def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
         """The masks of ``block``, whose full name in the model is ``block_name``."""
@@ -76,9 +83,10 @@ class Masker(Protocol):
 
 def make_masker(prune: str, pattern: Pattern, criterion: Criterion | None = None) -> Masker:
     """The masker for ``--prune``: a criterion's name, ``zeros``, or a file of masks; or a user's own criterion."""
-    criterion = criterion or CRITERIA.get(prune)
     if criterion is not None:
-        return _ByCriterion(criterion, pattern)
+        return _ByCriterion(criterion, pattern, getattr(criterion, "__name__", type(criterion).__name__))
+    if prune in CRITERIA:
+        return _ByCriterion(CRITERIA[prune], pattern, prune)
     if prune == "zeros":
         return _Zeros()
     if not Path(prune).is_file():
@@ -89,13 +97,15 @@ def make_masker(prune: str, pattern: Pattern, criterion: Criterion | None = None
 class _ByCriterion:
     given = False
 
-    def __init__(self, criterion: Criterion, pattern: Pattern) -> None:
+    def __init__(self, criterion: Criterion, pattern: Pattern, name: str) -> None:
         self._criterion, self._pattern = criterion, pattern
         self.needs_inputs = criterion not in _WITHOUT_INPUTS
+        self.name = f"{name} {pattern}"
 
-    def check(self, block_name: str, block: nn.Module, matrices: list[Matrix]) -> None:
-        for matrix in matrices:
-            self._pattern.check_width(f"{block_name}.{matrix.name}", matrix.inputs)
+    def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
+        for name, of_block in zip(names, matrices, strict=True):
+            for matrix in of_block:
+                self._pattern.check_width(f"{name}.{matrix.name}", matrix.inputs)
 
     def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
         result = BlockMasks()
@@ -126,9 +136,9 @@ class _ByCriterion:
 
 
 class _Zeros:
-    needs_inputs, given = False, True
+    needs_inputs, given, name = False, True, "zeros that were there"
 
-    def check(self, block_name: str, block: nn.Module, matrices: list[Matrix]) -> None:
+    def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
         pass
 
     def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
@@ -137,7 +147,7 @@ class _Zeros:
 
 
 class _FromFile:
-    needs_inputs, given = False, True
+    needs_inputs, given, name = False, True, "masks from a file"
 
     def __init__(self, file: str) -> None:
         self._file = file
@@ -146,14 +156,21 @@ class _FromFile:
         except (OSError, ValueError) as error:
             raise EBFTError(f"--prune {file} is not a file of masks: {' '.join(str(error).split())}") from None
 
-    def check(self, block_name: str, block: nn.Module, matrices: list[Matrix]) -> None:
-        for matrix in matrices:
-            name = f"{block_name}.{matrix.name}"
+    def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
+        expected = {
+            f"{name}.{matrix.name}": tuple(block.get_parameter(matrix.name).shape)
+            for name, block, of_block in zip(names, blocks, matrices, strict=True)
+            for matrix in of_block
+        }
+        for name, shape in expected.items():
             if name not in self._masks:
                 raise EBFTError(f"--prune {self._file} has no mask for {name}; it holds {_some(self._masks)}")
-            given, expected = tuple(self._masks[name].shape), tuple(block.get_parameter(matrix.name).shape)
-            if given != expected:
-                raise EBFTError(f"--prune {self._file}: the mask of {name} has shape {given}; expected {expected}")
+            if tuple(self._masks[name].shape) != shape:
+                given = tuple(self._masks[name].shape)
+                raise EBFTError(f"--prune {self._file}: the mask of {name} has shape {given}; expected {shape}")
+        unknown = {name: mask for name, mask in self._masks.items() if name not in expected}
+        if unknown:
+            raise EBFTError(f"--prune {self._file} has masks for {_some(unknown)}, which the model does not prune")
 
     def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
         return BlockMasks({matrix.name: self._masks[f"{block_name}.{matrix.name}"] for matrix in matrices})

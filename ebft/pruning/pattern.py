@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ebft.errors import EBFTError
@@ -49,11 +48,11 @@ def mask_of_best(scores: Tensor, pattern: Pattern, *, per_row: bool) -> Tensor:
         per_row: compare within a row (Wanda) and not over the whole matrix (magnitude).
 
     Returns:
-        bool (outputs, inputs); exactly ``round((1 - sparsity) * count)`` are kept wherever scores are compared.
+        bool (outputs, inputs); exactly ``round((1 - sparsity) * count)`` are kept wherever scores are compared, of
+        equal ones those further left.
     """
     if pattern.group:
         return PackedMask.from_scores(scores, pattern.keep, pattern.group).dense()
     compared = scores if per_row else scores.reshape(1, -1)
-    kept = compared.topk(round(compared.shape[1] * (1 - pattern.sparsity)), dim=1, sorted=False).indices
-    mask = torch.zeros_like(compared, dtype=torch.bool).scatter_(1, kept, True)
-    return mask.reshape(scores.shape)
+    kept = round(compared.shape[1] * (1 - pattern.sparsity))
+    return PackedMask.from_topk(compared, kept).dense().reshape(scores.shape)

@@ -50,8 +50,11 @@ def test_state_dict_is_that_of_a_linear_and_loading_masks_again():
     assert torch.equal(layer.weight[mask], dense.weight[mask])
     assert knows_its_zeros(layer)
     nn.Linear(40, 6).load_state_dict(layer.state_dict())
-    layer.load_state_dict(nn.Linear(40, 6).state_dict(), assign=True)
+    teacher = nn.Linear(40, 6)
+    values = teacher.weight.detach().clone()
+    layer.load_state_dict(teacher.state_dict(), assign=True)
     assert_exact_zeros(layer.weight, mask)
+    assert torch.equal(teacher.weight, values)  # a dense teacher is not pruned along
 
 
 def test_a_plain_constructor_keeps_everything():
@@ -138,7 +141,10 @@ def test_to_dtype_and_device():
     assert knows_its_zeros(layer)
     assert_exact_zeros(layer.weight, mask)
     assert layer(torch.randn(2, 40, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    layer.to_empty(device="cpu")
+    assert torch.equal(layer.mask.dense(), mask)  # no state dict would bring it back
     assert layer.to("meta").mask_words.device.type == "meta"
+    assert layer(torch.empty(2, 40, dtype=torch.bfloat16, device="meta")).shape == (2, 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

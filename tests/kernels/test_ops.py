@@ -9,7 +9,13 @@ from torch.nn import functional as F
 
 from ebft_kernels import PackedMask, explain, masked_adamw_step, masked_grad_norm, masked_linear, reference, use_impl
 from ebft_kernels.ops import SCHEMAS
-from ebft_kernels.testing import assert_exact_zeros, assert_no_worse_than_torch, linear_cases
+from ebft_kernels.testing import (
+    ADAMW_LAYOUTS,
+    adamw_lists,
+    assert_exact_zeros,
+    assert_no_worse_than_torch,
+    linear_cases,
+)
 
 OPS = torch.ops.ebft_kernels
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,8 +30,8 @@ def op_examples():
     x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 3, 37), (5, 37), (5,)))
     dy, words = torch.randn(2, 3, 5, requires_grad=True), make_words(5, 37)
     none = torch.empty(0, dtype=torch.int32)
-    states = [[torch.rand(5, 37), torch.rand(4)] for _ in range(4)]
-    adamw = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+    states = adamw_lists("master", "int8", True)
+    step = (1e-3, 0.9, 0.95, 1e-8, 0.1, 3, False, 7, list(range(len(states[0]))), False)
     return {
         "pack_mask": ((torch.rand(3, 5, 70) > 0.5,), {}),
         "unpack_mask": ((words, 37), {}),
@@ -35,8 +41,9 @@ def op_examples():
         "masked_linear": ((x, weight, words, bias, False), {}),
         "masked_linear_dx": ((dy, weight, words, False), {}),
         "masked_linear_dw": ((dy, x, words), {}),
-        "masked_grad_norm": ((states[1], [words, none]), {}),
-        "masked_adamw_step": ((*states, [words, none], torch.tensor(0.5)), adamw),
+        "row_offsets": ((words,), {}),
+        "masked_grad_norm": (([torch.randn(5, 37), torch.randn(4)], [words, none]), {}),
+        "masked_adamw_step": ((*states, torch.tensor(0.5), *step), {}),
     }
 
 
@@ -170,50 +177,74 @@ def test_masked_linear_refuses_mixed_dtypes_and_float_masks():
 
 # --- masked AdamW -------------------------------------------------------------------------------------------------
 
-
-def adamw_inputs(dtype, seed=0):
-    """Three parameters (two masked) with old states; pruned places hold garbage, NaN gradients among it."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(7, 33), (5,), (2, 3, 70)]
-    masks = [torch.rand(s, generator=generator) > 0.5 if s != (5,) else None for s in shapes]
-    params, grads, m, v = ([torch.randn(s, generator=generator).to(dtype) for s in shapes] for _ in range(4))
-    for grad, mask in zip(grads, masks, strict=True):
-        if mask is not None:
-            grad[~mask] = float("nan")
-    return params, grads, m, [t.square() for t in v], masks
+STEP = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+STEP |= {"seed": 2**40 + 17, "zero_grads": False}
+MUTABLE = ("params", "grads", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales", "masters")
 
 
 def clones(lists):
-    return [[t.clone() for t in of] for of in lists]
+    return [[tensor.clone() for tensor in of] for of in lists]
+
+
+def run_step(step, lists, grad_scale=None, **changes):
+    settings = {**STEP, "stochastic": False, "param_ids": list(range(len(lists[0]))), **changes}
+    order = ("lr", "beta1", "beta2", "eps", "weight_decay", "step", "stochastic", "seed", "param_ids", "zero_grads")
+    step(*lists, grad_scale, *(settings[name] for name in order))
+    return dict(zip(MUTABLE, lists, strict=False))
 
 
 @pytest.mark.parametrize("scale", [None, 0.25])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_masked_adamw_step_against_the_reference(dtype, scale):
-    *lists, masks = adamw_inputs(dtype)
+@pytest.mark.parametrize(("weights", "moments", "compact"), ADAMW_LAYOUTS)
+def test_masked_adamw_step_against_the_reference(weights, moments, compact, scale):
     grad_scale = None if scale is None else torch.tensor(scale)
-    settings = {"lr": 1e-2, "step": 3, "eps": 1e-8, "weight_decay": 0.1, "grad_scale": grad_scale}
-    mine, double = clones(lists), [[t.double() for t in of] for of in lists]
-    masked_adamw_step(*mine, masks, betas=(0.9, 0.95), **settings)
-    words = [torch.empty(0, dtype=torch.int32) if mask is None else reference.pack_mask(mask) for mask in masks]
-    grad_scale = settings.pop("grad_scale")
-    reference.masked_adamw_step(*double, words, grad_scale, beta1=0.9, beta2=0.95, **settings)
-    for what, got, true in zip(("w", "g", "m", "v"), mine, double, strict=True):
-        for g, t, mask in zip(got, true, masks, strict=True):
-            if what == "g":
-                continue
-            torch.testing.assert_close(g.double(), t, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-7)
-            if mask is not None:
-                assert_exact_zeros(g, mask, what)
-    for before, after in zip(lists[1], mine[1], strict=True):
+    lists = adamw_lists(weights, moments, compact)
+    how = {"stochastic": weights == "stochastic"}
+    mine = run_step(OPS.masked_adamw_step, clones(lists), grad_scale, **how)
+    truth = run_step(reference.masked_adamw_step, clones(lists), grad_scale, **how)
+    for name in MUTABLE:
+        for n, (got, true) in enumerate(zip(mine[name], truth[name], strict=True)):
+            torch.testing.assert_close(
+                got, true, rtol=1e-5, atol=1e-7, equal_nan=True, msg=lambda m, w=f"{name}[{n}]": f"{w}: {m}"
+            )
+    for param, words in zip(mine["params"], lists[7], strict=True):
+        if words.numel():
+            assert_exact_zeros(param, reference.unpack_mask(words, param.shape[-1]))
+    for before, after in zip(lists[1], mine["grads"], strict=True):
         torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)  # gradients are only read
 
 
+def test_masked_adamw_step_in_float64_and_with_any_strides():
+    weight, mask = torch.randn(6, 10, dtype=torch.float64), torch.rand(6, 10) > 0.4
+    grad, scale = torch.randn(10, 6, dtype=torch.float64).T, torch.tensor(1 / 3, dtype=torch.float64)
+    buffer = torch.full((6, 20), 7.0, dtype=torch.float64)
+    strided = buffer[:, ::2]
+    strided.copy_(weight)
+    m, v = torch.randn(10, 6, dtype=torch.float64).T, torch.rand(6, 10, dtype=torch.float64)
+    expected = [t.clone(memory_format=torch.contiguous_format) for t in (weight, m, v)]
+    masked_adamw_step([strided], [grad], [m], [v], [mask], lr=1e-2, step=2, grad_scale=scale)
+    w, first, second = expected
+    g = (grad * scale).masked_fill(~mask, 0)
+    w *= 1 - 1e-2 * 1e-2
+    first.mul_(0.9).add_(0.1 * g)
+    second.mul_(0.999).add_(0.001 * g * g)
+    w -= 1e-2 / (1 - 0.9**2) * first / ((second / (1 - 0.999**2)).sqrt() + 1e-8)
+    for got, true in ((strided, w), (m, first), (v, second)):
+        torch.testing.assert_close(got, true.masked_fill(~mask, 0), rtol=1e-12, atol=1e-14)
+    assert (buffer[:, 1::2] == 7).all()  # the neighbours in memory
+
+
+def test_gradients_are_zeroed_in_the_pass_if_asked():
+    for layout in (("fp32", "fp32", False), ("stochastic", "int8", True)):
+        lists = adamw_lists(*layout)
+        run_step(OPS.masked_adamw_step, lists, stochastic=layout[0] == "stochastic", zero_grads=True)
+        assert all(torch.count_nonzero(grad) == 0 for grad in lists[1])
+
+
 def test_masked_grad_norm_ignores_pruned_entries():
-    _, grads, _, _, masks = adamw_inputs(torch.float32)
-    words = [torch.empty(0, dtype=torch.int32) if mask is None else reference.pack_mask(mask) for mask in masks]
-    truth = reference.masked_grad_norm([g.double() for g in grads], words)
-    torch.testing.assert_close(masked_grad_norm(grads, masks).double(), truth, rtol=1e-6, atol=0)
+    lists = adamw_lists("fp32", "fp32", False)
+    masks = [None if not w.numel() else PackedMask(w, p.shape) for p, w in zip(lists[0], lists[7], strict=True)]
+    truth = reference.masked_grad_norm([g.double() for g in lists[1]], lists[7])
+    torch.testing.assert_close(masked_grad_norm(lists[1], masks).double(), truth, rtol=1e-6, atol=0)
 
 
 def test_masked_adamw_step_refuses_what_does_not_fit():
@@ -221,10 +252,75 @@ def test_masked_adamw_step_refuses_what_does_not_fit():
     good = ([w], [w.clone()], [w.clone()], [w.clone()], [None])
     with pytest.raises(ValueError, match="got step 0"):
         masked_adamw_step(*good, lr=1e-3, step=0)
-    with pytest.raises(ValueError, match="lists of 1, 1, 1, 1, 2"):
+    with pytest.raises(ValueError, match=r"lists of 1, 1, 1, 1, .*2"):
         masked_adamw_step(*good[:4], [None, None], lr=1e-3, step=1)
-    with pytest.raises(ValueError, match=r"got torch\.float16 \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"a gradient torch\.float16 \(3, 4\) for a parameter torch\.float32"):
         masked_adamw_step([w], [w.half()], *good[2:], lr=1e-3, step=1)
+    with pytest.raises(ValueError, match=r"got moments torch\.float16 and torch\.float32"):
+        masked_adamw_step(*good[:2], [w.half()], *good[3:], lr=1e-3, step=1)
+    with pytest.raises(ValueError, match=r"got 11 first moments; expected 12"):
+        masked_adamw_step(*good[:2], [torch.zeros(11)], *good[3:], lr=1e-3, step=1)
+    codes = ([torch.zeros(3, 4, dtype=torch.int8)], [torch.zeros(3, 4, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match=r"got 0 scales of the first moments; expected 1"):
+        masked_adamw_step(*good[:2], *codes, [None], lr=1e-3, step=1)
+
+
+# --- 8-bit codes and random bits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_exact_at_zero_and_fine_near_the_top(signed):
+    values = torch.cat([torch.logspace(-16, 0, 700), torch.zeros(68)]) * 3.7
+    values = torch.cat([values, -values]) if signed else values
+    shuffled = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))]
+    codes, scales = reference.quantize(shuffled, signed)
+    back = reference.dequantize(codes, scales)
+    assert codes.dtype == (torch.int8 if signed else torch.uint8)
+    assert scales.shape == (-(-len(values) // 256),)
+    assert (back[shuffled == 0] == 0).all()
+    assert (back.sign() == shuffled.sign()).all()
+    if not signed:
+        assert (back[shuffled > 0] > 0).all()  # or the step would explode
+    size, error = shuffled.abs() / 3.7, (back - shuffled).abs() / shuffled.abs()
+    for least, allowed in (
+        (2**-7, 0.07 if signed else 0.035),
+        (2**-15, 0.14 if signed else 0.07),
+        (2**-23, 0.28 if signed else 0.14),
+    ):
+        assert error[size > least].max() < allowed
+    largest = shuffled.view(-1, 256).abs().amax(-1) if len(values) % 256 == 0 else None
+    if largest is not None:
+        torch.testing.assert_close(back.view(-1, 256).abs().amax(-1), largest, rtol=1e-6, atol=0)
+    assert torch.equal(reference.quantize(back, signed)[0], codes)  # a second time changes nothing
+
+
+def test_codes_of_the_tiniest_values():
+    codes, scales = reference.quantize(torch.tensor([0.0, 1e-45, 1e-38]), signed=False)
+    assert codes.tolist()[0] == 0
+    assert min(codes.tolist()[1:]) > 0
+    assert scales.isfinite().all()
+    codes, scales = reference.quantize(torch.zeros(256), signed=True)
+    assert codes.count_nonzero() == scales.count_nonzero() == 0
+
+
+def test_philox_is_philox():
+    """The known answers of Random123's own test (kat_vectors, philox4x32 10 rounds)."""
+    assert reference.philox(0, 0, 0, torch.tensor([0])).tolist() == [0x6627E8D5]
+    full = 0xFFFFFFFF
+    assert reference.philox(full << 32 | full, full, full, torch.tensor([-1])).tolist() == [0x408F276D]
+    key, counter = 0x299F31D0 << 32 | 0xA4093822, (0x85A308D3 << 32 | 0x243F6A88) - 2**64 * (0x85A308D3 >> 31)
+    assert reference.philox(key, 0x03707344, 0x13198A2E, torch.tensor([counter])).tolist() == [0xD16CFE09]
+
+
+def test_stochastic_rounding_is_right_on_average_and_passes_infinity_and_nan():
+    value = torch.full((20000,), 1.0 + 2**-9)  # a quarter of the way from one bfloat16 to the next
+    rounded = reference.round_stochastically(value, reference.philox(1, 2, 3, torch.arange(20000)))
+    assert set(rounded.tolist()) == {1.0, 1.0078125}
+    assert rounded.mean().item() == pytest.approx(1.0 + 2**-9, abs=1e-4)
+    odd = torch.tensor([float("inf"), float("-inf"), float("nan")])
+    got = reference.round_stochastically(odd, torch.full((3,), 0xFFFF))
+    assert got[:2].tolist() == odd[:2].tolist()
+    assert got[2].isnan()
 
 
 # --- which implementation runs ------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """MaskedAdamW against torch.optim.AdamW, and everything an optimizer must live through."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask
-from ebft_kernels.testing import assert_exact_zeros
+from ebft_kernels.testing import ADAMW_LAYOUTS, assert_exact_zeros
+from ebft_kernels.zeroed import is_zeroed
 
 RECIPE = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -218,3 +220,201 @@ def test_masks_and_parameters_that_do_not_fit():
         MaskedAdamW([weight], masks={nn.Parameter(torch.ones(2, 3)): torch.ones(2, 3, dtype=torch.bool)})
     with pytest.raises(TypeError, match=r"a parameter of torch\.bfloat16"):
         MaskedAdamW([nn.Parameter(torch.ones(2, dtype=torch.bfloat16))])
+
+
+# --- every layout of the states -----------------------------------------------------------------------------------
+
+
+def make_layout_problem(weights, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.float32 if weights == "fp32" else torch.bfloat16
+    weight = nn.Parameter(torch.randn(40, 300, generator=generator).to(dtype))
+    norm = nn.Parameter(torch.ones(300))
+    return weight, norm, torch.rand(40, 300, generator=generator) > 0.6
+
+
+def gradients_of(weight, norm, step, span=1.0):
+    generator = torch.Generator().manual_seed(100 + step)
+    scales = 10 ** (-span * torch.rand(weight.shape, generator=torch.Generator().manual_seed(99)))
+    grad = torch.randn(weight.shape, generator=generator) + 0.5
+    return (grad * scales).to(weight.dtype), torch.randn(300, generator=generator)
+
+
+@pytest.mark.parametrize(("weights", "moments", "compact"), ADAMW_LAYOUTS)
+def test_every_layout_follows_float32(weights, moments, compact):
+    """Twenty steps against torch's AdamW in float32: no further away than the layout's rounding explains."""
+    weight, norm, mask = make_layout_problem(weights)
+    start = weight.detach().float() * mask
+    optimizer = MaskedAdamW(
+        [weight, norm], masks={weight: mask}, weights=weights, moments=moments, compact=compact, **RECIPE
+    )
+    exact, exact_norm = nn.Parameter(start.clone()), nn.Parameter(torch.ones(300))
+    theirs = torch.optim.AdamW([exact, exact_norm], **RECIPE)
+    for step in range(20):
+        weight.grad, norm.grad = gradients_of(weight, norm, step)
+        exact.grad, exact_norm.grad = weight.grad.float() * mask, norm.grad.clone()
+        optimizer.step()
+        theirs.step()
+        assert_exact_zeros(weight, mask, f"step {step}")
+    moved = (exact.detach() - start)[mask]
+    master = optimizer._dense(weight, "master") if weights == "master" else weight.detach().float()
+    error = (master - exact.detach())[mask].norm() / moved.norm()
+    allowed = {"fp32": 1e-5, "bf16": 0.01, "int8": 0.1}[moments] + {"fp32": 0, "master": 1e-5, "stochastic": 0.2}[
+        weights
+    ]
+    assert error < allowed
+    torch.testing.assert_close(norm, exact_norm, rtol=0, atol={"fp32": 1e-6, "bf16": 2e-3, "int8": 2e-2}[moments])
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_int8_moments_on_gradients_from_1e_minus_8_to_1(compact):
+    """The steps of the smallest gradients neither vanish nor explode."""
+    steps = {}
+    for moments in ("fp32", "int8"):
+        weight, norm, mask = make_layout_problem("fp32")
+        start = weight.detach() * mask
+        optimizer = MaskedAdamW(
+            [weight], masks={weight: mask}, moments=moments, compact=compact, lr=1e-2, weight_decay=0.0
+        )
+        for step in range(20):
+            weight.grad = gradients_of(weight, norm, step, span=8.0)[0]
+            optimizer.step()
+        steps[moments] = (weight.detach() - start)[mask]
+    assert steps["int8"].abs().max() < 2 * steps["fp32"].abs().max()
+    small = weight.grad.abs()[mask] < 1e-6
+    assert small.sum() > 500
+    for chosen, allowed in ((small, 0.35), (~small, 0.15)):  # at 2^-50 of a block's largest a code has one bit
+        error = (steps["int8"] - steps["fp32"])[chosen].norm() / steps["fp32"][chosen].norm()
+        assert error < allowed
+        assert 0.9 < steps["int8"][chosen].norm() / steps["fp32"][chosen].norm() < 1.1
+
+
+@pytest.mark.parametrize(("weights", "moments", "compact"), ADAMW_LAYOUTS)
+def test_the_bytes_of_a_state_are_those_that_are_promised(weights, moments, compact):
+    weight, norm, mask = make_layout_problem(weights)
+    optimizer = MaskedAdamW([weight, norm], masks={weight: mask}, weights=weights, moments=moments, compact=compact)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state = optimizer.state[weight]
+    stored = int(mask.sum()) if compact else mask.numel()
+    each = {"fp32": 8, "bf16": 4, "int8": 2}[moments] + (4 if weights == "master" else 0)
+    scales = 8 * -(-stored // 256) if moments == "int8" else 0
+    indices = 8 * 41 if compact else 0
+    words = state["mask"].nbytes
+    assert (
+        sum(t.nbytes for t in state.values() if isinstance(t, torch.Tensor)) == each * stored + scales + indices + words
+    )
+
+
+@pytest.mark.parametrize(("weights", "moments", "compact"), ADAMW_LAYOUTS)
+def test_set_mask_in_every_layout(weights, moments, compact):
+    weight, norm, mask = make_layout_problem(weights)
+    optimizer = MaskedAdamW(
+        [weight, norm], masks={weight: mask}, weights=weights, moments=moments, compact=compact, **RECIPE
+    )
+    for step in range(3):
+        weight.grad, norm.grad = gradients_of(weight, norm, step)
+        optimizer.step()
+    keys = ["exp_avg", "exp_avg_sq"] + (["master"] if weights == "master" else [])
+    before = {key: optimizer._dense(weight, key) for key in keys}
+    fresh = torch.rand(mask.shape, generator=torch.Generator().manual_seed(5)) > 0.5
+    optimizer.set_mask_(weight, fresh)
+    for key in keys:
+        after, survivors = optimizer._dense(weight, key), mask & fresh
+        tolerance = (
+            {"rtol": 0.15, "atol": 1e-3 * before[key].abs().max().item()}
+            if moments == "int8" and key != "master"
+            else {"rtol": 0, "atol": 0}
+        )
+        torch.testing.assert_close(after[survivors], before[key][survivors], **tolerance)
+        assert_exact_zeros(after, survivors, key)
+    weight.grad, norm.grad = gradients_of(weight, norm, 3)
+    optimizer.step()
+    assert_exact_zeros(weight, fresh)
+    assert weight[fresh].count_nonzero() > 0.99 * fresh.sum()
+
+
+@pytest.mark.parametrize(("weights", "moments", "compact"), ADAMW_LAYOUTS)
+@pytest.mark.parametrize("how", ["state dict", "deepcopy", "pickle"])
+def test_every_layout_resumes_bit_for_bit(weights, moments, compact, how):
+    weight, norm, mask = make_layout_problem(weights)
+    layout = {"weights": weights, "moments": moments, "compact": compact, "seed": 11}
+    optimizer = MaskedAdamW([weight, norm], masks={weight: mask}, **layout, **RECIPE)
+    for step in range(2):
+        weight.grad, norm.grad = gradients_of(weight, norm, step)
+        optimizer.step()
+    weight.grad = norm.grad = None
+    if how == "state dict":
+        other_weight, other_norm = copy.deepcopy(weight), copy.deepcopy(norm)
+        other = MaskedAdamW([other_weight, other_norm], **layout)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    else:
+        other = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+        other_weight, other_norm = other.param_groups[0]["params"]
+    assert other_weight is not weight
+    for step in range(2, 4):
+        for w, n, o in ((weight, norm, optimizer), (other_weight, other_norm, other)):
+            w.grad, n.grad = gradients_of(w, n, step)
+            o.step()
+    assert torch.equal(other_weight, weight)
+    assert torch.equal(other_norm, norm)
+    assert other.mask_of(other_weight) == PackedMask.from_dense(mask)
+
+
+def test_a_state_of_another_layout_is_refused():
+    weight, norm, mask = make_layout_problem("fp32")
+    optimizer = MaskedAdamW([weight], masks={weight: mask}, moments="int8")
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    for other in ({"moments": "bf16"}, {"moments": "int8", "compact": True}):
+        with pytest.raises(ValueError, match=r"got a state dict with torch\.int8 moments of 12000 entries"):
+            MaskedAdamW([weight], **other).load_state_dict(optimizer.state_dict())
+    amsgrad = torch.optim.AdamW([norm], amsgrad=True)
+    norm.grad = torch.ones_like(norm)
+    amsgrad.step()
+    with pytest.raises(ValueError, match="AMSGrad"):
+        MaskedAdamW([norm]).load_state_dict(amsgrad.state_dict())
+
+
+def test_loading_a_state_leaves_its_source_alone():
+    weight, _, mask = make_layout_problem("fp32")
+    plain = torch.optim.AdamW([weight])
+    weight.grad = torch.ones_like(weight)
+    plain.step()
+    before = plain.state[weight]["exp_avg"].clone()
+    other = nn.Parameter(weight.detach().clone())
+    MaskedAdamW([other], masks={other: mask}).load_state_dict(plain.state_dict())
+    assert torch.equal(plain.state[weight]["exp_avg"], before)
+
+
+def test_stochastic_rounding_moves_a_weight_that_rounding_to_nearest_would_hold():
+    """Steps of a hundredth of an ulp add up, on average."""
+    weight = nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
+    optimizer = MaskedAdamW([weight], lr=4e-5, weight_decay=0.0, weights="stochastic")
+    for _ in range(100):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert weight.float().mean().item() == pytest.approx(1 - 100 * 4e-5, abs=2e-4)
+    assert torch.equal(weight.new_tensor(1.0) - weight.new_tensor(4e-5), weight.new_tensor(1.0))
+
+
+def test_layout_settings_are_checked():
+    parameter = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="got weights = 'fp16'; expected one of fp32, master, stochastic"):
+        MaskedAdamW([parameter], weights="fp16")
+    with pytest.raises(ValueError, match="got moments = 'fp8'; expected one of fp32, bf16, int8"):
+        MaskedAdamW([parameter], moments="fp8")
+    with pytest.raises(
+        TypeError, match=r"torch\.float16; expected torch\.float32, torch\.bfloat16 with weights='stochastic'"
+    ):
+        MaskedAdamW([nn.Parameter(torch.ones(2, dtype=torch.float16))], weights="stochastic", moments="int8")
+
+
+def test_a_module_that_moves_and_loads_keeps_what_is_known():
+    """After a state dict came back (as accelerate does) layer and optimizer still know of the same zeros."""
+    layer = MaskedLinear(20, 4, mask=torch.rand(4, 20) > 0.5)
+    optimizer = MaskedAdamW.for_module(layer)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    layer(torch.randn(2, 20)).sum().backward()
+    optimizer.step()
+    assert is_zeroed(layer.weight, layer.mask_words)

@@ -1,12 +1,14 @@
 """Bad input: one sentence that names what was given and what was expected, exit code 2, nothing lost."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import random_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import ebft.checkpoint
@@ -76,7 +78,7 @@ def refuse(model, tmp_path, capsys):
         (("--samples", "2.5"), "--samples is '2.5'; expected a whole number"),
         (("--lr", "-1"), "--lr is -1.0; expected a finite number of at least 0"),
         (("--seed", "-1"), "--seed is -1; expected"),
-        (("--seqlen", "65"), "--seqlen is 65; expected at most 64, the model's max_position_embeddings"),
+        (("--seqlen", "65"), "--seqlen is 65; expected at most 64, the model's longest sequence"),
         (("--eval-seqlen", "100"), "--eval-seqlen is 100; expected at most 64"),
         (("--calibration", "nowhere.txt"), "text 'nowhere.txt': expected c4, wikitext2, builtin, or an existing .txt"),
         (("--samples", "1000000"), "text builtin is empty or too short"),
@@ -117,6 +119,7 @@ def test_yaml_files(refuse, tmp_path):
         ("lr: small", "--lr is 'small'; expected a number"),
         ("overwrite: 3", "--overwrite is 3; expected true or false"),
         ("a: [", "cannot be read"),
+        ("name: x", "there is no setting 'name'"),
     ):
         file.write_text(content)
         assert says in refuse("--config", file)
@@ -134,6 +137,19 @@ def test_things_that_are_no_decoder(refuse, tmp_path, tokenizer):
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "config.json").write_text((tmp_path / "bert" / "config.json").read_text()[:40])
     assert "cannot be loaded" in refuse("--model", tmp_path / "torn")
+
+
+def test_checkpoints_that_are_not_whole(refuse, tmp_path, model):
+    for name in ("truncated", "lacking"):
+        shutil.copytree(model, tmp_path / name)
+    weights = tmp_path / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "truncated cannot be loaded" in refuse("--model", tmp_path / "truncated")
+    weights = load_file(model / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, tmp_path / "lacking" / "model.safetensors", metadata={"format": "pt"})
+    said = refuse("--model", tmp_path / "lacking")
+    assert "lacks 1 of its weights, model.layers.1.mlp.up_proj.weight among them" in said
 
 
 def test_what_the_hub_cannot_give(refuse):
@@ -162,6 +178,8 @@ def test_mask_files(refuse, tmp_path, model):
     )
     save_masks({name: torch.ones_like(mask) for name, mask in masks.items()}, file)
     assert "prunes nothing" in refuse("--prune", file)
+    save_masks({**masks, "lm_head.weight": torch.ones(512, 32, dtype=torch.bool)}, file)
+    assert "has masks for lm_head.weight (1 in all), which the model does not prune" in refuse("--prune", file)
 
 
 def test_pruned_weights_without_a_teacher(refuse, tmp_path, model, tokenizer):
@@ -186,6 +204,10 @@ def test_a_teacher_of_another_shape(refuse, tmp_path):
     said = refuse("--teacher", tmp_path / "narrow")
     assert "--teacher has (40, 32) for model.layers.0.mlp." in said or "--teacher has (32, 40)" in said
     assert "--teacher has 2 blocks; expected 3" in refuse("--teacher", tmp_path / "short")
+    random_model("llama", vocab_size=400).save_pretrained(tmp_path / "mute")
+    assert "--teacher has vocabulary 400; expected 512" in refuse("--teacher", tmp_path / "mute")
+    random_model("llama", num_attention_heads=8, num_key_value_heads=8).save_pretrained(tmp_path / "heads")
+    assert "--teacher has num_attention_heads 8; expected 4" in refuse("--teacher", tmp_path / "heads")
 
 
 def test_output_folders(refuse, tmp_path, model):
@@ -195,6 +217,8 @@ def test_output_folders(refuse, tmp_path, model):
     (tmp_path / "file").write_text("precious")
     assert "so no run made it" in refuse("--output", tmp_path / "file")
     assert "cannot be written" in refuse("--output", tmp_path / "file" / "out")
+    for nameless in (".", "/", ""):
+        assert "expected the path of a folder that has a name" in refuse("--output", nameless)
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "ebft_summary.json").write_text("{}")
     assert "holds an earlier run; give --overwrite to replace it" in refuse("--output", tmp_path / "ours")
@@ -226,6 +250,62 @@ def test_nan_names_the_block_and_keeps_what_was_written(config, silent, tokenize
     # the next run starts over in the same place
     run_ebft(random_model("llama"), config(), tokenizer=tokenizer, reporter=silent)
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("when", ["block 1", "masks"])
+def test_a_full_disk_is_one_sentence_and_what_was_written_is_kept(
+    when, config, silent, tokenizer, tmp_path, monkeypatch
+):
+    name = "save_file" if when == "block 1" else "save_masks"
+    real, calls = getattr(ebft.checkpoint, name), []
+
+    def full(*args, **kwargs):
+        calls.append(args)
+        if when == "masks" or len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ebft.checkpoint, name, full)
+    with pytest.raises(
+        EBFTError, match=r"cannot be written: No space left on device; what was finished is kept in"
+    ) as e:
+        run_ebft(random_model("llama"), config(), tokenizer=tokenizer, reporter=silent)
+    assert "\n" not in str(e.value)
+    assert (tmp_path / "out.partial" / "blocks" / "00000.safetensors").is_file()
+    monkeypatch.undo()
+    run_ebft(random_model("llama"), config(), tokenizer=tokenizer, reporter=silent)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_an_earlier_run_survives_a_failed_commit(config, silent, tokenizer, tmp_path, monkeypatch):
+    run_ebft(random_model("llama"), config(), tokenizer=tokenizer, reporter=silent)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    (tmp_path / "out.replaced").mkdir()  # somebody's own
+    rename = Path.rename
+
+    def refuse_partial(path, target):
+        if path.name == "out.partial":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_partial)
+    with pytest.raises(EBFTError, match="cannot be written: Input/output error"):
+        run_ebft(random_model("llama"), config(overwrite=True, sparsity=0.5), tokenizer=tokenizer, reporter=silent)
+    monkeypatch.undo()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    run_ebft(random_model("llama"), config(overwrite=True, sparsity=0.5), tokenizer=tokenizer, reporter=silent)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.replaced"}
+
+
+def test_a_typo_leaves_the_blocks_of_an_interrupted_run_alone(refuse, config, silent, tokenizer, tmp_path):
+    model = random_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = float("nan")
+    with pytest.raises(EBFTError):
+        run_ebft(model, config(), tokenizer=tokenizer, reporter=silent)
+    refuse("--calibration", "nowhere.txt")
+    assert (tmp_path / "out.partial" / "blocks" / "00000.safetensors").is_file()
 
 
 def test_a_diverging_run_is_reported(config, silent, tokenizer):
@@ -261,4 +341,8 @@ def test_settings_from_yaml_are_those_of_the_flags(tmp_path):
     assert parse_args(["--config", str(tmp_path / "run.yaml")]) == (wanted, False)
     flags = ["--model", "x/y", "--sparsity", "0.5", "--betas", "0.9", "0.99", "--fused"]
     assert parse_args(flags) == (wanted, False)
+    (tmp_path / "named.yaml").write_text("preset: demo\nsparsity: 0.4\n")
+    assert parse_args(["--config", str(tmp_path / "named.yaml"), "--model", "x/y"])[0].samples == 96
+    given = ["--config", str(tmp_path / "named.yaml"), "--model", "x/y", "--preset", "paper"]
+    assert parse_args(given)[0].samples == 256  # a flag beats the file
     assert parse_args([*flags, "--config", str(tmp_path / "run.yaml"), "--sparsity", "0.6"])[0].sparsity == 0.6

@@ -1,5 +1,7 @@
 """Text to tokens: where it comes from, how it is cut, and that what was used is told."""
 
+import itertools
+
 import datasets
 import pytest
 import torch
@@ -108,6 +110,24 @@ def test_c4_is_streamed_and_read_no_further_than_needed(tokenizer, monkeypatch):
     assert log[1][:2] == ("shuffle", 5)
     assert rows.read < 100
     assert tokens.use.source == "c4"
+
+
+def test_wikitext2_is_calibrated_on_in_its_own_order(tokenizer, monkeypatch):
+    lines, log = [f" line {i} has a few words .\n" for i in range(200)], []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: Rows(log, lines))
+    tokens = calibration_tokens("wikitext2", tokenizer, samples=3, seqlen=40, windows="random-window")
+    whole = tokenizer("\n\n".join(lines))["input_ids"]
+    for row in tokens.ids.tolist():
+        assert any(whole[start : start + 40] == row for start in range(len(whole) - 39))
+    assert not log  # its rows are lines: shuffled, they would be noise
+
+
+def test_an_endless_iterator_is_read_no_further_than_needed(tokenizer):
+    read = []
+    endless = (read.append(i) or DOCUMENTS[i % len(DOCUMENTS)] for i in itertools.count())
+    tokens = calibration_tokens(endless, tokenizer, samples=4, seqlen=40, windows="random-window")
+    assert tokens.ids.shape == (4, 40)
+    assert len(read) <= 4 * 500
 
 
 def test_a_stream_of_short_documents_ends(tokenizer, monkeypatch):

@@ -27,6 +27,17 @@ def test_the_walk_gives_the_models_own_logits(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_low_precision_products_in_every_family(family, config, silent, tokenizer):
+    """As on a GPU: bfloat16 checkpoint, bfloat16 products, float32 tuning."""
+    model = random_model(family).to(torch.bfloat16)
+    settings = config(sparsity=0.5, dtype="bfloat16", epochs=1, samples=4)
+    result = run_ebft(model, settings, tokenizer=tokenizer, reporter=silent)
+    for line in result.blocks:
+        assert line["loss_after"] < line["loss_before"], line["name"]
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_whole_job(family, config, silent, tokenizer):
     model = random_model(family)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

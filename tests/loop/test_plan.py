@@ -44,10 +44,26 @@ def test_the_command_prints_a_plan_and_loads_nothing(configuration, capsys, tmp_
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "gemma3"])
 def test_a_plan_for_other_families(family, tmp_path):
     random_model(family).config.save_pretrained(tmp_path)
-    plan = make_plan(EBFTConfig(model=str(tmp_path), device="cpu", samples=4, seqlen=16, epochs=1, batch_size=2))
+    plan = make_plan(
+        EBFTConfig(model=str(tmp_path), device="cpu", samples=4, seqlen=16, epochs=1, batch_size=2, eval="")
+    )
     assert plan.device["weights"] > 0
     assert plan.flops > 0
     assert "plan for" in str(plan)
+
+
+def test_the_plan_of_the_default_model(capsys):
+    assert main(["--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "plan for SmolLM2-135M-Instruct" in said
+    blocks = 3_540_096 * 4 / 2**30  # bytes of a block's float32 weights
+    weights = float(re.search(r"weights +([\d.]+) GiB", said)[1])
+    assert weights == pytest.approx(blocks, abs=1e-3)
+
+
+def test_lengths_are_checked_in_a_plan_too(configuration, capsys):
+    assert main(["--model", configuration, "--plan", "--seqlen", "5000"]) == 2
+    assert "--seqlen is 5000; expected at most 2048" in capsys.readouterr().err
 
 
 def test_the_paper_plan_has_more_of_everything_than_the_demo(configuration):

@@ -71,6 +71,12 @@ def test_patterns_say_what_they_are():
     assert Pattern.parse("1:4").sparsity == 0.75
 
 
+def test_ties_go_left_in_every_criterion():
+    for per_row in (False, True):
+        mask = mask_of_best(torch.ones(2, 10), Pattern(sparsity=0.7), per_row=per_row)
+        assert mask.flatten().nonzero().flatten().tolist() == ([0, 1, 2, 10, 11, 12] if per_row else [0, 1, 2, 3, 4, 5])
+
+
 def test_conv1d_is_pruned_along_its_inputs(config, silent, tokenizer):
     """GPT-2 stores (inputs, outputs): N:M groups run down a column, and Wanda compares within one."""
     result = run_ebft(random_model("gpt2"), config(pattern="2:4", recover="none"), tokenizer=tokenizer, reporter=silent)
@@ -103,3 +109,4 @@ def test_a_users_own_criterion_and_text(config, silent, tokenizer):
         assert mask.density() == 0.5
     assert result.summary["calibration"]["begins"].startswith("My own text, number 0")
     assert result.summary["calibration"]["source"] == "an iterable of strings"
+    assert result.summary["recipe"] == "every_other 50%, recovered by ebft"

@@ -1,0 +1,85 @@
+"""Where the time of tuning one block goes: ``ebft`` and the straightforward loop under torch's profiler.
+
+python -m benchmarks.profile_step
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.baseline_loop import MultipliedLinear, first_inputs, replace, tune
+from benchmarks.machine import write_result
+from ebft import BlockReconstructor, EBFTConfig
+from ebft.calibration import calibration_tokens
+from ebft.checkpoint import load_model, load_tokenizer
+from ebft.decoder import Decoder
+from ebft.stream import Streams
+from ebft_kernels import PackedMask
+
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    """Profile both loops on the first block of the default model and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=256)
+    given = parser.parse_args()
+    sizes = {"samples": given.samples, "seqlen": given.seqlen, "windows": "packed"}
+    config = EBFTConfig.preset("paper", sparsity=0.6, epochs=2, eval="", device="cpu", **sizes)
+    model = load_model(None).float()
+    ids = calibration_tokens("builtin", load_tokenizer(None), **sizes).ids
+    decoder = Decoder(model, CPU)
+    streams = Streams(config, decoder, decoder, ids)
+    streams.dense_pass(partial(decoder.run_block, 0, decoder.working_block(0)))
+    masks = {}
+    for matrix in decoder.matrices[0]:
+        size = decoder.stored_block(0).get_parameter(matrix.name).abs()
+        masks[matrix.name] = PackedMask.from_topk(size, round(matrix.inputs * (1 - config.sparsity)))
+
+    def ours() -> None:
+        block = decoder.working_block(0)
+        for name, mask in masks.items():
+            mask.zero_pruned_(block.get_parameter(name))
+        states = streams.inputs.states, streams.targets.states
+        BlockReconstructor(config, CPU).fit(block, *states, masks=masks, forward=partial(decoder.run_block, 0))
+
+    def baseline() -> None:
+        block = copy.deepcopy(model.model.layers[0])
+        _, kwargs = first_inputs(model, ids, config.batch_size)
+        for name, mask in masks.items():
+            path = name.removesuffix(".weight")
+            linear = block.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            replace(block, path, MultipliedLinear(linear, mask.dense().float()))
+        tune(block, streams.inputs.states, streams.targets.states, kwargs, config, 0)
+
+    rows = {name: _profile(run) for name, run in (("ebft", ours), ("baseline", baseline))}
+    for name, table in rows.items():
+        print(name, *(f"{row['share']:7.2%}  {row['op']}" for row in table[:12]), sep="\n    ")
+    print("written to", write_result("profile_step", {"settings": vars(given), "share_of_cpu_time": rows}))
+
+
+def _profile(run: Callable[[], None]) -> list[dict[str, Any]]:
+    run()  # warm up
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    events = profiler.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    rows = [
+        {"op": event.key, "share": event.self_cpu_time_total / total, "ms": event.self_cpu_time_total / 1e3}
+        for event in events
+    ]
+    return sorted(rows, key=lambda row: row["share"], reverse=True)[:20]
+
+
+if __name__ == "__main__":
+    main()
