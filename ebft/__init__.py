@@ -1,9 +1,10 @@
 """EBFT: effective block-wise fine-tuning for sparse LLMs (arXiv 2402.12419)."""
 
+from ebft.compressed import load_compressed
 from ebft.config import EBFTConfig
 from ebft.errors import EBFTError
 from ebft.pipeline import RunResult, run_ebft
 from ebft.reconstruct import BlockReconstructor, BlockResult
 from ebft.version import __version__
 
-__all__ = ["BlockReconstructor", "BlockResult", "EBFTConfig", "EBFTError", "RunResult", "__version__", "run_ebft"]
+__all__ = ["BlockReconstructor", "BlockResult", "EBFTConfig", "EBFTError", "RunResult", "__version__", "load_compressed", "run_ebft"]

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def _first_line(error: Exception) -> str:
 
 
 class OutputFolder:
-    """The folder a run writes: everything goes to ``OUT.partial`` beside it, which becomes ``OUT`` at the end.
+    """The folder that a run (or ``ebft.compress``) writes: everything goes to ``OUT.partial`` beside it, which becomes ``OUT`` at the end.
 
     Making one checks that ``OUT`` can be had; entering it begins, in place of what an earlier run left in
     ``OUT.partial``. A run that fails leaves ``OUT.partial`` if it had finished a block. Only ``commit`` touches ``OUT``.
@@ -161,15 +161,15 @@ class OutputFolder:
         EBFTError: ``OUT`` cannot be written, is there already and ``overwrite`` is not set, or is no run's output.
     """
 
-    def __init__(self, path: str, *, overwrite: bool) -> None:
+    def __init__(self, path: str, *, overwrite: bool, made_by: str = SUMMARY) -> None:
         self.final = Path(path).expanduser()
         self.path = self.final.with_name(self.final.name + ".partial")
         with self._writing():
             if self.final.exists():
-                ours = self.final.is_dir() and (self.final / SUMMARY).is_file()
+                ours = self.final.is_dir() and (self.final / made_by).is_file()
                 if not ours and (not self.final.is_dir() or any(self.final.iterdir())):
                     raise EBFTError(
-                        f"--output {path} is there and holds no {SUMMARY}, so no run made it; choose another folder"
+                        f"--output {path} is there and holds no {made_by}, so no run made it; choose another folder"
                     )
                 if ours and not overwrite:
                     raise EBFTError(f"--output {path} holds an earlier run; give --overwrite to replace it")
@@ -208,6 +208,11 @@ class OutputFolder:
             model.save_pretrained(self.path)
             if tokenizer is not None:
                 tokenizer.save_pretrained(self.path)
+
+    def save(self, write: Callable[[Path], object]) -> None:
+        """Let ``write`` put something into the folder."""
+        with self._writing(), _quiet():
+            write(self.path)
 
     def save_masks(self, masks: dict[str, PackedMask]) -> None:
         """``masks.safetensors``: full parameter name -> mask."""

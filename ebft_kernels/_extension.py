@@ -21,29 +21,19 @@ from pathlib import Path
 
 import torch
 
+from ebft_kernels._build import CFLAGS, cpp_sources, library_name
+
 _PACKAGE = Path(__file__).parent
-CFLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall", "-Wextra"]
-
-
-def sources(folder: Path) -> list[Path]:
-    """The C++ files of a csrc folder that make the library."""
-    return sorted(folder.glob("cpu/*.cpp"))
-
-
-def installed_name() -> str:
-    """The file name of a library built at install: it fits one torch only."""
-    return f"_native-torch{torch.__version__.split('+')[0]}.so"
-
 
 @functools.cache
 def native_reason() -> str | None:
     """None where the native library is loaded (this loads or builds it); otherwise why it is not."""
     if os.environ.get("EBFT_NATIVE", "1") == "0":
         return "EBFT_NATIVE=0 turns the native library off"
-    installed = _PACKAGE / installed_name()
+    installed = _PACKAGE / library_name()
     if installed.is_file():
         return _load(installed)
-    folder = next((f for f in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if sources(f)), None)
+    folder = next((f for f in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if cpp_sources(f)), None)
     if folder is None:
         return "the native library was not built at install, and its sources are not here"
     compiler = os.environ.get("CXX", "c++")
@@ -76,7 +66,7 @@ def _build(folder: Path, compiler: str) -> str | None:
         with _tools_on_path():
             cpp_extension.load(
                 library.stem,
-                [str(file) for file in sources(folder)],
+                [str(file) for file in cpp_sources(folder)],
                 extra_cflags=CFLAGS,
                 extra_include_paths=[str(folder)],
                 build_directory=str(work),

@@ -1,0 +1,34 @@
+// Warp-wide helpers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace ebft::cuda {
+
+constexpr unsigned kFull = 0xFFFFFFFFu;
+
+// The sum over the lanes before this one, and over all lanes in `total`.
+__device__ __forceinline__ int exclusive_sum(int value, int lane, int* total) {
+  int sum = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    int other = __shfl_up_sync(kFull, sum, step);
+    if (lane >= step) sum += other;
+  }
+  *total = __shfl_sync(kFull, sum, 31);
+  return sum - value;
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+}  // namespace ebft::cuda

@@ -1,0 +1,300 @@
+"""The native library on the CPU: agreement with the reference, safety of its entries, and the ways it comes into being."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import battery
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ebft_kernels import MaskedAdamW, PackedMask, explain, masked_linear, reference, use_impl
+from ebft_kernels._extension import native_reason
+from ebft_kernels.testing import ADAMW_LAYOUTS, adamw_lists
+
+OPS = torch.ops.ebft_kernels
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built():
+    """There is a compiler wherever these tests run: without the library they fail, they do not skip."""
+    assert native_reason() is None
+
+
+def test_everything_agrees_with_the_reference():
+    battery.everything()
+
+
+def test_the_plain_path_agrees_too():
+    """What runs on a CPU without AVX2."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "battery.py")],
+        env={**os.environ, "EBFT_CPU": "plain", "PYTHONPATH": str(HERE.parent.parent)},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+# --- fuzzed -------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 9), st.integers(1, 200), st.integers(0, 2**31), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@settings(max_examples=80, deadline=None)
+def test_masks_of_any_shape(rows, width, seed, dtype):
+    battery.check_masks(rows, width, seed, dtype)
+
+
+@given(
+    st.integers(0, 20), st.integers(1, 300), st.integers(0, 17), st.sampled_from(["fp32", "bf16", "fp16", "int8"]),
+    st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from(battery.MASK_KINDS), st.integers(0, 2**31),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_compressed_layers_of_any_shape(rows, width, batch, values, x_dtype, kind, seed):
+    battery.check_compressed(rows, width, batch, values, x_dtype, kind, seed)
+
+
+@given(st.integers(0, 6), st.integers(1, 700), st.sampled_from(ADAMW_LAYOUTS), st.floats(0, 1), st.integers(0, 2**31))
+@settings(max_examples=80, deadline=None)
+def test_adamw_on_any_shape(rows, width, layout, density, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weights, moments, compact = layout
+    mask = torch.rand(rows, width, generator=generator) < density
+    words = reference.pack_mask(mask)
+    dtype = torch.float32 if weights == "fp32" else torch.bfloat16
+    param, grad = (torch.randn(rows, width, generator=generator).to(dtype) for _ in range(2))
+    m, v = torch.randn(rows, width, generator=generator) * mask, torch.rand(rows, width, generator=generator) * mask
+    stored = mask if compact else torch.ones_like(mask)
+    empty = torch.empty(0)
+    offsets = reference.row_offsets(words) if compact else torch.empty(0, dtype=torch.int64)
+    m, v, master = m[stored], v[stored], param.float()[stored] if weights == "master" else empty
+    scales = [empty, empty]
+    if moments == "int8":
+        (m, scales[0]), (v, scales[1]) = reference.quantize(m, True), reference.quantize(v, False)
+    elif moments == "bf16":
+        m, v = m.bfloat16(), v.bfloat16()
+    lists = [[param], [grad], [m], [v], [scales[0]], [scales[1]], [master], [words], [offsets]]
+    rest = (None, 1e-2, 0.9, 0.99, 1e-8, 0.1, 5, weights == "stochastic", seed, [3], False)
+    mine, truth = battery.clones(lists), battery.clones(lists)
+    OPS.masked_adamw_step.native(*mine, *rest)
+    reference.masked_adamw_step(*truth, *rest)
+    for got, true in zip(mine[:7], truth[:7], strict=True):
+        assert torch.equal(got[0], true[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_the_same_whatever_the_threads(threads):
+    before = torch.get_num_threads()
+    results = []
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        lists = adamw_lists("stochastic", "int8", True)
+        big = torch.rand(400, 1000, generator=torch.Generator().manual_seed(0)) > 0.7
+        param = torch.randn(400, 1000, generator=torch.Generator().manual_seed(1)).bfloat16()
+        weight = torch.nn.Parameter(param)
+        optimizer = MaskedAdamW([weight], masks={weight: big}, weights="stochastic", moments="int8", compact=True)
+        weight.grad = param * 0.01
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        norm = OPS.masked_grad_norm.native(lists[1], lists[7])
+        results.append((weight.detach().clone(), optimizer.state[weight]["exp_avg_sq"].clone(), norm))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# --- choice -------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_chosen_on_a_cpu_and_says_so():
+    choice = explain("masked_adamw_step", "cpu")
+    assert (choice.impl, choice.fused, choice.reason) == ("native", True, "the fused kernel for cpu")
+    assert explain("masked_adamw_step", "cpu", torch.float64).impl == "torch"
+    assert explain("masked_linear", "cpu").impl == "torch"
+    assert not explain("masked_linear", "cpu").fallback
+    with use_impl("torch"):
+        assert explain("masked_adamw_step", "cpu").impl == "torch"
+    with use_impl("native"), pytest.raises(RuntimeError, match=r"cannot run masked_linear on cpu: torch's own product"):
+        masked_linear(torch.ones(1, 4), torch.ones(3, 4), torch.ones(3, 4, dtype=torch.bool))
+
+
+def test_torch_and_native_give_the_same_masks():
+    scores = torch.randn(40, 96)
+    for make in (lambda: PackedMask.from_topk(scores, 40), lambda: PackedMask.from_scores(scores, 2, 4)):
+        native = make()
+        with use_impl("torch"):
+            assert make() == native
+
+
+# --- safety: every entry checks before it touches memory ----------------------------------------------------------
+
+
+def lists_with(**changes):
+    names = "params grads exp_avgs exp_avg_sqs exp_avg_scales exp_avg_sq_scales masters words row_offsets".split()
+    w, mask = torch.randn(4, 40), torch.rand(4, 40) > 0.5
+    base = [w, w.clone(), w.clone(), w.clone(), *[torch.empty(0)] * 3, reference.pack_mask(mask), torch.empty(0, dtype=torch.int64)]
+    return [[changes.get(name, tensor)] for name, tensor in zip(names, base, strict=True)]
+
+
+STEP = (None, 1e-2, 0.9, 0.99, 1e-8, 0.1, 5, False, 0, [0], False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"params": torch.randn(4, 40).double()}, "a parameter of Double; expected float32"),
+        ({"params": torch.randn(40, 4).T}, r"a parameter \(4, 40\) that is not contiguous"),
+        ({"grads": torch.randn(4, 39)}, r"a gradient \(4, 39\) for a parameter \(4, 40\)"),
+        ({"grads": torch.randn(4, 40).half()}, "a gradient of Half; expected Float"),
+        ({"words": torch.zeros(4, 1, dtype=torch.int32)}, "4 mask words for 4 rows of 40; expected 8"),
+        ({"words": torch.zeros(4, 2, dtype=torch.int64)}, "mask words of Long; expected Int"),
+        ({"exp_avgs": torch.zeros(4, 39)}, "first moments with 156 entries; expected 160"),
+        ({"exp_avg_sqs": torch.zeros(4, 40).half()}, "second moments of Half"),
+        ({"exp_avgs": torch.zeros(4, 40, dtype=torch.int8)}, "0 scales of first moments; expected 1"),
+        ({"exp_avgs": torch.zeros(4, 40).bfloat16()}, "first moments of BFloat16 and second moments of Float"),
+        ({"exp_avg_scales": torch.zeros(3)}, "3 scales of first moments; expected 0"),
+        ({"masters": torch.zeros(160)}, "160 master weights"),
+        ({"row_offsets": torch.zeros(4, dtype=torch.int64)}, "4 row offsets for 4 rows; expected 5"),
+        ({"row_offsets": torch.arange(5) * 40}, "row offset 40 for row 1; the mask keeps"),
+        ({"params": torch.randn(4, 40).bfloat16(), "grads": torch.randn(4, 40).bfloat16()}, "expected a master weight"),
+    ],
+)  # fmt: skip
+def test_adamw_checks_what_it_is_given(changes, says):
+    lists = lists_with(**changes)
+    before = battery.clones(lists)
+    with pytest.raises(ValueError, match=says):
+        OPS.masked_adamw_step.native(*lists, *STEP)
+    assert all(torch.equal(a, b) for of, was in zip(lists, before, strict=True) for a, b in zip(of, was, strict=True))
+
+
+def test_a_bad_second_parameter_leaves_the_first_alone():
+    good, bad = lists_with(), lists_with(exp_avgs=torch.zeros(3))
+    lists = [one + two for one, two in zip(good, bad, strict=True)]
+    before = good[0][0].clone()
+    with pytest.raises(ValueError, match="first moments with 3 entries"):
+        OPS.masked_adamw_step.native(*lists, *STEP[:9], [0, 1], False)
+    assert torch.equal(good[0][0], before)
+
+
+WORDS = reference.pack_mask(torch.ones(4, 40, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: OPS.pack_mask.native(torch.ones(3, 4)), "a mask of Float; expected Bool"),
+        (lambda: OPS.unpack_mask.native(WORDS, 100), r"words \(4, 2\) for rows of 100; expected 4 a row"),
+        (lambda: OPS.unpack_mask.native(WORDS.long(), 40), "words of Long; expected Int"),
+        (lambda: OPS.topk_mask.native(torch.randn(3, 4), 5), "k = 5"),
+        (lambda: OPS.topk_mask.native(torch.randn(3, 4).double(), 2), "scores of Double"),
+        (lambda: OPS.nm_mask.native(torch.randn(3, 6), 2, 4), "2:4 for rows of 6"),
+        (lambda: OPS.nm_mask.native(torch.randn(3, 8), 5, 4), "5:4"),
+        (lambda: OPS.is_nm.native(WORDS, 40, 2, 3), "2:3 for rows of 40"),
+        (lambda: OPS.row_offsets.native(WORDS.long()), "row_offsets got words Long"),
+        (lambda: OPS.masked_grad_norm.native([torch.randn(4, 40)], [WORDS[:2]]), "4 mask words for 4 rows of 40"),
+        (lambda: OPS.masked_grad_norm.native([], []), "0 gradients"),
+    ],
+)
+def test_masks_check_what_they_are_given(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+def compressed_with(**changes):
+    arguments = {
+        "x": torch.randn(2, 40), "words": WORDS, "values": torch.randn(160), "row_offsets": torch.arange(5) * 40,
+        "scales": None, "bias": None, "width": 40, **changes,
+    }  # fmt: skip
+    return OPS.compressed_linear.native(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"x": torch.randn(2, 41)}, r"x \(2, 41\); expected \(..., 40\)"),
+        ({"x": torch.ones(2, 40, dtype=torch.int64)}, "x of Long"),
+        ({"values": torch.randn(159)}, "159 values and row offsets up to 160"),
+        ({"values": torch.randn(160).double()}, "values of Double"),
+        ({"values": torch.zeros(160, dtype=torch.int8)}, "int8 values without scales"),
+        ({"scales": torch.ones(4, 1)}, "float values with scales"),
+        ({"row_offsets": torch.tensor([0, 160, 160, 160, 160])}, "row 0 160 values; its mask keeps 40"),
+        ({"row_offsets": torch.tensor([0, -8, 100, 120, 160])}, "row 0 -8 values; its mask keeps 40"),
+        ({"row_offsets": torch.arange(4) * 40}, "4 row offsets; expected 5"),
+        ({"words": WORDS[:, :1]}, "mask words"),
+        ({"bias": torch.ones(3)}, r"bias \(3\); expected \(4\)"),
+        ({"values": torch.zeros(160, dtype=torch.int8), "scales": torch.ones(3)}, "3 scales; expected 4"),
+    ],
+)
+def test_compressed_layers_check_what_they_are_given(changes, says):
+    with pytest.raises(ValueError, match=says):
+        compressed_with(**changes)
+    assert compressed_with().shape == (2, 4)
+
+
+# --- how the library comes into being -----------------------------------------------------------------------------
+
+PROBE = """
+import logging, torch
+logging.basicConfig(level=logging.WARNING)
+from ebft_kernels import PackedMask, explain
+mask = PackedMask.from_dense(torch.ones(3, 40, dtype=torch.bool))
+print(explain("pack_mask"))
+print(mask.count())
+"""
+
+
+def probe(**environment):
+    base = {name: value for name, value in os.environ.items() if not name.startswith("EBFT_")}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROBE], env={**base, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finished(process):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    lines = out.splitlines()
+    assert lines[-1] == "120"  # it works, whatever runs
+    return lines[0], err
+
+
+def test_it_can_be_turned_off():
+    said, err = finished(probe(EBFT_NATIVE="0"))
+    assert said == "pack_mask runs in torch: EBFT_NATIVE=0 turns the native library off"
+    assert err.count("runs in torch") == 1  # said once
+
+
+def test_without_a_compiler_the_package_works(tmp_path):
+    said, _ = finished(probe(EBFT_CACHE=str(tmp_path), CXX="no-such-compiler"))
+    assert "pack_mask runs in torch: the native library is not built, and there is no compiler (no-such-compiler)" in said
+
+
+def test_a_broken_compiler_gives_one_line_and_keeps_its_log(tmp_path):
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
+    broken.chmod(0o755)
+    said, err = finished(probe(EBFT_CACHE=str(tmp_path / "cache"), CXX=str(broken)))
+    assert "pack_mask runs in torch: the native library could not be built" in said
+    assert "Traceback" not in err
+    (log,) = (tmp_path / "cache").rglob("build.log")
+    assert str(log) in said
+    assert "this compiler is broken" in log.read_text()
+
+
+def test_two_processes_that_start_at_once_and_the_cache(tmp_path):
+    both = [probe(EBFT_CACHE=str(tmp_path)) for _ in range(2)]
+    for process in both:
+        said, err = finished(process)
+        assert said == "pack_mask runs in native: the fused kernel for cpu"
+        assert "building the native kernels" in err
+    (library,) = tmp_path.rglob("*.so")  # and no litter beside it
+    built = library.stat().st_mtime
+    began = time.perf_counter()
+    said, err = finished(probe(EBFT_CACHE=str(tmp_path)))
+    assert said.startswith("pack_mask runs in native")
+    assert "building" not in err
+    assert library.stat().st_mtime == built
+    assert time.perf_counter() - began < 60
