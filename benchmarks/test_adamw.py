@@ -1,4 +1,8 @@
-"""One optimizer step on a pruned matrix: ours against ``torch.optim.AdamW`` followed by the mask multiply."""
+"""One optimizer step on a pruned matrix: ours, in every layout, against ``torch.optim.AdamW`` followed by the mask multiply.
+
+The bytes that a step must move, for a weight: parameter read and written, gradient read, each stored state read and written, and
+the mask bit. ``GB/s`` is these bytes over the median; ``test_copy_bandwidth`` measures what the machine can do.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,31 @@ import pytest
 import torch
 from torch import nn
 
-from ebft_kernels import MaskedAdamW
+from ebft_kernels import MaskedAdamW, explain
 
 RECIPE: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
-CONTENDERS = ("ebft", "torch fused", "torch fused, bool mask", "torch foreach", "torch loop")
+SPARSITY = 0.7
+TORCH = ("torch fused", "torch fused, bool mask", "torch foreach", "torch loop")
+LAYOUTS = [
+    (weights, moments, compact)
+    for weights in ("fp32", "master", "stochastic")
+    for moments in ("fp32", "bf16", "int8")
+    for compact in (False, True)
+]
+WIDTH = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 256}  # bytes of a stored moment
+AGREES = {"fp32": 1e-5, "bf16": 2e-2, "int8": 5e-2}  # with torch's float32 step, after two steps
 
 
-def make_step(contender: str, weight: nn.Parameter, mask: torch.Tensor) -> Callable[[], None]:
-    """A function that takes one step and leaves pruned weights at zero."""
-    if contender == "ebft":
-        return MaskedAdamW([weight], masks={weight: mask}, **RECIPE).step
+def make_problem(shape: tuple[int, int], device: torch.device) -> tuple[nn.Parameter, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.rand(shape, generator=generator) >= SPARSITY).to(device)
+    weight = nn.Parameter(torch.randn(shape, generator=generator).to(device) * mask)
+    weight.grad = torch.randn(shape, generator=generator).to(device)
+    return weight, mask
+
+
+def torch_step(contender: str, weight: nn.Parameter, mask: torch.Tensor) -> Callable[[], None]:
+    """A function that takes one step of torch's and sets pruned weights back to zero."""
     how: dict[str, Any] = {"fused": "fused" in contender, "foreach": "foreach" in contender}
     optimizer = torch.optim.AdamW([weight], **RECIPE, **how)
     factor = mask if "bool" in contender else mask.to(weight.dtype)
@@ -31,34 +50,67 @@ def make_step(contender: str, weight: nn.Parameter, mask: torch.Tensor) -> Calla
     return step
 
 
-def make_problem(shape: tuple[int, int], device: torch.device) -> tuple[nn.Parameter, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    mask = (torch.rand(shape, generator=generator) > 0.6).to(device)
-    weight = nn.Parameter(torch.randn(shape, generator=generator).to(device) * mask)
-    weight.grad = torch.randn(shape, generator=generator).to(device)
-    return weight, mask
+def in_layout(weight: nn.Parameter, weights: str) -> nn.Parameter:
+    if weights == "fp32":
+        return weight
+    small = nn.Parameter(weight.detach().bfloat16())
+    assert weight.grad is not None
+    small.grad = weight.grad.bfloat16()
+    return small
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-def test_adamw_step(benchmark: Any, full: bool, device: torch.device, contender: str) -> None:
-    shape = (4096, 11008) if full else (64, 96)
-    (weight, mask), (expected, _) = make_problem(shape, device), make_problem(shape, device)
-    step, truth = make_step(contender, weight, mask), make_step("torch loop", expected, mask)
-    for _ in range(2):
-        step()
-        truth()
-    torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+def must_move(weights: str, moments: str, compact: bool) -> float:
+    """Bytes a weight."""
+    stored = 1 - SPARSITY if compact else 1.0
+    states = 4 * WIDTH[moments] + (8 if weights == "master" else 0)  # two moments and the master, read and written
+    return 3 * (4 if weights == "fp32" else 2) + 1 / 8 + stored * states
+
+
+@pytest.fixture
+def shape(full: bool) -> tuple[int, int]:
+    return (4096, 11008) if full else (64, 96)
+
+
+@pytest.mark.parametrize("contender", TORCH)
+def test_torch(benchmark: Any, shape: tuple[int, int], device: torch.device, contender: str) -> None:
+    weight, mask = make_problem(shape, device)
+    step = torch_step(contender, weight, mask)
+    step()
     assert torch.count_nonzero(weight[~mask]) == 0
+    measure(benchmark, step, shape, 28 + 1 / 8)
 
-    benchmark.group = f"AdamW {shape[0]}x{shape[1]} float32"
-    benchmark.extra_info["bytes"] = weight.numel() * 28 + weight.numel() // 8
+
+@pytest.mark.parametrize(("weights", "moments", "compact"), LAYOUTS)
+def test_ebft(
+    benchmark: Any, shape: tuple[int, int], device: torch.device, weights: str, moments: str, compact: bool
+) -> None:
+    (weight, mask), (expected, _) = make_problem(shape, device), make_problem(shape, device)
+    truth = torch_step("torch fused", expected, mask)
+    weight = in_layout(weight, weights)
+    optimizer = MaskedAdamW(
+        [weight], masks={weight: mask}, weights=weights, moments=moments, compact=compact, **RECIPE
+    )
+    for _ in range(2):
+        optimizer.step()
+        truth()
+    moved = (weight.float() - expected)[mask].abs().max()
+    allowed = 1e-6 if weights == "fp32" else 2**-7 * float(expected.detach().abs().max())
+    assert moved <= allowed + 2 * RECIPE["lr"] * AGREES[moments]
+    assert torch.count_nonzero(weight[~mask]) == 0
+    benchmark.extra_info["implementation"] = str(explain("masked_adamw_step", device, weight.dtype))
+    measure(benchmark, optimizer.step, shape, must_move(weights, moments, compact))
+
+
+def measure(benchmark: Any, step: Callable[[], Any], shape: tuple[int, int], bytes_a_weight: float) -> None:
+    benchmark.group = f"AdamW {shape[0]}x{shape[1]}, {SPARSITY:.0%} pruned"
+    benchmark.extra_info["bytes"] = shape[0] * shape[1] * bytes_a_weight
     benchmark(step)
     if benchmark.stats is not None:
         benchmark.extra_info["GB/s"] = benchmark.extra_info["bytes"] / benchmark.stats.stats.median / 1e9
 
 
 def test_copy_bandwidth(benchmark: Any, full: bool, device: torch.device) -> None:
-    """What the step is held against: bytes read and written a second by a plain copy."""
+    """What the steps are held against: bytes read and written a second by a plain copy."""
     source = torch.randn(64 * 2**20 if full else 2**10, device=device)
     target = torch.empty_like(source)
     benchmark.group = "copy"

@@ -21,7 +21,6 @@ from ebft.checkpoint import OutputFolder, load_model, load_tokenizer
 from ebft.decoder import find_blocks
 from ebft.errors import EBFTError
 from ebft.matrices import find_matrices
-from ebft.skeleton import materialise_buffers
 from ebft_kernels import CompressedLinear
 
 INDEX = "compressed.json"
@@ -105,7 +104,7 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
             kinds = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8"}
             sizes = (layer["in_features"], layer["out_features"], layer["kept"])
             _replace(model, name, CompressedLinear(*sizes, layer["bias"], kinds[layer["values"]]))
-    materialise_buffers(model)
+    _make_buffers_real(model)
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
@@ -121,6 +120,16 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
 
 def _linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def _make_buffers_real(model: PreTrainedModel) -> None:
+    """Give buffers that no checkpoint holds (rotary tables, embedding scales) their values, as ``from_pretrained`` does."""
+    for module in model.modules():
+        meta = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
+        for name, buffer in meta.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if meta:
+            model._init_weights(module)
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

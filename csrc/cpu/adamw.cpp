@@ -1,6 +1,7 @@
 // ebft_kernels::masked_adamw_step and ::masked_grad_norm on the CPU.
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
 #include <cmath>

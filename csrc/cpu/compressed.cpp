@@ -1,6 +1,7 @@
 // ebft_kernels::compressed_linear and ::decompress on the CPU.
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <cstring>

@@ -1,6 +1,8 @@
 // The mask ops of ebft_kernels on the CPU: rows are independent, and threads share them.
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
 #include <atomic>
