@@ -52,11 +52,14 @@ def native_build() -> dict:
         def get_outputs(self) -> list[str]:
             return [file for file in super().get_outputs() if Path(file).is_file()]
 
-    library = cpp_extension.CppExtension(
+    sources, extension = build["cpp_sources"](ROOT / "csrc"), cpp_extension.CppExtension
+    if build["cuda_compiler"]():
+        sources, extension = sources + build["cuda_sources"](ROOT / "csrc"), cpp_extension.CUDAExtension
+    library = extension(
         "ebft_kernels._native",
-        [str(file.relative_to(ROOT)) for file in build["cpp_sources"](ROOT / "csrc")],
+        [str(file.relative_to(ROOT)) for file in sources],
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=build["CFLAGS"],
+        extra_compile_args={"cxx": build["CFLAGS"], "nvcc": build["NVCC_FLAGS"]},
     )
     return {"ext_modules": [library], "cmdclass": {"build_ext": BuildLibrary}}
 

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-CFLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall", "-Wextra"]
+CFLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wall", "-Wextra"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-lineinfo"]  # products that may be fused say so themselves
 
 
 def cpp_sources(folder: Path) -> list[Path]:
-    """The C++ files of a csrc folder that make the library."""
+    """The C++ files of a csrc folder that make the library on a CPU."""
     return sorted(folder.glob("cpu/*.cpp"))
+
+
+def cuda_sources(folder: Path) -> list[Path]:
+    """What is built besides, where torch has CUDA and the CUDA compiler is here."""
+    return [*sorted(folder.glob("cuda/*.cu")), *sorted(folder.glob("cuda/*.cpp"))]
+
+
+def cuda_compiler() -> str | None:
+    """nvcc, if torch has CUDA and the toolkit is here."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = Path(CUDA_HOME or "/nowhere") / "bin" / "nvcc"
+    return str(nvcc) if torch.version.cuda and nvcc.is_file() else None
 
 
 def library_name() -> str:
     """The file name of a library built at install: it fits one version of torch."""
     import torch
 
-    return f"_native-torch{torch.__version__.split('+')[0]}.so"
+    return f"_native-torch{torch.__version__.replace('+', '-')}.so"

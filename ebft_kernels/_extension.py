@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from ebft_kernels._build import CFLAGS, cpp_sources, library_name
+from ebft_kernels._build import CFLAGS, NVCC_FLAGS, cpp_sources, cuda_compiler, cuda_sources, library_name
 
 _PACKAGE = Path(__file__).parent
+
 
 @functools.cache
 def native_reason() -> str | None:
@@ -56,23 +57,17 @@ def _build(folder: Path, compiler: str) -> str | None:
     library = cache / "ebft_kernels_native.so"
     if library.is_file():
         return _load(library)
-    from torch.utils import cpp_extension  # imports setuptools: only when there is something to build
-
     print(f"ebft_kernels: building the native kernels, once (about a minute) into {cache}", file=sys.stderr, flush=True)
     began = time.perf_counter()
     work = cache / f"build-{os.getpid()}"  # every process in a folder of its own; the last to finish replaces the others'
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        with _tools_on_path():
-            cpp_extension.load(
-                library.stem,
-                [str(file) for file in cpp_sources(folder)],
-                extra_cflags=CFLAGS,
-                extra_include_paths=[str(folder)],
-                build_directory=str(work),
-                is_python_module=False,
-                with_cuda=False,
-            )
+        try:
+            _compile(folder, work, library.stem, cuda=cuda_compiler() is not None)
+        except RuntimeError:
+            if cuda_compiler() is None:
+                raise
+            print("ebft_kernels: the CUDA part does not build; building without it", file=sys.stderr, flush=True)
+            _compile(folder, work, library.stem, cuda=False)
         (work / library.name).replace(library)
     except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
         log = cache / "build.log"
@@ -83,6 +78,24 @@ def _build(folder: Path, compiler: str) -> str | None:
         shutil.rmtree(work, ignore_errors=True)
     print(f"ebft_kernels: built in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return None
+
+
+def _compile(folder: Path, work: Path, name: str, *, cuda: bool) -> None:
+    """Build ``name``.so in the folder ``work``, and load it from there."""
+    from torch.utils import cpp_extension  # imports setuptools: only when there is something to build
+
+    work.mkdir(parents=True, exist_ok=True)
+    with _tools_on_path():
+        cpp_extension.load(
+            name,
+            [str(file) for file in (*cpp_sources(folder), *(cuda_sources(folder) if cuda else ()))],
+            extra_cflags=CFLAGS,
+            extra_cuda_cflags=NVCC_FLAGS,
+            extra_include_paths=[str(folder)],
+            build_directory=str(work),
+            is_python_module=False,
+            with_cuda=cuda,
+        )
 
 
 @contextlib.contextmanager
@@ -98,8 +111,8 @@ def _tools_on_path() -> Iterator[None]:
 
 def _cache_folder(folder: Path, compiler: str) -> Path:
     base = os.environ.get("EBFT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebft_kernels"
-    fingerprint = hashlib.sha256(f"{compiler} {CFLAGS} {_cpu()}".encode())
-    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".cpp", ".h")):
+    fingerprint = hashlib.sha256(f"{compiler} {CFLAGS} {_cpu()} {cuda_compiler()} {NVCC_FLAGS}".encode())
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".cpp", ".cu", ".cuh", ".h")):
         fingerprint.update(file.name.encode() + file.read_bytes())
     return Path(base) / f"torch{torch.__version__}-{platform.machine()}-{fingerprint.hexdigest()[:16]}"
 

@@ -7,7 +7,7 @@ that can run on what it is given is taken; the reason is what ``explain`` says.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from ebft_kernels._extension import native_reason
 from ebft_kernels.ops import LIBRARY, NATIVE, SCHEMAS, TORCH_KERNELS
 
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
+NATIVE_ON_CUDA = ("compressed_linear", "masked_adamw_step")  # csrc/cuda/
 _LOG = logging.getLogger("ebft_kernels")
 
 
@@ -77,14 +78,14 @@ def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
     """
     if op not in SCHEMAS:
         raise ValueError(f"explain got op {op!r}; expected one of {', '.join(SCHEMAS)}")
-    return _choose(op, torch.device(device), dtype)
+    return _choose(op, torch.device(device), (torch.empty(0, dtype=dtype),))
 
 
-def _choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
+def _choose(op: str, device: torch.device, args: tuple[Any, ...]) -> Choice:
     forced = use_impl._current
     if forced == "torch":
         return Choice(op, "torch", "use_impl('torch') asks for it")
-    missing = {"triton": _triton_missing(op, device), "native": _native_missing(op, device, dtype)}
+    missing = {"triton": _triton_missing(op, device), "native": _native_missing(op, device, args)}
     if forced != "auto":
         if missing[forced] is not None:
             raise RuntimeError(f"use_impl({forced!r}) cannot run {op} on {device.type}: {missing[forced]}")
@@ -100,18 +101,31 @@ def _triton_missing(op: str, device: torch.device) -> str | None:
     return f"there is no Triton kernel for {device.type} in this version"
 
 
-def _native_missing(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _native_missing(op: str, device: torch.device, args: tuple[Any, ...]) -> str | None:
     """Why the native library cannot run ``op``; None where it can. Builds the library if it is not there yet."""
     if op not in NATIVE:
         return f"torch's own product is the best there is on {device.type}"
-    if device.type != "cpu":
-        return f"there is no native kernel for {device.type} in this version"
-    if dtype == torch.float64:
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and op not in NATIVE_ON_CUDA):
+        return f"there is no native kernel for {device.type}"
+    if any(t.dtype == torch.float64 for t in _tensors(args)):
         return "the native kernels do not take float64"
-    return native_reason()
+    if op == "masked_adamw_step" and not all(t.is_contiguous() for t in _tensors(args)):
+        return "the native kernel takes contiguous tensors"
+    if (reason := native_reason()) is not None or device.type == "cpu":
+        return reason
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ebft_kernels::{op}.native", "CUDA"):
+        return "the native library was built without CUDA"
+    dtypes = {t.dtype for t in _tensors(args)}
+    if op == "compressed_linear" and torch.int8 in dtypes:
+        return "the CUDA kernel takes no 8-bit values"
+    if op == "masked_adamw_step" and len(args) > 1:
+        moments, row_offsets, stochastic = args[2], args[8], args[16]
+        if stochastic or not all(t.numel() for t in row_offsets) or any(t.dtype != torch.float32 for t in moments):
+            return "the CUDA kernel takes survivor-only float32 states"
+    return None
 
 
-_announced: set[str] = set()  # device types whose fallback to torch has been said
+_announced: set[str] = set()  # reasons for falling back to torch that have been said
 
 
 def _install(op: str) -> None:
@@ -121,14 +135,22 @@ def _install(op: str) -> None:
         kernels["native"] = getattr(torch.ops.ebft_kernels, op).native
 
     def kernel(*args: Any) -> Any:
-        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        choice = _choose(op, first.device, first.dtype)
-        if choice.fallback and use_impl._current == "auto" and first.device.type not in _announced:
-            _announced.add(first.device.type)
+        choice = _choose(op, next(_tensors(args)).device, args)
+        if choice.fallback and use_impl._current == "auto" and choice.reason not in _announced:
+            _announced.add(choice.reason)
             _LOG.warning("%s", choice)
         return kernels[choice.impl](*args)
 
     LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
+
+
+def _tensors(args: Any) -> Iterator[Tensor]:
+    """All tensors among an op's arguments."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, list | tuple):
+            yield from (item for item in arg if isinstance(item, Tensor))
 
 
 for _op in SCHEMAS:

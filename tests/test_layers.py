@@ -52,12 +52,15 @@ ORDER = {
     "ebft_kernels": [
         "reference",
         "ops",
+        "_build",
+        "_extension",
         "dispatch",
         "mask",
         "functional",
         "zeroed",
         "nn",
         "optim",
+        "compressed",
         "testing",
         "__init__",
     ],
@@ -79,8 +82,10 @@ ORDER = {
         "job",
         "pipeline",
         "plan",
+        "compressed",
         "__init__",
         "run",
+        "compress",
     ],
 }
 

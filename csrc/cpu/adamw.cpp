@@ -62,7 +62,7 @@ Place place_of(int64_t entry, const AdamWTensors& t, int64_t rows, const int64_t
   return {low, col};
 }
 
-void run(const AdamWTensors& t, const AdamWScalars& a, const Span& span, Weight weight, Moment moment, bool compact) {
+void run(const AdamWTensors& t, const AdamWSettings& a, const Span& span, Weight weight, Moment moment, bool compact) {
 #ifdef EBFT_HAS_AVX2_KERNELS
   if (has_avx2()) return avx2::adamw(t, a, span, weight, moment, compact);
 #endif
@@ -70,7 +70,7 @@ void run(const AdamWTensors& t, const AdamWScalars& a, const Span& span, Weight 
 }
 
 // One parameter, cut among threads by rows or, with 8-bit moments, by whole blocks of stored entries.
-void step_one(AdamWTensors t, const AdamWScalars& a, int64_t numel, int64_t stored, const int64_t* row_offsets, Weight weight,
+void step_one(AdamWTensors t, const AdamWSettings& a, int64_t numel, int64_t stored, const int64_t* row_offsets, Weight weight,
               Moment moment) {
   if (!t.mask) t.width = numel < kUnmaskedRow ? numel : kUnmaskedRow;
   const int64_t rows = (numel + t.width - 1) / t.width;
@@ -117,15 +117,7 @@ void masked_adamw_step(at::TensorList params, at::TensorList grads, at::TensorLi
     TORCH_CHECK_VALUE(list.size() == params.size(), op, " got lists of ", params.size(), " and ", list.size(),
                       " tensors; expected equal lengths");
   TORCH_CHECK_VALUE(param_ids.size() == params.size(), op, " got ", param_ids.size(), " ids for ", params.size(), " parameters");
-  AdamWScalars a{};
-  a.decay = float(1 - lr * weight_decay);
-  a.beta1 = float(beta1);
-  a.one_minus_beta1 = float(1 - beta1);
-  a.beta2 = float(beta2);
-  a.one_minus_beta2 = float(1 - beta2);
-  a.step_size = float(lr / (1 - std::pow(beta1, double(step))));
-  a.correction = float(std::pow(1 - std::pow(beta2, double(step)), -0.5));
-  a.eps = float(eps);
+  AdamWSettings a{adamw_scalars(lr, beta1, beta2, eps, weight_decay, step)};
   a.scaled = grad_scale.has_value();
   a.grad_scale = a.scaled ? grad_scale->item<float>() : 1.0f;
   a.zero_grads = zero_grads;
@@ -215,7 +207,7 @@ at::Tensor masked_grad_norm(at::TensorList grads, at::TensorList words) {
                     " masks; expected as many of both, and at least one");
   double total = 0;
   for (size_t n = 0; n < grads.size(); ++n) {
-    const at::Tensor& grad = grads[n];
+    const at::Tensor grad = grads[n].contiguous();
     const auto dtype = grad.scalar_type();
     TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, op, " got a gradient of ",
                       toString(dtype), "; expected float32, bfloat16 or float16");

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "adamw_scalars.h"
+
 namespace ebft {
 
 enum class Weight { kFloat, kMasterBfloat16, kMasterHalf, kStochastic };
@@ -10,9 +12,7 @@ enum class Moment { kFloat, kBfloat16, kInt8 };
 
 inline constexpr int64_t kBlock = 256;  // stored moments that share a scale
 
-// Scalars of a step, rounded to float where the arithmetic is float.
-struct AdamWScalars {
-  float decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps;
+struct AdamWSettings : AdamWScalars {
   float grad_scale;  // if `scaled`
   bool scaled, zero_grads;
   uint32_t seed_low, seed_high, step, param_id;

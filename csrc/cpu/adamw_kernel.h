@@ -20,7 +20,7 @@ inline I8 to_bfloat16(F8 value) {
 }
 
 // The first word of Philox 4x32-10 with counter (place, place >> 32, param, step) for eight places from `first`.
-inline I8 philox(const AdamWScalars& a, int64_t first) {
+inline I8 philox(const AdamWSettings& a, int64_t first) {
   uint32_t low = uint32_t(first);
   I8 sign = seti(int32_t(0x80000000));
   I8 c0 = seti(int32_t(low)) + lane_numbers();
@@ -66,7 +66,7 @@ template <Weight W> inline F8 read(const typename ParamType<W>::type* p, uint8_t
 }
 
 template <Weight W>
-inline void write8(typename ParamType<W>::type* p, F8 value, const AdamWScalars& a, int64_t place) {
+inline void write8(typename ParamType<W>::type* p, F8 value, const AdamWSettings& a, int64_t place) {
   if constexpr (W == Weight::kFloat) {
     store(p, value);
   } else if constexpr (W == Weight::kMasterHalf) {
@@ -81,7 +81,7 @@ inline void write8(typename ParamType<W>::type* p, F8 value, const AdamWScalars&
 }
 
 template <Weight W>
-inline void write(typename ParamType<W>::type* p, F8 value, uint8_t lanes, const AdamWScalars& a, int64_t place) {
+inline void write(typename ParamType<W>::type* p, F8 value, uint8_t lanes, const AdamWSettings& a, int64_t place) {
   if (lanes == 0xFF) return write8<W>(p, value, a, place);
   typename ParamType<W>::type part[8];
   write8<W>(part, value, a, place);
@@ -131,9 +131,11 @@ template <bool Signed> struct Codes {
 
   uint8_t* codes;
   float* scales;
-  int64_t block = 0;          // the block being gathered
+  int64_t block;              // the block being gathered
   int filled = 0;             // entries of it in `values`
   float values[kBlock + 8];   // new values, until the block is whole and its scale known
+
+  Codes(void* codes, float* scales, int64_t block) : codes(static_cast<uint8_t*>(codes)), scales(scales), block(block) {}
 
   F8 decode(I8 code, F8 scale) const {
     I8 sign = code & seti(int32_t(0x80000000));
@@ -219,7 +221,7 @@ template <bool Signed> struct Codes {
 // --- the step ---------------------------------------------------------------------------------------------------------
 
 template <Weight W, Moment M, bool Compact>
-void adamw_span(const AdamWTensors& t, const AdamWScalars& a, const Span& span) {
+void adamw_span(const AdamWTensors& t, const AdamWSettings& a, const Span& span) {
   using Param = typename ParamType<W>::type;
   using Stored = std::conditional_t<M == Moment::kBfloat16, uint16_t, float>;
   constexpr bool kMaster = W == Weight::kMasterBfloat16 || W == Weight::kMasterHalf;
@@ -227,8 +229,8 @@ void adamw_span(const AdamWTensors& t, const AdamWScalars& a, const Span& span) 
   auto* grad = static_cast<Param*>(t.grad);
   auto* m_stored = static_cast<Stored*>(t.exp_avg);
   auto* v_stored = static_cast<Stored*>(t.exp_avg_sq);
-  Codes<true> m_codes{static_cast<uint8_t*>(t.exp_avg), t.exp_avg_scale, span.stored0 / kBlock};
-  Codes<false> v_codes{static_cast<uint8_t*>(t.exp_avg_sq), t.exp_avg_sq_scale, span.stored0 / kBlock};
+  Codes<true> m_codes(t.exp_avg, t.exp_avg_scale, span.stored0 / kBlock);
+  Codes<false> v_codes(t.exp_avg_sq, t.exp_avg_sq_scale, span.stored0 / kBlock);
 
   const F8 decay = set(a.decay), beta1 = set(a.beta1), one_minus_beta1 = set(a.one_minus_beta1);
   const F8 beta2 = set(a.beta2), one_minus_beta2 = set(a.one_minus_beta2);
@@ -301,19 +303,19 @@ void adamw_span(const AdamWTensors& t, const AdamWScalars& a, const Span& span) 
   }
 }
 
-template <Weight W, Moment M> void adamw_layout(const AdamWTensors& t, const AdamWScalars& a, const Span& span, bool compact) {
+template <Weight W, Moment M> void adamw_layout(const AdamWTensors& t, const AdamWSettings& a, const Span& span, bool compact) {
   if (compact) adamw_span<W, M, true>(t, a, span);
   else adamw_span<W, M, false>(t, a, span);
 }
 
 template <Weight W>
-void adamw_moment(const AdamWTensors& t, const AdamWScalars& a, const Span& span, Moment moment, bool compact) {
+void adamw_moment(const AdamWTensors& t, const AdamWSettings& a, const Span& span, Moment moment, bool compact) {
   if (moment == Moment::kFloat) adamw_layout<W, Moment::kFloat>(t, a, span, compact);
   else if (moment == Moment::kBfloat16) adamw_layout<W, Moment::kBfloat16>(t, a, span, compact);
   else adamw_layout<W, Moment::kInt8>(t, a, span, compact);
 }
 
-void adamw(const AdamWTensors& t, const AdamWScalars& a, const Span& span, Weight weight, Moment moment, bool compact) {
+void adamw(const AdamWTensors& t, const AdamWSettings& a, const Span& span, Weight weight, Moment moment, bool compact) {
   if (weight == Weight::kFloat) adamw_moment<Weight::kFloat>(t, a, span, moment, compact);
   else if (weight == Weight::kMasterBfloat16) adamw_moment<Weight::kMasterBfloat16>(t, a, span, moment, compact);
   else if (weight == Weight::kMasterHalf) adamw_moment<Weight::kMasterHalf>(t, a, span, moment, compact);

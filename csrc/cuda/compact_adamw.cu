@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(32 * kWarps) adamw_kernel(const CompactAdamW a
   int total;
   const int my_before = exclusive_sum(__popc(my_word), lane, &total);
   const int64_t base = a.row_offsets[row] + before_stretch;
+  const AdamWScalars& s = a.scalars;
   const float scale = a.grad_scale ? *a.grad_scale : 1.0f;
   T* param = static_cast<T*>(a.param) + row * a.width;
   T* grad = static_cast<T*>(a.grad) + row * a.width;
@@ -53,10 +54,10 @@ __global__ void __launch_bounds__(32 * kWarps) adamw_kernel(const CompactAdamW a
       const float g = to_float(grad[place]) * scale;
       float m = a.exp_avg[entry], v = a.exp_avg_sq[entry];
       w = a.master ? a.master[entry] : to_float(param[place]);
-      w = __fmul_rn(w, a.decay);
-      m = __fadd_rn(__fmul_rn(a.beta1, m), __fmul_rn(a.one_minus_beta1, g));
-      v = __fadd_rn(__fmul_rn(a.beta2, v), __fmul_rn(__fmul_rn(a.one_minus_beta2, g), g));
-      w = __fsub_rn(w, __fdiv_rn(__fmul_rn(a.step_size, m), __fadd_rn(__fmul_rn(__fsqrt_rn(v), a.correction), a.eps)));
+      w = __fmul_rn(w, s.decay);
+      m = __fadd_rn(__fmul_rn(s.beta1, m), __fmul_rn(s.one_minus_beta1, g));
+      v = __fadd_rn(__fmul_rn(s.beta2, v), __fmul_rn(__fmul_rn(s.one_minus_beta2, g), g));
+      w = __fsub_rn(w, __fdiv_rn(__fmul_rn(s.step_size, m), __fadd_rn(__fmul_rn(__fsqrt_rn(v), s.correction), s.eps)));
       a.exp_avg[entry] = m;
       a.exp_avg_sq[entry] = v;
       if (a.master) a.master[entry] = w;

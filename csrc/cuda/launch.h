@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "adamw_scalars.h"
+
 namespace ebft::cuda {
 
 // y[b, n] = bias[n] + sum over k of x[b, k] W[n, k] for 1 to 8 rows of x, W as mask words (N, ceil(K / 32)) and kept values.
@@ -28,7 +30,7 @@ cudaError_t compressed_gemv(const CompressedGemv& a, cudaStream_t stream);
 
 // Masked AdamW with survivor-only float32 states on one matrix: the arithmetic of reference.masked_adamw_step.
 struct CompactAdamW {
-  void* param;                 // (rows, width), float or __nv_bfloat16
+  void* param;                 // (rows, width), of `kind`
   void* grad;
   float* exp_avg;              // (kept)
   float* exp_avg_sq;
@@ -37,7 +39,7 @@ struct CompactAdamW {
   const int64_t* row_offsets;  // (rows + 1)
   const float* grad_scale;     // on the device, or null
   int64_t rows, width;
-  float decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps;
+  AdamWScalars scalars;
   bool zero_grads;
   Kind kind;
 };

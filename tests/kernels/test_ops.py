@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 from torch.nn import functional as F
 
-from ebft_kernels import PackedMask, explain, masked_adamw_step, masked_grad_norm, masked_linear, reference, use_impl
+from ebft_kernels import PackedMask, masked_adamw_step, masked_grad_norm, masked_linear, reference
 from ebft_kernels.ops import SCHEMAS
 from ebft_kernels.testing import (
     ADAMW_LAYOUTS,
@@ -32,6 +32,8 @@ def op_examples():
     none = torch.empty(0, dtype=torch.int32)
     states = adamw_lists("master", "int8", True)
     step = (1e-3, 0.9, 0.95, 1e-8, 0.1, 3, False, 7, list(range(len(states[0]))), False)
+    values, scales = reference.compress(weight.detach(), words, int8=True)
+    compressed = (words, values, reference.row_offsets(words), scales)
     return {
         "pack_mask": ((torch.rand(3, 5, 70) > 0.5,), {}),
         "unpack_mask": ((words, 37), {}),
@@ -42,6 +44,8 @@ def op_examples():
         "masked_linear_dx": ((dy, weight, words, False), {}),
         "masked_linear_dw": ((dy, x, words), {}),
         "row_offsets": ((words,), {}),
+        "compressed_linear": ((x, *compressed, bias, 37), {}),
+        "decompress": ((*compressed, 37), {}),
         "masked_grad_norm": (([torch.randn(5, 37), torch.randn(4)], [words, none]), {}),
         "masked_adamw_step": ((*states, torch.tensor(0.5), *step), {}),
     }
@@ -321,25 +325,3 @@ def test_stochastic_rounding_is_right_on_average_and_passes_infinity_and_nan():
     got = reference.round_stochastically(odd, torch.full((3,), 0xFFFF))
     assert got[:2].tolist() == odd[:2].tolist()
     assert got[2].isnan()
-
-
-# --- which implementation runs ------------------------------------------------------------------------------------
-
-
-def test_use_impl_and_explain():
-    with use_impl("torch"):
-        choice = explain("masked_linear")
-        assert (choice.impl, choice.fused) == ("torch", False)
-        assert "use_impl('torch')" in str(choice)
-    assert "use_impl" not in explain("masked_linear").reason
-    with pytest.raises(ValueError, match="expected one of auto, triton, native, torch"):
-        use_impl("cuda")
-    with pytest.raises(ValueError, match="got op 'linear'"):
-        explain("linear")
-
-
-def test_a_forced_implementation_never_falls_back():
-    x, weight, mask = torch.randn(2, 4), torch.randn(3, 4), torch.ones(3, 4, dtype=torch.bool)
-    with use_impl("triton"), pytest.raises(RuntimeError, match=r"use_impl\('triton'\) cannot run \w+ on cpu"):
-        masked_linear(x, weight, mask)
-    masked_linear(x, weight, mask)

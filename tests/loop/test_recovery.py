@@ -87,7 +87,7 @@ def test_what_is_saved(trained, settings, silent):
         "sparsity",
         "peak_memory_bytes",
     }
-    assert lines[0]["implementations"]["masked_adamw_step"] == "torch"
+    assert lines[0]["implementations"]["masked_adamw_step"] == "native"
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 3
     assert not re.search(r"<script|<link|src=|url\(.?http|href=.http", page)  # self-contained
