@@ -155,7 +155,8 @@ class OutputFolder:
     """The folder that a run (or ``ebft.compress``) writes: everything goes to ``OUT.partial`` beside it, which becomes ``OUT`` at the end.
 
     Making one checks that ``OUT`` can be had; entering it begins, in place of what an earlier run left in
-    ``OUT.partial``. A run that fails leaves ``OUT.partial`` if it had finished a block. Only ``commit`` touches ``OUT``.
+    ``OUT.partial``. A run that fails leaves ``OUT.partial`` if it had finished a block. Only ``commit`` touches
+    ``OUT``.
 
     Raises:
         EBFTError: ``OUT`` cannot be written, is there already and ``overwrite`` is not set, or is no run's output.
