@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 OUTPUT ?= ebft-output
 
-.PHONY: help demo test test-all lint format build bench clean
+.PHONY: help demo test test-all lint format build bench sanitize clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -33,6 +33,9 @@ build: $(VENV)/.ready  ## wheel and sdist into dist/
 bench: $(VENV)/.ready  ## the microbenchmarks
 	@mkdir -p .benchmarks
 	$(RUN) -m pytest benchmarks --size full --benchmark-enable --benchmark-only --benchmark-json .benchmarks/latest.json
+
+sanitize: $(VENV)/.ready  ## the native tests under the address and undefined-behaviour sanitizers (minutes)
+	bash tests/native/sanitize.sh $(RUN)
 
 clean:  ## everything that make made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

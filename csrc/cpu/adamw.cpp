@@ -117,7 +117,8 @@ void masked_adamw_step(at::TensorList params, at::TensorList grads, at::TensorLi
     TORCH_CHECK_VALUE(list.size() == params.size(), op, " got lists of ", params.size(), " and ", list.size(),
                       " tensors; expected equal lengths");
   TORCH_CHECK_VALUE(param_ids.size() == params.size(), op, " got ", param_ids.size(), " ids for ", params.size(), " parameters");
-  AdamWSettings a{adamw_scalars(lr, beta1, beta2, eps, weight_decay, step)};
+  AdamWSettings a{};
+  static_cast<AdamWScalars&>(a) = adamw_scalars(lr, beta1, beta2, eps, weight_decay, step);
   a.scaled = grad_scale.has_value();
   a.grad_scale = a.scaled ? grad_scale->item<float>() : 1.0f;
   a.zero_grads = zero_grads;

@@ -1,9 +1,9 @@
 """The native library on the CPU: agreement with the reference, safety of its entries, and the ways it comes into being."""
 
 import os
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import battery
@@ -18,6 +18,7 @@ from ebft_kernels.testing import ADAMW_LAYOUTS, adamw_lists
 
 OPS = torch.ops.ebft_kernels
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -284,17 +285,45 @@ def test_a_broken_compiler_gives_one_line_and_keeps_its_log(tmp_path):
     assert "this compiler is broken" in log.read_text()
 
 
+BUILD = """
+import sys
+from pathlib import Path
+from ebft_kernels import _extension
+print(_extension._build(Path(sys.argv[1]), "c++"))
+"""
+
+
 def test_two_processes_that_start_at_once_and_the_cache(tmp_path):
-    both = [probe(EBFT_CACHE=str(tmp_path)) for _ in range(2)]
-    for process in both:
-        said, err = finished(process)
-        assert said == "pack_mask runs in native: the fused kernel for cpu"
-        assert "building the native kernels" in err
-    (library,) = tmp_path.rglob("*.so")  # and no litter beside it
-    built = library.stat().st_mtime
-    began = time.perf_counter()
-    said, err = finished(probe(EBFT_CACHE=str(tmp_path)))
-    assert said.startswith("pack_mask runs in native")
+    """With one small file in place of csrc/: both build, neither sees half of what the other writes, the third finds it there."""
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    (tmp_path / "csrc" / "cpu" / "small.cpp").write_text('extern "C" int small() { return 1; }')
+    environment = {**os.environ, "EBFT_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", BUILD, str(tmp_path / "csrc")]
+
+    def start():
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    for process in [start() for _ in range(2)]:
+        out, err = process.communicate(timeout=300)
+        assert (process.returncode, out.splitlines()[-1]) == (0, "None"), err
+    (library,) = (tmp_path / "cache").rglob("*.so")  # and no litter beside it
+    assert [file.name for file in library.parent.iterdir()] == [library.name]
+    built = library.stat().st_mtime_ns
+    out, err = start().communicate(timeout=300)
+    assert out.splitlines() == ["None"]
     assert "building" not in err
-    assert library.stat().st_mtime == built
-    assert time.perf_counter() - began < 60
+    assert library.stat().st_mtime_ns == built
+
+
+def test_built_at_install_it_needs_no_compiler_later(tmp_path):
+    """``pip install --no-build-isolation .`` with torch at hand: the library lies in the package."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "results", "ebft-output"))
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target"]
+    subprocess.run([*install, str(tmp_path / "place"), str(source)], check=True, capture_output=True, timeout=600)
+    (library,) = (tmp_path / "place" / "ebft_kernels").glob("_native-torch*.so")
+    environment = {"PYTHONPATH": str(tmp_path / "place"), "CXX": "no-such-compiler", "EBFT_CACHE": str(tmp_path / "cache")}
+    said, err = finished(probe(**environment))
+    assert said == "pack_mask runs in native: the fused kernel for cpu"
+    assert "building" not in err
+    assert not (tmp_path / "cache").exists()
