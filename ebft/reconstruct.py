@@ -35,7 +35,7 @@ class BlockResult:
         error_before, error_after: mean squared error on the probe samples.
         branch_energy: mean of (Y - X)^2 on them, how far the targets are from the inputs; error / energy is the
             relative error.
-        seconds: time that tuning took.
+        seconds: time that the steps took.
     """
 
     losses: list[float]
@@ -81,7 +81,7 @@ class BlockReconstructor:
             forward: (block, hidden) -> hidden; by default ``block(hidden, **kwargs)`` under autocast.
             on_step: called with (steps done, steps in all) after each step.
         """
-        config, began = self._config, time.perf_counter()
+        config = self._config
         forward = forward or partial(BlockCall((), kwargs), compute=self._compute)
         optimizer, scaler = self.prepare(block, masks)
         probe = slice(0, max(1, len(inputs) // 16))
@@ -89,7 +89,7 @@ class BlockReconstructor:
 
         steps = config.epochs * -(-len(inputs) // config.batch_size)
         losses, norms = torch.zeros(steps, device=self._device), torch.zeros(steps, device=self._device)
-        step = 0
+        step, began = 0, time.perf_counter()
         for epoch in range(config.epochs):
             for batch in batch_order(len(inputs), config.seed, index, epoch).split(config.batch_size):
                 for group in optimizer.param_groups:
@@ -99,15 +99,17 @@ class BlockReconstructor:
                 step += 1
                 if on_step:
                     on_step(step, steps)
+        step_losses, step_norms = losses.tolist(), norms.tolist()  # sync points
+        seconds = time.perf_counter() - began
         block.requires_grad_(False)
 
         return BlockResult(
-            losses=losses.tolist(),  # sync point
-            gradient_norms=norms.tolist(),
+            losses=step_losses,
+            gradient_norms=step_norms,
             error_before=error_before.item(),
             error_after=self._error(block, inputs[probe], targets[probe], forward).item(),
             branch_energy=F.mse_loss(inputs[probe], targets[probe]).item(),
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
         )
 
     def prepare(self, block: nn.Module, masks: Mapping[str, PackedMask]) -> tuple[MaskedAdamW, torch.amp.GradScaler]:

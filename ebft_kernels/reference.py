@@ -218,7 +218,9 @@ def masked_adamw_step(
         w = w * (1 - lr * weight_decay)
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
-        w = w - step_size * m / (v.sqrt() * correction + eps)
+        # Rounded correctly by way of float64: torch's float32 root on a CPU is off by a bit in one of five values.
+        root = v.double().sqrt().to(v.dtype)
+        w = w - step_size * m / (root * correction + eps)
 
         w, m, v = (t.masked_fill(~alive, 0.0) for t in (w, m, v))
         _store_moment(m, exp_avgs[n], exp_avg_scales[n])

@@ -48,7 +48,7 @@ def make_mask(kind: str, outputs: int, inputs: int, generator: torch.Generator) 
     elif kind == "all pruned":
         mask.fill_(False)
     elif kind == "one empty row":
-        mask[outputs // 2] = False
+        mask[outputs // 2 : outputs // 2 + 1] = False
     elif kind == "2:4-like":
         mask = (torch.arange(inputs) % 4 < 2).expand(outputs, inputs).contiguous()
     elif kind != "random":

@@ -150,6 +150,7 @@ template <bool Signed> struct Codes {
   }
 
   F8 read_codes(int64_t at, int count, bool whole) const {
+    if (count == 0) return set(0);  // there may be no scale either
     uint8_t part[8] = {};
     const uint8_t* p = codes + at;
     if (!whole) {
@@ -157,7 +158,7 @@ template <bool Signed> struct Codes {
       p = part;
     }
     I8 code;
-    if constexpr (Signed) code = load_i8(reinterpret_cast<const int8_t*>(p));
+    if constexpr (Signed) code = load_i8(p);
     else code = load_u8(p);
     int64_t number = at / kBlock;
     F8 scale = set(scales[number]);

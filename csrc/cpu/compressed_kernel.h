@@ -110,7 +110,7 @@ template <> inline Pair spread<Value::kFloat>(const void* values, int64_t at, ui
 }
 
 template <> inline Pair spread<Value::kInt8>(const void* values, int64_t at, uint8_t low, uint8_t high) {
-  const auto* p = static_cast<const int8_t*>(values) + at;
+  const auto* p = static_cast<const uint8_t*>(values) + at;
   F8 first = to_float(load_i8(p)), second = to_float(load_i8(p + kLanes.count[low]));
   return even_odd(spread_lanes(first, low), spread_lanes(second, high));
 }

@@ -62,7 +62,7 @@ inline void store_u16(uint16_t* p, I8 a) {
   __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(a.v, a.v), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
-inline I8 load_i8(const int8_t* p) {
+inline I8 load_i8(const uint8_t* p) {
   return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
 }
 inline I8 load_u8(const uint8_t* p) {

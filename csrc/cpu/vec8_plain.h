@@ -51,7 +51,7 @@ inline I8 permute(I8 a, const uint8_t* from) { I8 r; EBFT_EACH r.v[i] = a.v[from
 
 inline I8 load_u16(const uint16_t* p) { I8 r; EBFT_EACH r.v[i] = p[i]; return r; }
 inline void store_u16(uint16_t* p, I8 a) { EBFT_EACH p[i] = uint16_t(a.v[i]); }
-inline I8 load_i8(const int8_t* p) { I8 r; EBFT_EACH r.v[i] = p[i]; return r; }
+inline I8 load_i8(const uint8_t* p) { I8 r; EBFT_EACH r.v[i] = int8_t(p[i]); return r; }
 inline I8 load_u8(const uint8_t* p) { I8 r; EBFT_EACH r.v[i] = p[i]; return r; }
 inline void store_8(uint8_t* p, I8 a) { EBFT_EACH p[i] = uint8_t(a.v[i]); }
 

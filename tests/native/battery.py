@@ -9,7 +9,8 @@ import sys
 
 import torch
 
-from ebft_kernels import reference, use_impl
+from ebft_kernels import reference
+from ebft_kernels._extension import native_reason
 from ebft_kernels.testing import ADAMW_LAYOUTS, MASK_KINDS, adamw_lists, make_mask
 
 OPS = torch.ops.ebft_kernels
@@ -90,6 +91,7 @@ def check_grad_norm():
 
 
 def everything():
+    assert native_reason() is None  # and the library is loaded
     for layout in ADAMW_LAYOUTS:
         for dtype in (torch.bfloat16, torch.float16) if layout[0] == "master" else (torch.bfloat16,):
             for scale in (None, 0.25):
@@ -108,6 +110,5 @@ def everything():
 
 
 if __name__ == "__main__":
-    with use_impl("native"):
-        everything()
+    everything()
     print("the native library agrees with the reference", *sys.argv[1:])
