@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -85,6 +86,7 @@ def _compile(folder: Path, work: Path, name: str, *, cuda: bool) -> None:
     from torch.utils import cpp_extension  # imports setuptools: only when there is something to build
 
     work.mkdir(parents=True, exist_ok=True)
+    logging.getLogger(cpp_extension.__name__).setLevel(logging.ERROR)  # its warnings on a broken compiler are tracebacks
     with _tools_on_path():
         cpp_extension.load(
             name,

@@ -143,7 +143,7 @@ void masked_adamw_step(at::TensorList params, at::TensorList grads, at::TensorLi
     if (row_offsets[n].numel()) {
       check_tensor(row_offsets[n], op, "row offsets", at::kLong, at::kCPU);
       const int64_t rows = width ? param.numel() / width : 0;
-      TORCH_CHECK_VALUE(words[n].numel() && row_offsets[n].numel() == rows + 1, op, " got ", row_offsets[n].numel(),
+      TORCH_CHECK_VALUE((words[n].numel() || rows == 0) && row_offsets[n].numel() == rows + 1, op, " got ", row_offsets[n].numel(),
                         " row offsets for ", rows, " rows; expected ", rows + 1, ", and a mask");
       const int64_t* offsets = row_offsets[n].const_data_ptr<int64_t>();
       const auto* mask = static_cast<const uint8_t*>(words[n].const_data_ptr());

@@ -95,9 +95,10 @@ template <typename Value, typename X, int Batch> void launch(const CompressedGem
 
 template <typename Value, typename X> cudaError_t launch_batch(CompressedGemv a, cudaStream_t stream) {
   if (a.batch < 1 || a.batch > 8 || a.n < 1 || a.k < 1) return cudaErrorInvalidValue;
-  while (a.batch > 0) {  // powers of two, so that few kernels are compiled
-    const int step = a.batch >= 8 ? 8 : a.batch >= 4 ? 4 : a.batch >= 2 ? 2 : 1;
-    if (step == 8) launch<Value, X, 8>(a, stream);
+  constexpr int kMost = sizeof(Value) == 4 ? 4 : 8;  // rows of x that fit 48 KiB of shared memory beside the values
+  while (a.batch > 0) {                              // powers of two, so that few kernels are compiled
+    const int step = a.batch >= kMost ? kMost : a.batch >= 4 ? 4 : a.batch >= 2 ? 2 : 1;
+    if (step == kMost) launch<Value, X, kMost>(a, stream);
     else if (step == 4) launch<Value, X, 4>(a, stream);
     else if (step == 2) launch<Value, X, 2>(a, stream);
     else launch<Value, X, 1>(a, stream);

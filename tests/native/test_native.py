@@ -196,7 +196,7 @@ WORDS = reference.pack_mask(torch.ones(4, 40, dtype=torch.bool))
         (lambda: OPS.is_nm.native(WORDS, 40, 2, 3), "2:3 for rows of 40"),
         (lambda: OPS.row_offsets.native(WORDS.long()), "row_offsets got words Long"),
         (lambda: OPS.masked_grad_norm.native([torch.randn(4, 40)], [WORDS[:2]]), "4 mask words for 4 rows of 40"),
-        (lambda: OPS.masked_grad_norm.native([], []), "0 gradients"),
+        (lambda: OPS.masked_grad_norm.native([torch.randn(4, 40)], []), "1 gradients and 0 masks"),
     ],
 )
 def test_masks_check_what_they_are_given(call, says):
@@ -250,8 +250,9 @@ print(mask.count())
 def probe(**environment):
     base = {name: value for name, value in os.environ.items() if not name.startswith("EBFT_")}
     return subprocess.Popen(
-        [sys.executable, "-c", PROBE], env={**base, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", PROBE], cwd=environment.get("PYTHONPATH", ROOT), env={**base, **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
 def finished(process):
