@@ -70,12 +70,14 @@ def save_compressed(source: str, output: str, *, values: str | None = None, over
     """
     folder = OutputFolder(output, overwrite=overwrite, made_by=INDEX)
     model, tokenizer = load_model(source), load_tokenizer(source)
-    dense = {name: sum(p.nbytes for p in [module.weight]) for name, module in _linears(model).items()}
+    dense = {name: module.weight.nbytes for name, module in model.named_modules() if hasattr(module, "weight")}
     layers = compress_model(model, values)
     stored = sum(model.get_submodule(name).nbytes() for name in layers)  # type: ignore[operator]
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # of tied weights the first alone
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name in own}
     summary = {"dense_bytes": sum(dense[name] for name in layers), "bytes": stored}
     with folder as out:
-        out.save(lambda path: save_torch_state_dict(model.state_dict(), path))
+        out.save(lambda path: save_torch_state_dict(tensors, path))
         out.save(lambda path: (model.config.save_pretrained(path), tokenizer.save_pretrained(path)))
         if model.generation_config is not None:
             out.save(lambda path: model.generation_config.save_pretrained(path))
@@ -118,14 +120,12 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
     return model.eval()
 
 
-def _linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-
-
 def _make_buffers_real(model: PreTrainedModel) -> None:
     """Give buffers that no checkpoint holds (rotary tables, embedding scales) their values, as ``from_pretrained`` does."""
     for module in model.modules():
-        meta = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
+        if isinstance(module, CompressedLinear):
+            continue
+        meta = {name: module._buffers[name] for name in module._non_persistent_buffers_set if module._buffers[name] is not None}
         for name, buffer in meta.items():
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
         if meta:
