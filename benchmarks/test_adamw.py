@@ -94,7 +94,9 @@ def test_ebft(
         optimizer.step()
         truth()
     moved = (weight.float() - expected)[mask].abs().max()
-    allowed = 1e-6 if weights == "fp32" else 2**-7 * float(expected.detach().abs().max())
+    # bfloat16 is off by half a last place at the start, and by half (to nearest) or one (stochastically) with every step.
+    roundings = {"fp32": 2**-22, "master": 2 * 2**-8, "stochastic": 2**-8 + 2 * 2**-7}[weights]
+    allowed = roundings * float(expected.detach().abs().max())
     assert moved <= allowed + 2 * RECIPE["lr"] * AGREES[moments]
     assert torch.count_nonzero(weight[~mask]) == 0
     benchmark.extra_info["implementation"] = str(explain("masked_adamw_step", device, weight.dtype))

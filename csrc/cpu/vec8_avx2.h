@@ -19,7 +19,6 @@ inline F8 operator-(F8 a, F8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline F8 operator*(F8 a, F8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline F8 operator/(F8 a, F8 b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline F8 sqrt8(F8 a) { return {_mm256_sqrt_ps(a.v)}; }
-inline F8 max8(F8 a, F8 b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline F8 min8(F8 a, F8 b) { return {_mm256_min_ps(a.v, b.v)}; }
 
 inline I8 bits_of(F8 a) { return {_mm256_castps_si256(a.v)}; }
@@ -40,6 +39,8 @@ inline I8 mulhi(I8 a, uint32_t b) {
 inline I8 mullo(I8 a, uint32_t b) { return {_mm256_mullo_epi32(a.v, _mm256_set1_epi32(int32_t(b)))}; }
 inline I8 greater(I8 a, I8 b) { return {_mm256_cmpgt_epi32(a.v, b.v)}; }
 inline I8 equal(I8 a, I8 b) { return {_mm256_cmpeq_epi32(a.v, b.v)}; }
+inline I8 max8(I8 a, I8 b) { return {_mm256_max_epi32(a.v, b.v)}; }
+inline I8 abs8(I8 a) { return {_mm256_abs_epi32(a.v)}; }
 inline I8 round_to_int(F8 a) { return {_mm256_cvtps_epi32(a.v)}; }
 inline F8 to_float(I8 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 // Where `mask` is ~0 take b, where it is 0 take a.

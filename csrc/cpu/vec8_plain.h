@@ -21,7 +21,6 @@ inline F8 operator-(F8 a, F8 b) { EBFT_EACH a.v[i] -= b.v[i]; return a; }
 inline F8 operator*(F8 a, F8 b) { EBFT_EACH a.v[i] *= b.v[i]; return a; }
 inline F8 operator/(F8 a, F8 b) { EBFT_EACH a.v[i] /= b.v[i]; return a; }
 inline F8 sqrt8(F8 a) { EBFT_EACH a.v[i] = __builtin_sqrtf(a.v[i]); return a; }
-inline F8 max8(F8 a, F8 b) { EBFT_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
 inline F8 min8(F8 a, F8 b) { EBFT_EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
 
 inline I8 bits_of(F8 a) { I8 r; memcpy(r.v, a.v, 32); return r; }
@@ -40,6 +39,8 @@ inline I8 mulhi(I8 a, uint32_t b) {
 inline I8 mullo(I8 a, uint32_t b) { EBFT_EACH a.v[i] = int32_t(uint32_t(a.v[i]) * b); return a; }
 inline I8 greater(I8 a, I8 b) { EBFT_EACH a.v[i] = a.v[i] > b.v[i] ? -1 : 0; return a; }
 inline I8 equal(I8 a, I8 b) { EBFT_EACH a.v[i] = a.v[i] == b.v[i] ? -1 : 0; return a; }
+inline I8 max8(I8 a, I8 b) { EBFT_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
+inline I8 abs8(I8 a) { EBFT_EACH a.v[i] = a.v[i] < 0 ? -a.v[i] : a.v[i]; return a; }
 inline I8 round_to_int(F8 a) { I8 r; EBFT_EACH r.v[i] = int32_t(__builtin_rintf(a.v[i])); return r; }
 inline F8 to_float(I8 a) { F8 r; EBFT_EACH r.v[i] = float(a.v[i]); return r; }
 // Where `mask` is ~0 take b, where it is 0 take a.
