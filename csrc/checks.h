@@ -30,4 +30,8 @@ inline void check_words(const at::Tensor& words, const char* op, int64_t numel, 
                     width, "; expected ", rows * words_in(width));
 }
 
+constexpr int64_t kGrain = 1 << 15;  // places that are worth a thread
+
+inline int64_t grain_rows(int64_t width) { return (kGrain + width - 1) / width; }
+
 }  // namespace ebft

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 # No contraction: results are those of the reference, bit for bit. No strict aliasing: floats are also seen as their bits.
 _ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
-CFLAGS = ["-O3", "-std=c++20", *_ARITHMETIC, "-Wall", "-Wextra"]
+_OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for is a plain loop without it
+CFLAGS = ["-O3", "-std=c++20", *_OPENMP, *_ARITHMETIC, "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-lineinfo"]  # products that may be fused say so themselves
 
 

@@ -16,15 +16,15 @@
 #include "checks.h"
 #include "cpu/adamw.h"
 #include "cpu/isa.h"
+#include "cpu/rows.h"
 #include "cpu/tables.h"
 
 #define EBFT_KERNELS "cpu/adamw_kernel.h"
-#include "cpu/both.h"
+#include "cpu/every_isa.h"
 
 namespace ebft {
 namespace {
 
-constexpr int64_t kGrain = 1 << 15;       // places that are worth a thread
 constexpr int64_t kUnmaskedRow = 1 << 12;  // rows that a parameter without a mask is cut into
 
 Weight weight_kind(const at::Tensor& param, bool master, bool stochastic) {
@@ -62,13 +62,6 @@ Place place_of(int64_t entry, const AdamWTensors& t, int64_t rows, const int64_t
   return {low, col};
 }
 
-void run(const AdamWTensors& t, const AdamWSettings& a, const Span& span, Weight weight, Moment moment, bool compact) {
-#ifdef EBFT_HAS_AVX2_KERNELS
-  if (has_avx2()) return avx2::adamw(t, a, span, weight, moment, compact);
-#endif
-  plain::adamw(t, a, span, weight, moment, compact);
-}
-
 // One parameter, cut among threads by rows or, with 8-bit moments, by whole blocks of stored entries.
 void step_one(AdamWTensors t, const AdamWSettings& a, int64_t numel, int64_t stored, const int64_t* row_offsets, Weight weight,
               Moment moment) {
@@ -83,14 +76,14 @@ void step_one(AdamWTensors t, const AdamWSettings& a, int64_t numel, int64_t sto
       Place from = begin == 0 ? Place{0, 0} : place_of(begin * kBlock, t, rows, row_offsets);
       Place to = end >= blocks ? Place{last_row, last_col} : place_of(end * kBlock, t, rows, row_offsets);
       int64_t stop = end >= blocks ? stored : end * kBlock;
-      run(t, a, {from.row, from.col, to.row, to.col, begin * kBlock, stop}, weight, moment, compact);
+      EBFT_CALL(adamw, t, a, Span{from.row, from.col, to.row, to.col, begin * kBlock, stop}, weight, moment, compact);
     });
     return;
   }
-  at::parallel_for(0, rows, (kGrain + t.width - 1) / t.width, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, rows, grain_rows(t.width), [&](int64_t begin, int64_t end) {
     const int64_t past = end * t.width < numel ? end * t.width : numel;
     const int64_t from = compact ? row_offsets[begin] : begin * t.width, to = compact ? row_offsets[end] : past;
-    run(t, a, {begin, 0, past / t.width, past % t.width, from, to}, weight, moment, compact);
+    EBFT_CALL(adamw, t, a, Span{begin, 0, past / t.width, past % t.width, from, to}, weight, moment, compact);
   });
 }
 
@@ -146,14 +139,13 @@ void masked_adamw_step(at::TensorList params, at::TensorList grads, at::TensorLi
       TORCH_CHECK_VALUE((words[n].numel() || rows == 0) && row_offsets[n].numel() == rows + 1, op, " got ", row_offsets[n].numel(),
                         " row offsets for ", rows, " rows; expected ", rows + 1, ", and a mask");
       const int64_t* offsets = row_offsets[n].const_data_ptr<int64_t>();
-      const auto* mask = static_cast<const uint8_t*>(words[n].const_data_ptr());
-      int64_t kept = 0, stride = 4 * words_in(width);
-      for (int64_t row = 0; row <= rows; ++row) {
-        TORCH_CHECK_VALUE(offsets[row] == kept, op, " got row offset ", offsets[row], " for row ", row, "; the mask keeps ", kept,
-                          " weights before it");
-        for (int64_t byte = 0; row < rows && byte < stride; ++byte) kept += kLanes.count[mask[row * stride + byte]];
-      }
-      stored = kept;
+      const auto* bits = static_cast<const uint32_t*>(words[n].const_data_ptr());
+      const int64_t stride = words_in(width);
+      TORCH_CHECK_VALUE(offsets[0] == 0, op, " got row offset ", offsets[0], " for row 0; expected 0");
+      at::parallel_for(0, rows, grain_rows(width), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) check_row(op, offsets, row, bits + row * stride, stride);
+      });
+      stored = offsets[rows];
     }
     check_states(param, exp_avgs[n], exp_avg_scales[n], "first moments", at::kChar, stored);
     check_states(param, exp_avg_sqs[n], exp_avg_sq_scales[n], "second moments", at::kByte, stored);
@@ -188,17 +180,9 @@ void masked_adamw_step(at::TensorList params, at::TensorList grads, at::TensorLi
 
 double square_sum(const at::Tensor& grad, const uint8_t* mask, int64_t stride, int64_t width, int64_t row0, int64_t row1) {
   const void* p = grad.const_data_ptr();
-  const auto dtype = grad.scalar_type();
-#ifdef EBFT_HAS_AVX2_KERNELS
-  if (has_avx2()) {
-    if (dtype == at::kFloat) return avx2::square_sum<Weight::kFloat>(p, mask, stride, width, row0, row1);
-    if (dtype == at::kHalf) return avx2::square_sum<Weight::kMasterHalf>(p, mask, stride, width, row0, row1);
-    return avx2::square_sum<Weight::kMasterBfloat16>(p, mask, stride, width, row0, row1);
-  }
-#endif
-  if (dtype == at::kFloat) return plain::square_sum<Weight::kFloat>(p, mask, stride, width, row0, row1);
-  if (dtype == at::kHalf) return plain::square_sum<Weight::kMasterHalf>(p, mask, stride, width, row0, row1);
-  return plain::square_sum<Weight::kMasterBfloat16>(p, mask, stride, width, row0, row1);
+  if (grad.scalar_type() == at::kFloat) return EBFT_CALL(square_sum<Weight::kFloat>, p, mask, stride, width, row0, row1);
+  if (grad.scalar_type() == at::kHalf) return EBFT_CALL(square_sum<Weight::kMasterHalf>, p, mask, stride, width, row0, row1);
+  return EBFT_CALL(square_sum<Weight::kMasterBfloat16>, p, mask, stride, width, row0, row1);
 }
 
 // Partial sums over pieces of fixed size, added in their order: the same whatever the number of threads.
@@ -223,7 +207,7 @@ at::Tensor masked_grad_norm(at::TensorList grads, at::TensorList words) {
       rows = grad.numel() / width;
       last = grad.numel() % width;
     }
-    const int64_t piece = (kGrain + width - 1) / width, pieces = (rows + piece - 1) / piece;
+    const int64_t piece = grain_rows(width), pieces = (rows + piece - 1) / piece;
     std::vector<double> sums(static_cast<size_t>(pieces), 0.0);
     at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

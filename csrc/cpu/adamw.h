@@ -11,6 +11,16 @@ enum class Weight { kFloat, kMasterBfloat16, kMasterHalf, kStochastic };
 enum class Moment { kFloat, kBfloat16, kInt8 };
 
 inline constexpr int64_t kBlock = 256;  // stored moments that share a scale
+inline constexpr int kChunk = 512;      // places of a row that a kernel takes at a time
+
+// The mask of a chunk where there is none.
+struct AllKept {
+  uint8_t bytes[kChunk / 8];
+  constexpr AllKept() : bytes() {
+    for (uint8_t& byte : bytes) byte = 0xFF;
+  }
+};
+inline constexpr AllKept kAllKept{};
 
 struct AdamWSettings : AdamWScalars {
   float grad_scale;  // if `scaled`

@@ -1,6 +1,6 @@
 // Masked AdamW over a span of one parameter, eight values at a time. The arithmetic is that of
 // ebft_kernels/reference.py, operation by operation, so results are equal bit for bit (no contraction into FMA).
-// Included twice, by both.h.
+// Included by every_isa.h.
 //
 // A row is taken in chunks of kChunk places. Dense states lie as the parameter does, and one loop does everything. With compact
 // states the survivors of a chunk are first packed, so that states are read and written as they lie and the arithmetic is done for
@@ -8,8 +8,6 @@
 //
 //     param, grad   . a . . b c . d        pack      a b c d      + states of a b c d, where they lie      spread
 //     mask          0 1 0 0 1 1 0 1       ----->                  ------------------------------->  a'b'c'd'  ----->  0 a' 0 0 b' c' 0 d'
-
-inline constexpr int kChunk = 512;
 
 // --- bfloat16 ---------------------------------------------------------------------------------------------------------
 
@@ -71,6 +69,13 @@ inline F8 load(const Half* p) { return load_half(&p->bits); }
 inline void store(Bfloat16* p, F8 value) { store_u16(&p->bits, to_bfloat16(value)); }
 inline void store(Half* p, F8 value) { store_half(&p->bits, value); }
 
+struct Eight {
+  constexpr operator int() const { return 8; }
+};
+
+template <typename T> inline F8 load(const T* p, Eight) { return load(p); }
+template <typename T> inline void store(T* p, F8 value, Eight) { store(p, value); }
+inline F8 load(const float* p, int count) { return load_first(p, count); }
 template <typename T> inline F8 load(const T* p, int count) {
   if (count == 8) return load(p);
   T part[8] = {};
@@ -87,6 +92,13 @@ template <typename T> inline void store(T* p, F8 value, int count) {
 
 inline int eight_or(int left) { return left < 8 ? left : 8; }
 
+// Calls f(i, count) for i = 0, 8, ... below n: `count` is 8 at compile time, and at run time for what is left.
+template <typename F> inline __attribute__((always_inline)) void for_eights(size_t n, const F& f) {
+  size_t i = 0;
+  for (; i + 8 <= n; i += 8) f(i, Eight());
+  if (i < n) f(i, int(n - i));
+}
+
 // --- stored moments -------------------------------------------------------------------------------------------------------
 // begin(n): the next n stored values are to be read, load(i) ..., and written, store(i) ..., both in order; end(n): they have been.
 
@@ -95,8 +107,8 @@ template <typename T> struct Plain {
 
   Plain(void* moments, float*, int64_t first) : next(static_cast<T*>(moments) + first) {}
   void begin(int) {}
-  F8 load_at(int i, int count) const { return load(next + i, count); }
-  void store_at(int i, F8 value, int count) { store(next + i, value, count); }
+  template <typename Count> F8 load_at(size_t i, Count count) const { return load(next + i, count); }
+  template <typename Count> void store_at(size_t i, F8 value, Count count) { store(next + i, value, count); }
   void end(int n) { next += n; }
   void finish() {}
 };
@@ -135,8 +147,8 @@ template <bool Signed> struct Codes {
     at += n;
   }
 
-  F8 load_at(int i, int) const { return load(before + i); }
-  void store_at(int i, F8 value, int) { store(after + waiting + i, value); }
+  F8 load_at(size_t i, int) const { return load(before + i); }
+  void store_at(size_t i, F8 value, int) { store(after + waiting + i, value); }
 
   void end(int n) {
     waiting += n;
@@ -217,66 +229,58 @@ struct Step {
   }
 };
 
-inline F8 zero_unless(F8 value, I8 kept) { return float_of(bits_of(value) & kept); }
-inline F8 spread(F8 packed, uint8_t to) { return float_of(permute(bits_of(packed), kLanes.expand[to])); }
-inline F8 pack(F8 lanes, uint8_t from) { return float_of(permute(bits_of(lanes), kLanes.compress[from])); }
 
 template <Weight W> struct ParamOf { using type = Bfloat16; };
 template <> struct ParamOf<Weight::kFloat> { using type = float; };
 template <> struct ParamOf<Weight::kMasterHalf> { using type = Half; };
 
-// One chunk: `n` places from `place` on, the first at bit `bit` of `mask`.
+// One chunk: `n` places from `place` on.
 template <typename Param> struct Chunk {
   Param* param;
   Param* grad;
   float* master;        // of the chunk's first stored entry
-  const uint8_t* mask;  // or null: everything is kept
-  int bit, n;
+  const uint8_t* mask;
+  int n;
   int64_t place;
 
-  uint8_t keep(int i) const {
-    const int count = eight_or(n - i);
-    return uint8_t((mask ? mask[i / 8] >> bit : 0xFF) & ((1 << count) - 1));
-  }
+  uint32_t keep(size_t i, Eight) const { return mask[i / 8]; }
+  uint32_t keep(size_t i, int count) const { return mask[i / 8] & ((1u << count) - 1); }
 };
 
 template <Weight W, typename Param, typename M, typename V>
 void dense_chunk(const Chunk<Param>& chunk, const AdamWSettings& a, const Step& step, M& m_stored, V& v_stored) {
   constexpr bool kMaster = W == Weight::kMasterBfloat16 || W == Weight::kMasterHalf;
-  for (int i = 0; i < chunk.n; i += 8) {
-    const int count = eight_or(chunk.n - i);
-    const I8 kept = lanes_of(chunk.keep(i));
+  for_eights(chunk.n, [&](size_t i, auto count) {
+    const uint32_t keep = chunk.keep(i, count);
     F8 w, m = m_stored.load_at(i, count), v = v_stored.load_at(i, count);
     if constexpr (kMaster) w = load(chunk.master + i, count);
     else w = load(chunk.param + i, count);
-    step(w, m, v, zero_unless(load(chunk.grad + i, count), kept));
-    w = zero_unless(w, kept);
-    m_stored.store_at(i, zero_unless(m, kept), count);
-    v_stored.store_at(i, zero_unless(v, kept), count);
+    step(w, m, v, zero_unless(load(chunk.grad + i, count), keep));
+    w = zero_unless(w, keep);
+    m_stored.store_at(i, zero_unless(m, keep), count);
+    v_stored.store_at(i, zero_unless(v, keep), count);
     if constexpr (kMaster) store(chunk.master + i, w, count);
-    if constexpr (W == Weight::kStochastic) w = round_stochastically(w, philox(a, chunk.place + i, lane_numbers()));
+    if constexpr (W == Weight::kStochastic) w = round_stochastically(w, philox(a, chunk.place + int64_t(i), lane_numbers()));
     store(chunk.param + i, w, count);
-  }
+  });
 }
 
 template <Weight W, typename Param, typename M, typename V>
 int compact_chunk(const Chunk<Param>& chunk, const AdamWSettings& a, const Step& step, M& m_stored, V& v_stored) {
   constexpr bool kMaster = W == Weight::kMasterBfloat16 || W == Weight::kMasterHalf;
   float weights[kChunk + 8], grads[kChunk + 8], offsets[kChunk + 8];
-  int kept = 0;
-  for (int i = 0; i < chunk.n; i += 8) {
-    const int count = eight_or(chunk.n - i);
-    const uint8_t keep = chunk.keep(i);
+  size_t kept = 0;
+  for_eights(chunk.n, [&](size_t i, auto count) {
+    const uint32_t keep = chunk.keep(i, count);
     if constexpr (!kMaster) store(weights + kept, pack(load(chunk.param + i, count), keep));
     store(grads + kept, pack(load(chunk.grad + i, count), keep));
-    if constexpr (W == Weight::kStochastic) store(offsets + kept, pack(float_of(lane_numbers() + seti(i)), keep));
-    kept += kLanes.count[keep];
-  }
+    if constexpr (W == Weight::kStochastic) store(offsets + kept, pack(float_of(lane_numbers() + seti(int32_t(i))), keep));
+    kept += __builtin_popcount(keep);
+  });
 
-  m_stored.begin(kept);
-  v_stored.begin(kept);
-  for (int i = 0; i < kept; i += 8) {
-    const int count = eight_or(kept - i);
+  m_stored.begin(int(kept));
+  v_stored.begin(int(kept));
+  for_eights(kept, [&](size_t i, auto count) {
     F8 w, m = m_stored.load_at(i, count), v = v_stored.load_at(i, count);
     if constexpr (kMaster) w = load(chunk.master + i, count);
     else w = load(weights + i);
@@ -286,18 +290,19 @@ int compact_chunk(const Chunk<Param>& chunk, const AdamWSettings& a, const Step&
     if constexpr (kMaster) store(chunk.master + i, w, count);
     if constexpr (W == Weight::kStochastic) w = round_stochastically(w, philox(a, chunk.place, bits_of(load(offsets + i))));
     store(weights + i, w);
-  }
-  m_stored.end(kept);
-  v_stored.end(kept);
+  });
+  m_stored.end(int(kept));
+  v_stored.end(int(kept));
 
-  int read = 0;
-  for (int i = 0; i < chunk.n; i += 8) {
-    const uint8_t keep = chunk.keep(i);
-    const F8 w = zero_unless(spread(load(weights + read), keep), lanes_of(keep));
-    store(chunk.param + i, w, eight_or(chunk.n - i));
-    read += kLanes.count[keep];
-  }
-  return kept;
+  size_t read = 0;
+  for_eights(chunk.n, [&](size_t i, auto count) {
+    __builtin_prefetch(chunk.param + 512 + i);  // the chunk after the next: from memory that is how long it takes
+    __builtin_prefetch(chunk.grad + 512 + i);
+    const uint32_t keep = chunk.keep(i, count);
+    store(chunk.param + i, spread(load(weights + read), keep), count);
+    read += __builtin_popcount(keep);
+  });
+  return int(kept);
 }
 
 template <Weight W, bool Compact, typename M, typename V>
@@ -310,10 +315,13 @@ void adamw_span(const AdamWTensors& t, const AdamWSettings& a, const Span& span)
   for (int64_t row = span.row0; row <= span.row1; ++row) {
     const int64_t end = row == span.row1 ? span.col1 : t.width;
     for (int64_t col = row == span.row0 ? span.col0 : 0; col < end;) {
+      // A span may begin within a byte of the mask: then with the rest of that byte alone.
       const int bit = int(col & 7);
+      const uint8_t* mask = t.mask ? t.mask + row * t.mask_stride + col / 8 : kAllKept.bytes;
+      const auto rest = uint8_t(*mask >> bit);
       const int64_t most = bit ? 8 - bit : kChunk, n = end - col < most ? end - col : most, place = row * t.width + col;
       Chunk<Param> chunk{static_cast<Param*>(t.param) + place, static_cast<Param*>(t.grad) + place, t.master + stored,
-                         t.mask ? t.mask + row * t.mask_stride + col / 8 : nullptr, bit, int(n), place};
+                         bit ? &rest : mask, int(n), place};
       int used = int(n);
       if constexpr (Compact) {
         used = compact_chunk<W>(chunk, a, step, m_stored, v_stored);
@@ -363,7 +371,7 @@ double square_sum(const void* grad, const uint8_t* mask, int64_t mask_stride, in
     for (int64_t first = 0; first < width; first += 8) {
       const int count = width - first < 8 ? int(width - first) : 8;
       const auto keep = uint8_t((mask ? mask[row * mask_stride + first / 8] : 0xFF) & ((1 << count) - 1));
-      const F8 g = zero_unless(load(p + first, count), lanes_of(keep));
+      const F8 g = zero_unless(load(p + first, count), keep);
       sum = sum + g * g;
     }
     float part[8];

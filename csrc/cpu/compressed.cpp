@@ -14,10 +14,11 @@
 #include "checks.h"
 #include "cpu/compressed.h"
 #include "cpu/isa.h"
+#include "cpu/rows.h"
 #include "cpu/tables.h"
 
 #define EBFT_KERNELS "cpu/compressed_kernel.h"
-#include "cpu/both.h"
+#include "cpu/every_isa.h"
 
 namespace ebft {
 namespace {
@@ -67,27 +68,6 @@ Compressed checked(const char* op, const at::Tensor& words, const at::Tensor& va
   return w;
 }
 
-// A row's bits and its offsets say the same; cheap beside the row's products, and without it memory could be overrun.
-void check_row(const char* op, const Compressed& w, int64_t row) {
-  const uint8_t* mask = w.mask + row * w.mask_stride;
-  int64_t kept = 0;
-  for (int64_t i = 0; i < w.mask_stride; i += 8) {
-    uint64_t bits = 0;
-    std::memcpy(&bits, mask + i, size_t(w.mask_stride - i < 8 ? w.mask_stride - i : 8));
-    kept += __builtin_popcountll(bits);
-  }
-  TORCH_CHECK_VALUE(w.row_offsets[row + 1] - w.row_offsets[row] == kept, op, " got row offsets that give row ", row, " ",
-                    w.row_offsets[row + 1] - w.row_offsets[row], " values; its mask keeps ", kept);
-}
-
-void rows_of(const Compressed& w, Value value, int64_t row0, int64_t row1, const float* x, int64_t x_stride, int64_t batch,
-             float* to, int64_t to_stride, char* room) {
-#ifdef EBFT_HAS_AVX2_KERNELS
-  if (has_avx2()) return avx2::compressed_rows(w, value, row0, row1, x, x_stride, batch, to, to_stride, room);
-#endif
-  plain::compressed_rows(w, value, row0, row1, x, x_stride, batch, to, to_stride, room);
-}
-
 at::Tensor compressed_linear(const at::Tensor& x, const at::Tensor& words, const at::Tensor& values, const at::Tensor& row_offsets,
                              const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& bias, int64_t width) {
   const char* op = "compressed_linear";
@@ -96,21 +76,24 @@ at::Tensor compressed_linear(const at::Tensor& x, const at::Tensor& words, const
   TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == width, op, " got x ", shape_of(x), "; expected (..., ", width, ")");
   TORCH_CHECK_VALUE(x.is_floating_point() && x.device() == at::kCPU, op, " got x of ", toString(x.scalar_type()), " on ",
                     x.device(), "; expected floats on the CPU");
-  const int64_t rows = words.size(0), batch = x.numel() / width, x_stride = (width + plain::kChunk - 1) / plain::kChunk * plain::kChunk;
+  const auto* bits = static_cast<const uint32_t*>(words.const_data_ptr());
+  const int64_t stride = words_in(width);
+  const int64_t rows = words.size(0), batch = x.numel() / width, x_stride = (width + kMostChunk - 1) / kMostChunk * kMostChunk;
   if (bias) TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows, op, " got bias ", shape_of(*bias), "; expected (", rows, ")");
 
+  const bool dots = value == Value::kBfloat16 && x.scalar_type() == at::kBFloat16 && has_bfloat16_dots();
   const at::Tensor wide = x.reshape({batch, width}).to(at::kFloat).contiguous();
-  std::vector<float> arranged(static_cast<size_t>(batch * x_stride));
-  for (int64_t b = 0; b < batch; ++b)
-    plain::arrange(wide.const_data_ptr<float>() + b * width, arranged.data() + b * x_stride, width);
+  const at::Tensor arranged = at::empty({batch, x_stride}, wide.options());  // aligned to 64 bytes
+  auto* x_rows = arranged.mutable_data_ptr<float>();
+  for (int64_t b = 0; b < batch; ++b) EBFT_CALL(arrange, wide.const_data_ptr<float>() + b * width, x_rows + b * x_stride, width, value, dots);
   at::Tensor y = at::empty({batch, rows}, wide.options());
   float* to = y.mutable_data_ptr<float>();
   at::parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
-    std::vector<char> room(static_cast<size_t>((width + plain::kOverread) * 4));
-    for (int64_t slab = begin; slab < end; slab += kSlab) {  // checked while they are in the cache
+    std::vector<char> room(static_cast<size_t>((stride * 32 + kMostOverread) * 4));
+    for (int64_t slab = begin; slab < end; slab += kSlab) {  // its values stay in the cache for all of x
       const int64_t stop = slab + kSlab < end ? slab + kSlab : end;
-      for (int64_t row = slab; row < stop; ++row) check_row(op, w, row);
-      rows_of(w, value, slab, stop, arranged.data(), x_stride, batch, to, rows, room.data());
+      if (EBFT_CALL(compressed_rows, w, value, slab, stop, x_rows, x_stride, dots, batch, to, rows, room.data())) continue;
+      for (int64_t row = slab; row < stop; ++row) check_row(op, w.row_offsets, row, bits + row * stride, stride);
     }
   });
   if (bias) y.add_(bias->to(at::kFloat));
@@ -129,6 +112,8 @@ at::Tensor decompress(const at::Tensor& words, const at::Tensor& values, const a
                       const std::optional<at::Tensor>& scales, int64_t width) {
   const char* op = "decompress";
   const Compressed w = checked(op, words, values, row_offsets, scales, width);
+  const auto* bits = static_cast<const uint32_t*>(words.const_data_ptr());
+  const int64_t stride = words_in(width);
   const int64_t rows = words.size(0);
   const Value value = value_kind(values, op);
   at::Tensor dense = at::empty({rows, width}, values.options().dtype(value == Value::kInt8 ? at::kFloat : values.scalar_type()));
@@ -136,7 +121,7 @@ at::Tensor decompress(const at::Tensor& words, const at::Tensor& values, const a
   at::parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
     std::vector<int8_t> codes(static_cast<size_t>(value == Value::kInt8 ? width : 0));
     for (int64_t row = begin; row < end; ++row) {
-      check_row(op, w, row);
+      check_row(op, w.row_offsets, row, bits + row * stride, stride);
       if (value == Value::kFloat) {
         decompress_row(w, row, static_cast<const float*>(w.values), static_cast<float*>(to) + row * width);
       } else if (value == Value::kInt8) {

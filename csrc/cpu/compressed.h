@@ -9,6 +9,8 @@ enum class Value { kFloat, kBfloat16, kHalf, kInt8 };
 
 inline constexpr int64_t kScaleGroup = 128;  // inputs of a row that share the scale of int8 values
 
+inline constexpr int64_t kMostChunk = 32, kMostOverread = 32;  // inputs that a kernel takes at a time, values that it loads
+
 struct Compressed {
   const uint8_t* mask;         // bytes of the words, rows `mask_stride` bytes apart
   int64_t mask_stride;

@@ -1,23 +1,95 @@
-// y = x W^T for a compressed W and a few rows of x: expand in registers, multiply, add. Included twice, by both.h.
+// y = x W^T for a compressed W and a few rows of x: expand in registers, multiply, add. Included by every_isa.h.
 //
-// Sixteen inputs at a time. x lies as `arrange` puts it: of each sixteen, the even ones and then the odd ones, because two
-// 16-bit values share a 32-bit lane, and the even one becomes a float by a shift, the odd one by a mask.
+// A step takes a chunk of inputs, two vectors of floats `first` and `second`: 2 x 8, or with AVX-512 2 x 16. bfloat16 values are
+// expanded in 16-bit lanes, and become floats by a shift (the even inputs) or a mask (the odd ones): `arrange` puts x in that order.
+// With kDots, x is bfloat16 too, two inputs in the place of a float, and AVX-512 multiplies pairs.
 
-inline constexpr int64_t kChunk = 16;
+#if EBFT_AVX512
+struct Wide {
+  __m512 v;
+};
+inline Wide wide_zero() { return {_mm512_setzero_ps()}; }
+inline Wide wide_load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Wide wide_set(float x) { return {_mm512_set1_ps(x)}; }
+inline Wide multiply_add(Wide a, Wide b, Wide sum) { return {_mm512_fmadd_ps(a.v, b.v, sum.v)}; }
+inline void wide_store(float* p, Wide a) { _mm512_storeu_ps(p, a.v); }
+using Bits = uint32_t;  // of a chunk
+#else
+using Wide = F8;
+inline Wide wide_zero() { return set(0); }
+inline Wide wide_load(const float* p) { return load(p); }
+inline Wide wide_set(float x) { return set(x); }
+#if EBFT_AVX2
+inline Wide multiply_add(Wide a, Wide b, Wide sum) { return {_mm256_fmadd_ps(a.v, b.v, sum.v)}; }
+#else
+inline Wide multiply_add(Wide a, Wide b, Wide sum) { return a * b + sum; }
+#endif
+inline void wide_store(float* p, Wide a) { store(p, a); }
+using Bits = uint16_t;
+#endif
 
-void arrange(const float* x, float* to, int64_t width) {
-  for (int64_t first = 0; first < width; first += kChunk)
+inline constexpr int kLanesWide = int(sizeof(Wide) / sizeof(float)), kChunk = 2 * kLanesWide;
+
+// x of `width` inputs, and zeros up to a whole chunk, as a kernel for values of kind `value` takes it.
+void arrange(const float* x, float* to, int64_t width, Value value, bool dots) {
+  if (dots) {
+    for (int64_t i = 0; i < (width + kChunk - 1) / kChunk * kChunk; ++i) {
+      uint32_t bits = 0;
+      if (i < width) memcpy(&bits, x + i, 4);
+      reinterpret_cast<uint16_t*>(to)[i] = uint16_t(bits >> 16);
+    }
+    return;
+  }
+  const bool apart = value == Value::kBfloat16;
+  for (int64_t start = 0; start < width; start += kChunk)
     for (int64_t i = 0; i < kChunk; ++i) {
-      int64_t from = first + (i < 8 ? 2 * i : 2 * (i - 8) + 1);
-      to[first + i] = from < width ? x[from] : 0.0f;
+      const int64_t from = start + (!apart ? i : i < kLanesWide ? 2 * i : 2 * (i - kLanesWide) + 1);
+      to[start + i] = from < width ? x[from] : 0.0f;
     }
 }
 
 struct Pair {
-  F8 even, odd;
+  Wide first, second;
 };
 
-#if EBFT_AVX2
+// --- the weights of a chunk, whose kept ones start at p, as floats; absent ones 0 ------------------------------------------
+
+#if EBFT_AVX512
+
+// Loaded first: an expansion straight from memory, into which compilers would fold the load, takes several times as long on Zen 4.
+inline __m512i load_whole(const void* p) {
+  __m512i all = _mm512_loadu_si512(p);
+  asm("" : "+v"(all));
+  return all;
+}
+
+inline __m512i expand16(const uint16_t* p, Bits bits) { return _mm512_maskz_expand_epi16(bits, load_whole(p)); }
+
+template <Value V> inline Pair expand(const void* values, int64_t at, Bits bits) {
+  if constexpr (V == Value::kBfloat16) {
+    const __m512i lanes = expand16(static_cast<const uint16_t*>(values) + at, bits);
+    return {{_mm512_castsi512_ps(_mm512_slli_epi32(lanes, 16))},
+            {_mm512_castsi512_ps(_mm512_and_si512(lanes, _mm512_set1_epi32(int32_t(0xFFFF0000))))}};
+  } else if constexpr (V == Value::kHalf) {
+    const __m512i lanes = expand16(static_cast<const uint16_t*>(values) + at, bits);
+    return {{_mm512_cvtph_ps(_mm512_castsi512_si256(lanes))}, {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(lanes, 1))}};
+  } else if constexpr (V == Value::kFloat) {
+    const auto* p = static_cast<const float*>(values) + at;
+    const auto low = __mmask16(bits), high = __mmask16(bits >> 16);
+    return {{_mm512_maskz_expand_ps(low, _mm512_castsi512_ps(load_whole(p)))},
+            {_mm512_maskz_expand_ps(high, _mm512_castsi512_ps(load_whole(p + __builtin_popcount(low))))}};
+  } else {
+    const auto* p = static_cast<const int8_t*>(values) + at;
+    __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    asm("" : "+v"(all));
+    const __m256i lanes = _mm256_maskz_expand_epi8(bits, all);
+    return {{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(lanes)))},
+            {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(lanes, 1)))}};
+  }
+}
+
+#elif EBFT_AVX2
+
 struct ShuffleTables {
   alignas(16) uint8_t of16[256][16];  // for pshufb: eight 16-bit lanes from packed values, absent ones 0
 };
@@ -34,185 +106,186 @@ constexpr ShuffleTables make_shuffle_tables() {
 }
 inline constexpr ShuffleTables kShuffle = make_shuffle_tables();
 
-// Sixteen 16-bit lanes of which `low` and `high` say the kept ones.
-inline __m256i spread16(const uint16_t* p, uint8_t low, uint8_t high) {
-  const auto* first = reinterpret_cast<const __m128i*>(p);
-  const auto* second = reinterpret_cast<const __m128i*>(p + kLanes.count[low]);
-  __m256i packed = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(first)), _mm_loadu_si128(second), 1);
-  __m256i order = _mm256_inserti128_si256(
-      _mm256_castsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kShuffle.of16[low]))),
-      _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffle.of16[high])), 1);
-  return _mm256_shuffle_epi8(packed, order);
+inline __m256i both(const void* first, const void* second) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(first))),
+                                 _mm_loadu_si128(static_cast<const __m128i*>(second)), 1);
 }
-#endif
 
-// The sixteen weights whose kept ones start at p, as floats, even and odd inputs apart.
-template <Value V> inline Pair spread(const void* values, int64_t at, uint8_t low, uint8_t high);
+inline __m256i expand16(const uint16_t* p, uint32_t low, uint32_t high) {
+  return _mm256_shuffle_epi8(both(p, p + kLanes.count[low]), both(kShuffle.of16[low], kShuffle.of16[high]));
+}
 
-template <> inline Pair spread<Value::kBfloat16>(const void* values, int64_t at, uint8_t low, uint8_t high) {
-  const auto* p = static_cast<const uint16_t*>(values) + at;
-#if EBFT_AVX2
-  __m256i lanes = spread16(p, low, high);
-  return {{_mm256_castsi256_ps(_mm256_slli_epi32(lanes, 16))},
-          {_mm256_castsi256_ps(_mm256_and_si256(lanes, _mm256_set1_epi32(int32_t(0xFFFF0000))))}};
+template <Value V> inline Pair expand(const void* values, int64_t at, Bits bits) {
+  const uint32_t low = bits & 0xFF, high = bits >> 8;
+  if constexpr (V == Value::kBfloat16) {
+    const __m256i lanes = expand16(static_cast<const uint16_t*>(values) + at, low, high);
+    return {{_mm256_castsi256_ps(_mm256_slli_epi32(lanes, 16))},
+            {_mm256_castsi256_ps(_mm256_and_si256(lanes, _mm256_set1_epi32(int32_t(0xFFFF0000))))}};
+  } else if constexpr (V == Value::kHalf) {
+    const __m256i lanes = expand16(static_cast<const uint16_t*>(values) + at, low, high);
+    return {{_mm256_cvtph_ps(_mm256_castsi256_si128(lanes))}, {_mm256_cvtph_ps(_mm256_extracti128_si256(lanes, 1))}};
+  } else if constexpr (V == Value::kFloat) {
+    const auto* p = static_cast<const float*>(values) + at;
+    return {spread(load(p), low), spread(load(p + kLanes.count[low]), high)};
+  } else {
+    const auto* p = static_cast<const uint8_t*>(values) + at;
+    return {spread(to_float(load_i8(p)), low), spread(to_float(load_i8(p + kLanes.count[low])), high)};
+  }
+}
+
 #else
-  Pair r;
-  uint32_t bits = uint32_t(low) | uint32_t(high) << 8;
+
+template <Value V> inline Pair expand(const void* values, int64_t at, Bits bits) {
+  constexpr bool kApart = V == Value::kBfloat16;
+  float lanes[16];
   for (int i = 0; i < 16; ++i) {
-    uint32_t word = bits >> i & 1 ? uint32_t(*p++) << 16 : 0;
-    memcpy(&(i % 2 ? r.odd : r.even).v[i / 2], &word, 4);
+    float value = 0;
+    if (bits >> i & 1) {
+      if constexpr (V == Value::kFloat) {
+        value = static_cast<const float*>(values)[at];
+      } else if constexpr (V == Value::kInt8) {
+        value = static_cast<const int8_t*>(values)[at];
+      } else if constexpr (V == Value::kBfloat16) {
+        const uint32_t word = uint32_t(static_cast<const uint16_t*>(values)[at]) << 16;
+        memcpy(&value, &word, 4);
+      } else {
+        uint16_t one[8] = {static_cast<const uint16_t*>(values)[at]};
+        value = load_half(one).v[0];
+      }
+      ++at;
+    }
+    lanes[!kApart ? i : i / 2 + (i % 2 ? 8 : 0)] = value;
   }
-  return r;
+  return {load(lanes), load(lanes + 8)};
+}
+
 #endif
+
+inline float sum_of(Wide a) {
+  float v[kLanesWide];
+  wide_store(v, a);
+  for (int half = kLanesWide / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
 }
 
-template <> inline Pair spread<Value::kHalf>(const void* values, int64_t at, uint8_t low, uint8_t high) {
-  const auto* p = static_cast<const uint16_t*>(values) + at;
-  uint16_t lanes[16] = {};
-#if EBFT_AVX2
-  __m256i all = spread16(p, low, high);
-  // Even and odd 16-bit lanes apart, then both halves to floats.
-  __m256i sorted = _mm256_shuffle_epi8(all, _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5,
-                                                            8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-  sorted = _mm256_permute4x64_epi64(sorted, 0xD8);
-  (void)lanes;
-  return {{_mm256_cvtph_ps(_mm256_castsi256_si128(sorted))}, {_mm256_cvtph_ps(_mm256_extracti128_si256(sorted, 1))}};
-#else
-  uint32_t bits = uint32_t(low) | uint32_t(high) << 8;
-  for (int i = 0; i < 16; ++i)
-    if (bits >> i & 1) lanes[i / 2 + (i % 2 ? 8 : 0)] = *p++;
-  return {load_half(lanes), load_half(lanes + 8)};
-#endif
-}
-
-inline Pair even_odd(F8 first, F8 second) {
-#if EBFT_AVX2
-  __m256 even = _mm256_shuffle_ps(first.v, second.v, 0x88), odd = _mm256_shuffle_ps(first.v, second.v, 0xDD);
-  return {{_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xD8))},
-          {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xD8))}};
-#else
-  Pair r;
-  for (int i = 0; i < 4; ++i) {
-    r.even.v[i] = first.v[2 * i], r.even.v[i + 4] = second.v[2 * i];
-    r.odd.v[i] = first.v[2 * i + 1], r.odd.v[i + 4] = second.v[2 * i + 1];
-  }
-  return r;
-#endif
-}
-
-inline F8 spread_lanes(F8 packed, uint8_t byte) {
-  return float_of(permute(bits_of(packed), kLanes.expand[byte]) & lanes_of(byte));
-}
-
-template <> inline Pair spread<Value::kFloat>(const void* values, int64_t at, uint8_t low, uint8_t high) {
-  const auto* p = static_cast<const float*>(values) + at;
-  return even_odd(spread_lanes(load(p), low), spread_lanes(load(p + kLanes.count[low]), high));
-}
-
-template <> inline Pair spread<Value::kInt8>(const void* values, int64_t at, uint8_t low, uint8_t high) {
-  const auto* p = static_cast<const uint8_t*>(values) + at;
-  F8 first = to_float(load_i8(p)), second = to_float(load_i8(p + kLanes.count[low]));
-  return even_odd(spread_lanes(first, low), spread_lanes(second, high));
-}
-
-inline F8 multiply_add(F8 a, F8 b, F8 sum) {
-#if EBFT_AVX2
-  return {_mm256_fmadd_ps(a.v, b.v, sum.v)};
-#else
-  return a * b + sum;
-#endif
-}
-
-inline float sum_of(F8 a) {
-  float v[8];
-  store(v, a);
-  return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
-}
-
-inline constexpr int64_t kOverread = 16;  // values that a load may touch past the last one it needs
-
-// Rows [row, row + Rows) times Batch rows of arranged x; to[b * to_stride + r].
-template <Value V, int Rows, int Batch>
-void multiply(const Compressed& w, int64_t row, const float* x, int64_t x_stride, float* to, int64_t to_stride) {
-  F8 sum[Rows][Batch], group[Rows][Batch];
+// Rows [row, row + Rows) times Batch rows of arranged x; to[b * to_stride + r]. Whether the bits keep as many values as the row offsets
+// say; if not, no more than most_read(w) values have been read from the offset of a row on.
+template <Value V, bool Dots, int Rows, int Batch>
+bool multiply(const Compressed& w, int64_t row, const float* x, int64_t x_stride, float* to, int64_t to_stride) {
+  Wide sum[Rows][Batch], group[Rows][Batch];
   int64_t at[Rows];
   const uint8_t* mask[Rows];
   for (int r = 0; r < Rows; ++r) {
     at[r] = w.row_offsets[row + r];
     mask[r] = w.mask + (row + r) * w.mask_stride;
-    for (int b = 0; b < Batch; ++b) sum[r][b] = group[r][b] = set(0);
+    for (int b = 0; b < Batch; ++b) sum[r][b] = group[r][b] = wide_zero();
   }
   for (int64_t first = 0; first < w.width; first += kChunk) {
     for (int r = 0; r < Rows; ++r) {
-      const uint8_t low = mask[r][first / 8], high = mask[r][first / 8 + 1];
-      const Pair weights = spread<V>(w.values, at[r], low, high);
-      at[r] += kLanes.count[low] + kLanes.count[high];
+      Bits bits;
+      memcpy(&bits, mask[r] + first / 8, sizeof bits);
+#if EBFT_AVX512
+      if constexpr (Dots) {
+        const auto weights = __m512bh(expand16(static_cast<const uint16_t*>(w.values) + at[r], bits));
+        for (int b = 0; b < Batch; ++b)
+          sum[r][b].v = _mm512_dpbf16_ps(sum[r][b].v, weights, __m512bh(_mm512_loadu_si512(x + b * x_stride + first / 2)));
+        at[r] += __builtin_popcount(bits);
+        continue;
+      }
+#endif
+      const Pair weights = expand<V>(w.values, at[r], bits);
+      at[r] += __builtin_popcount(bits);
       for (int b = 0; b < Batch; ++b) {
         const float* p = x + b * x_stride + first;
-        F8& into = V == Value::kInt8 ? group[r][b] : sum[r][b];
-        into = multiply_add(weights.even, load(p), into);
-        into = multiply_add(weights.odd, load(p + 8), into);
+        Wide& into = V == Value::kInt8 ? group[r][b] : sum[r][b];
+        into = multiply_add(weights.first, wide_load(p), into);
+        into = multiply_add(weights.second, wide_load(p + kLanesWide), into);
       }
     }
     if (V == Value::kInt8 && ((first + kChunk) % kScaleGroup == 0 || first + kChunk >= w.width)) {
       for (int r = 0; r < Rows; ++r) {
-        const F8 scale = set(w.scales[(row + r) * w.scale_stride + first / kScaleGroup]);
+        const Wide scale = wide_set(w.scales[(row + r) * w.scale_stride + first / kScaleGroup]);
         for (int b = 0; b < Batch; ++b) {
           sum[r][b] = multiply_add(group[r][b], scale, sum[r][b]);
-          group[r][b] = set(0);
+          group[r][b] = wide_zero();
         }
       }
     }
   }
   for (int r = 0; r < Rows; ++r)
     for (int b = 0; b < Batch; ++b) to[b * to_stride + r] = sum_of(sum[r][b]);
+  bool fits = true;
+  for (int r = 0; r < Rows; ++r) fits &= at[r] == w.row_offsets[row + r + 1];
+  return fits;
 }
 
 template <Value V> inline int64_t size_of() { return V == Value::kFloat ? 4 : V == Value::kInt8 ? 1 : 2; }
 
+// Values that a row's kernel may touch: its mask's words may keep that many, and a load takes kMostOverread.
+inline int64_t most_read(const Compressed& w) { return w.mask_stride * 8 + kMostOverread; }
+
 // One row whose values end where no more may be read: from a copy with room behind it.
-template <Value V, int Batch>
-void multiply_last(const Compressed& w, int64_t row, const float* x, int64_t x_stride, float* to, int64_t to_stride, char* room) {
+template <Value V, bool Dots, int Batch>
+bool multiply_last(const Compressed& w, int64_t row, const float* x, int64_t x_stride, float* to, int64_t to_stride, char* room) {
   const int64_t from = w.row_offsets[row], count = w.row_offsets[row + 1] - from, size = size_of<V>();
+  if (from < 0 || count < 0 || count > w.width || from + count > w.total) return false;
   memcpy(room, static_cast<const char*>(w.values) + from * size, size_t(count * size));
-  memset(room + count * size, 0, size_t(kOverread * size));
+  memset(room + count * size, 0, size_t((most_read(w) - count) * size));
   const int64_t offsets[2] = {0, count};
   Compressed alone = w;
   alone.mask += row * w.mask_stride;
   if (w.scales) alone.scales += row * w.scale_stride;
   alone.values = room;
   alone.row_offsets = offsets;
-  multiply<V, 1, Batch>(alone, 0, x, x_stride, to, to_stride);
+  return multiply<V, Dots, 1, Batch>(alone, 0, x, x_stride, to, to_stride);
 }
 
-template <Value V, int Batch>
-void rows_batch(const Compressed& w, int64_t row0, int64_t row1, const float* x, int64_t x_stride, float* to, int64_t to_stride,
+template <Value V, bool Dots, int Batch>
+bool rows_batch(const Compressed& w, int64_t row0, int64_t row1, const float* x, int64_t x_stride, float* to, int64_t to_stride,
                 char* room) {
-  constexpr int kRows = Batch == 1 ? 4 : Batch == 2 ? 4 : Batch == 4 ? 2 : 1;
-  int64_t row = row0;
-  for (; row + kRows <= row1 && w.row_offsets[row + kRows] + kOverread <= w.total; row += kRows)
-    multiply<V, kRows, Batch>(w, row, x, x_stride, to + row, to_stride);
-  for (; row < row1; ++row) multiply_last<V, Batch>(w, row, x, x_stride, to + row, to_stride, room);
+  constexpr int kRows = Batch <= 2 ? 4 : Batch == 4 ? 2 : 1;  // so that the sums stay in registers
+  const int64_t last = w.total - most_read(w);                // a row that begins here or before reads nothing past the end
+  bool fits = true;
+  for (int64_t row = row0; row < row1;) {
+    bool inside = row + kRows <= row1;
+    for (int r = 0; inside && r < kRows; ++r) inside = w.row_offsets[row + r] >= 0 && w.row_offsets[row + r] <= last;
+    if (inside) {
+      fits &= multiply<V, Dots, kRows, Batch>(w, row, x, x_stride, to + row, to_stride);
+      row += kRows;
+    } else {
+      fits &= multiply_last<V, Dots, Batch>(w, row, x, x_stride, to + row, to_stride, room);
+      ++row;
+    }
+  }
+  return fits;
 }
 
-template <Value V>
-void rows_value(const Compressed& w, int64_t row0, int64_t row1, const float* x, int64_t x_stride, int64_t batch, float* to,
+template <Value V, bool Dots = false>
+bool rows_value(const Compressed& w, int64_t row0, int64_t row1, const float* x, int64_t x_stride, int64_t batch, float* to,
                 int64_t to_stride, char* room) {
+  bool fits = true;
   while (batch > 0) {
     const int step = batch >= 8 ? 8 : batch >= 4 ? 4 : batch >= 2 ? 2 : 1;
-    if (step == 8) rows_batch<V, 8>(w, row0, row1, x, x_stride, to, to_stride, room);
-    else if (step == 4) rows_batch<V, 4>(w, row0, row1, x, x_stride, to, to_stride, room);
-    else if (step == 2) rows_batch<V, 2>(w, row0, row1, x, x_stride, to, to_stride, room);
-    else rows_batch<V, 1>(w, row0, row1, x, x_stride, to, to_stride, room);
+    if (step == 8) fits &= rows_batch<V, Dots, 8>(w, row0, row1, x, x_stride, to, to_stride, room);
+    else if (step == 4) fits &= rows_batch<V, Dots, 4>(w, row0, row1, x, x_stride, to, to_stride, room);
+    else if (step == 2) fits &= rows_batch<V, Dots, 2>(w, row0, row1, x, x_stride, to, to_stride, room);
+    else fits &= rows_batch<V, Dots, 1>(w, row0, row1, x, x_stride, to, to_stride, room);
     batch -= step, x += step * x_stride, to += step * to_stride;
   }
+  return fits;
 }
 
-// Rows [row0, row1) of W times `batch` rows of arranged x into `to`; `room` holds a row of values and kOverread more.
-void compressed_rows(const Compressed& w, Value value, int64_t row0, int64_t row1, const float* x, int64_t x_stride,
-                     int64_t batch, float* to, int64_t to_stride, char* room) {
-  if (value == Value::kFloat) rows_value<Value::kFloat>(w, row0, row1, x, x_stride, batch, to, to_stride, room);
-  else if (value == Value::kBfloat16) rows_value<Value::kBfloat16>(w, row0, row1, x, x_stride, batch, to, to_stride, room);
-  else if (value == Value::kHalf) rows_value<Value::kHalf>(w, row0, row1, x, x_stride, batch, to, to_stride, room);
-  else rows_value<Value::kInt8>(w, row0, row1, x, x_stride, batch, to, to_stride, room);
+// Rows [row0, row1) of W times `batch` rows of arranged x into `to`; `room` holds most_read(w) values. False, and nothing read past the
+// values, if row offsets and bits do not fit.
+bool compressed_rows(const Compressed& w, Value value, int64_t row0, int64_t row1, const float* x, int64_t x_stride,
+                     bool dots, int64_t batch, float* to, int64_t to_stride, char* room) {
+#if EBFT_AVX512
+  if (dots) return rows_value<Value::kBfloat16, true>(w, row0, row1, x, x_stride, batch, to, to_stride, room);
+#endif
+  (void)dots;
+  if (value == Value::kFloat) return rows_value<Value::kFloat>(w, row0, row1, x, x_stride, batch, to, to_stride, room);
+  if (value == Value::kBfloat16) return rows_value<Value::kBfloat16>(w, row0, row1, x, x_stride, batch, to, to_stride, room);
+  if (value == Value::kHalf) return rows_value<Value::kHalf>(w, row0, row1, x, x_stride, batch, to, to_stride, room);
+  return rows_value<Value::kInt8>(w, row0, row1, x, x_stride, batch, to, to_stride, room);
 }

@@ -18,21 +18,10 @@
 #include "cpu/tables.h"
 
 #define EBFT_KERNELS "cpu/masks_kernel.h"
-#include "cpu/both.h"
-
-// One call of a kernel, for the instruction set at hand.
-#ifdef EBFT_HAS_AVX2_KERNELS
-#define EBFT_CALL(kernel, ...) (has_avx2() ? avx2::kernel(__VA_ARGS__) : plain::kernel(__VA_ARGS__))
-#else
-#define EBFT_CALL(kernel, ...) plain::kernel(__VA_ARGS__)
-#endif
+#include "cpu/every_isa.h"
 
 namespace ebft {
 namespace {
-
-constexpr int64_t kGrain = 1 << 16;  // places that are worth a thread
-
-int64_t grain_rows(int64_t width) { return width > kGrain ? 1 : kGrain / (width + 1) + 1; }
 
 std::vector<int64_t> with_last(const at::Tensor& t, int64_t last) {
   std::vector<int64_t> sizes = t.sizes().vec();
@@ -88,7 +77,7 @@ at::Tensor row_offsets(const at::Tensor& words) {
   const auto* from = static_cast<const uint32_t*>(packed.const_data_ptr());
   auto* to = offsets.mutable_data_ptr<int64_t>();
   at::parallel_for(0, rows, grain_rows(32 * stride), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) to[row + 1] = EBFT_CALL(count_bits, from + row * stride, stride);
+    for (int64_t row = begin; row < end; ++row) to[row + 1] = count_bits(from + row * stride, stride);
   });
   to[0] = 0;
   for (int64_t row = 0; row < rows; ++row) to[row + 1] += to[row];

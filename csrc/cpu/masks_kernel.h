@@ -1,4 +1,4 @@
-// Masks as bits: pack, unpack, choose the best of a row or of every M, check. One row at a time. Included twice, by both.h.
+// Masks as bits: pack, unpack, choose the best of a row or of every M, check. One row at a time. Included by every_isa.h.
 
 // --- bytes of 0 and 1 <-> bits ----------------------------------------------------------------------------------------
 
@@ -53,12 +53,6 @@ void unpack_row(const uint32_t* words, uint8_t* mask, int64_t width) {
     unpack32(words[whole], tail);
     memcpy(mask + 32 * whole, tail, size_t(width % 32));
   }
-}
-
-int64_t count_bits(const uint32_t* words, int64_t count) {
-  int64_t total = 0;
-  for (int64_t j = 0; j < count; ++j) total += __builtin_popcount(words[j]);
-  return total;
 }
 
 // --- scores as integers in the same order -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// Eight lanes in AVX2; the same names as vec8_plain.h. Included inside a namespace (both.h).
+// Eight lanes in AVX2, and with what AVX-512 does better where EBFT_AVX512 is 1; the same names as vec8_plain.h. Included inside a namespace (every_isa.h).
 
 struct I8 {
   __m256i v;
@@ -13,6 +13,9 @@ inline I8 lane_numbers() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
 
 inline F8 load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline void store(float* p, F8 x) { _mm256_storeu_ps(p, x.v); }
+inline F8 load_first(const float* p, int count) {  // others 0
+  return {_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane_numbers().v))};
+}
 
 inline F8 operator+(F8 a, F8 b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline F8 operator-(F8 a, F8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -46,15 +49,25 @@ inline F8 to_float(I8 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 // Where `mask` is ~0 take b, where it is 0 take a.
 inline I8 select(I8 a, I8 b, I8 mask) { return {_mm256_blendv_epi8(a.v, b.v, mask.v)}; }
 
-// ~0 in the lanes whose bit is set.
-inline I8 lanes_of(uint8_t byte) {
-  __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  return {_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(byte), bit), bit)};
+// By a byte of a mask: 0 in the lanes that it does not keep; the kept lanes together in front; and from there back to their places,
+// others 0.
+#if EBFT_AVX512
+inline F8 zero_unless(F8 a, uint32_t keep) { return {_mm256_maskz_mov_ps(__mmask8(keep), a.v)}; }
+inline F8 pack(F8 a, uint32_t keep) { return {_mm256_maskz_compress_ps(__mmask8(keep), a.v)}; }
+inline F8 spread(F8 a, uint32_t keep) { return {_mm256_maskz_expand_ps(__mmask8(keep), a.v)}; }
+#else
+inline F8 zero_unless(F8 a, uint32_t keep) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int32_t(keep)), bit), bit);
+  return {_mm256_and_ps(a.v, _mm256_castsi256_ps(kept))};
 }
-inline I8 permute(I8 a, const uint8_t* from) {
-  __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-  return {_mm256_permutevar8x32_epi32(a.v, lanes)};
+inline F8 permute(F8 a, const uint8_t* from) {
+  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  return {_mm256_permutevar8x32_ps(a.v, lanes)};
 }
+inline F8 pack(F8 a, uint32_t keep) { return permute(a, kLanes.compress[keep]); }
+inline F8 spread(F8 a, uint32_t keep) { return zero_unless(permute(a, kLanes.expand[keep]), keep); }
+#endif
 
 inline I8 load_u16(const uint16_t* p) {
   return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};

@@ -1,4 +1,4 @@
-// Eight lanes in plain C++; the same names as vec8_avx2.h. Included inside a namespace (both.h).
+// Eight lanes in plain C++; the same names as vec8_avx2.h. Included inside a namespace (every_isa.h).
 
 struct I8 {
   int32_t v[8];
@@ -15,6 +15,7 @@ inline I8 lane_numbers() { I8 r; EBFT_EACH r.v[i] = i; return r; }
 
 inline F8 load(const float* p) { F8 r; memcpy(r.v, p, 32); return r; }
 inline void store(float* p, F8 x) { memcpy(p, x.v, 32); }
+inline F8 load_first(const float* p, int count) { F8 r; EBFT_EACH r.v[i] = i < count ? p[i] : 0; return r; }  // others 0
 
 inline F8 operator+(F8 a, F8 b) { EBFT_EACH a.v[i] += b.v[i]; return a; }
 inline F8 operator-(F8 a, F8 b) { EBFT_EACH a.v[i] -= b.v[i]; return a; }
@@ -46,9 +47,11 @@ inline F8 to_float(I8 a) { F8 r; EBFT_EACH r.v[i] = float(a.v[i]); return r; }
 // Where `mask` is ~0 take b, where it is 0 take a.
 inline I8 select(I8 a, I8 b, I8 mask) { EBFT_EACH a.v[i] = (a.v[i] & ~mask.v[i]) | (b.v[i] & mask.v[i]); return a; }
 
-// ~0 in the lanes whose bit is set.
-inline I8 lanes_of(uint8_t byte) { I8 r; EBFT_EACH r.v[i] = -(byte >> i & 1); return r; }
-inline I8 permute(I8 a, const uint8_t* from) { I8 r; EBFT_EACH r.v[i] = a.v[from[i]]; return r; }
+// By a byte of a mask: 0 in the lanes that it does not keep; the kept lanes together in front; and from there back to their places,
+// others 0.
+inline F8 zero_unless(F8 a, uint32_t keep) { EBFT_EACH if (!(keep >> i & 1)) a.v[i] = 0; return a; }
+inline F8 pack(F8 a, uint32_t keep) { F8 r = {}; int n = 0; EBFT_EACH if (keep >> i & 1) r.v[n++] = a.v[i]; return r; }
+inline F8 spread(F8 a, uint32_t keep) { F8 r; int n = 0; EBFT_EACH r.v[i] = keep >> i & 1 ? a.v[n++] : 0; return r; }
 
 inline I8 load_u16(const uint16_t* p) { I8 r; EBFT_EACH r.v[i] = p[i]; return r; }
 inline void store_u16(uint16_t* p, I8 a) { EBFT_EACH p[i] = uint16_t(a.v[i]); }

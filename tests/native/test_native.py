@@ -159,7 +159,7 @@ STEP = (None, 1e-2, 0.9, 0.99, 1e-8, 0.1, 5, False, 0, [0], False)
         ({"exp_avg_scales": torch.zeros(3)}, "3 scales of first moments; expected 0"),
         ({"masters": torch.zeros(160)}, "160 master weights"),
         ({"row_offsets": torch.zeros(4, dtype=torch.int64)}, "4 row offsets for 4 rows; expected 5"),
-        ({"row_offsets": torch.arange(5) * 40}, "row offset 40 for row 1; the mask keeps"),
+        ({"row_offsets": torch.arange(5) * 40}, "row 0 40 values; its mask keeps"),
         ({"params": torch.randn(4, 40).bfloat16(), "grads": torch.randn(4, 40).bfloat16()}, "expected a master weight"),
     ],
 )  # fmt: skip
