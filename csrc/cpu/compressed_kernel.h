@@ -244,8 +244,9 @@ bool multiply_last(const Compressed& w, int64_t row, const float* x, int64_t x_s
 template <Value V, bool Dots, int Batch>
 bool rows_batch(const Compressed& w, int64_t row0, int64_t row1, const float* x, int64_t x_stride, float* to, int64_t to_stride,
                 char* room) {
-  constexpr int kRows = Batch <= 2 ? 4 : Batch == 4 ? 2 : 1;  // so that the sums stay in registers
-  const int64_t last = w.total - most_read(w);                // a row that begins here or before reads nothing past the end
+  // As many as leave the sums in registers: AVX-512 has twice as many.
+  constexpr int kRows = Batch <= 2 ? 4 : (EBFT_AVX512 ? 2 : 1) * (Batch == 4 ? 2 : 1);
+  const int64_t last = w.total - most_read(w);  // a row that begins here or before reads nothing past the end
   bool fits = true;
   for (int64_t row = row0; row < row1;) {
     bool inside = row + kRows <= row1;
