@@ -1,9 +1,18 @@
-"""What several kernels share: masks in registers, the order of tiles, and numbers at compile time."""
+"""What the kernels share: masks in registers, the order of tiles, tables of tensors, and the one way to launch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ebft_kernels._triton.configs import Config
+
+# --- in kernels ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -14,13 +23,21 @@ def expand_words(words, ROWS: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
+def expand_words_down(words, WORDS: tl.constexpr, COLUMNS: tl.constexpr):
+    """int32 mask words (WORDS, COLUMNS) -> bool (32 WORDS, COLUMNS): each word runs down a column."""
+    bits = (words[:, None, :] >> tl.arange(0, 32)[None, :, None]) & 1
+    return tl.reshape(bits, [WORDS * 32, COLUMNS]) != 0
+
+
+@triton.jit
 def popcount(words):
-    """Set bits of each int32 (arithmetic, because the interpreter has no popc)."""
+    """Set bits of each int32, by arithmetic: the interpreter has no instruction for it."""
     x = words.to(tl.uint32, bitcast=True)
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24).to(tl.int32)
+    x = x + (x >> 8)
+    return ((x + (x >> 16)) & 0x3F).to(tl.int32)
 
 
 @triton.jit
@@ -32,14 +49,109 @@ def grouped_tile(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     return first + (pid % width) % size, (pid % width) // size
 
 
+@triton.jit
+def entry_of(table_ptr, pid, FIRST: tl.constexpr, COLUMNS: tl.constexpr, COUNT: tl.constexpr):
+    """Which row of a table a program works for: the last whose first program (column FIRST) is not behind ``pid``."""
+    firsts = tl.load(table_ptr + tl.arange(0, COUNT) * COLUMNS + FIRST)
+    return tl.sum((firsts <= pid).to(tl.int32), axis=0) - 1
+
+
+@triton.jit
+def kept_at(address, start, offsets, inside, width, FLAT: tl.constexpr):
+    """Which weights are kept at flat places ``start + offsets`` of a parameter with rows of ``width``.
+
+    Args:
+        address: of the mask words; 0 where there are none, and everything is kept.
+        start: int64, a multiple of 32.
+        FLAT: whole words fill a row, so that a place alone says where its bit is.
+    """
+    if FLAT:
+        word, bit = start // 32 + offsets // 32, offsets % 32
+    else:
+        column = (start % width).to(tl.int32) + offsets
+        row, column = start // width + column // width.to(tl.int32), column % width.to(tl.int32)
+        word, bit = row * tl.cdiv(width, 32) + column // 32, column % 32
+    words = tl.load(address.to(tl.pointer_type(tl.int32)) + word, mask=inside & (address != 0), other=-1)
+    return ((words >> bit) & 1) != 0
+
+
+# --- around kernels -----------------------------------------------------------------------------------------------
+
+
 def cdiv(a: int, b: int) -> int:
     """ceil(a / b)."""
     return -(-a // b)
 
 
-def words_in(width: int) -> int:
-    """32-bit mask words in a row."""
-    return cdiv(width, 32)
+def launch(
+    kernel: Any,
+    grid: int,
+    arguments: Sequence[Any],
+    config: Config,
+    device: torch.device,
+    exact: bool = False,
+    **constants: Any,
+) -> None:
+    """Run ``grid`` programs of ``kernel``; every launch of the package goes through here.
+
+    ``exact``: no multiplication is fused with an addition, so that the kernel rounds where the reference rounds.
+    """
+    if grid == 0:
+        return
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": not exact}
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # the current stream of the tensors' own device
+        kernel[(grid,)](*arguments, **constants, **config.tiles, **options)
 
 
-next_power_of_2 = triton.next_power_of_2
+def capability(device: torch.device) -> int:
+    """Compute capability, such as 90; that of the safe defaults, 0, where there is no GPU (Triton's interpreter)."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def device_name(device: torch.device) -> str | None:
+    """The device's name, by which measured configs are kept."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+def table_on(device: torch.device, rows: list[list[int]], behind: int) -> Tensor:
+    """int64 numbers (a power of two of rows, columns) in device memory, for ``entry_of``; no host synchronisation.
+
+    Rows that fill up to the power of two hold ``behind``, which is more than any program's number.
+    """
+    filled = rows + [[behind] * len(rows[0])] * (triton.next_power_of_2(len(rows)) - len(rows))
+    table = torch.tensor(filled, dtype=torch.int64)
+    if device.type != "cuda":
+        return table
+    return table.pin_memory().to(device, non_blocking=True)
+
+
+def alike(items: Iterable[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:
+    """The items by ``key``, in the order in which keys first come."""
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.items())
+
+
+def width_of(tensor: Tensor) -> int:
+    """Weights in a row of a parameter's mask; 1 for a scalar, which has none."""
+    return tensor.shape[-1] if tensor.ndim else 1
+
+
+def is_flat(tensor: Tensor, words: Tensor) -> bool:
+    """Whole mask words fill the rows of a parameter, or there is no mask."""
+    return words.numel() == 0 or width_of(tensor) % 32 == 0
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    """All begin at multiples of 16 bytes, so that loads may be wide."""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+NUMBERS = {
+    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
+    torch.int8: tl.int8, torch.uint8: tl.uint8,
+}  # fmt: skip

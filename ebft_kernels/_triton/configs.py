@@ -1,17 +1,21 @@
 """The one table from (kernel, shape class, compute capability) to tiles, warps and stages.
 
-An entry is measured (``benchmarks/tune.py`` writes them, with the device) or reasoned (made for an architecture and proven by
-``benchmarks/static_report.py`` to compile without spills, on tensor cores, pipelined, within shared memory). Where there is no
-entry the safe default of the kernel is taken: it fits every architecture from sm_75 on.
+An entry is either measured (``benchmarks/tune.py`` finds it on a GPU and writes it to ``measured.json``, by device name) or
+reasoned: made for an architecture, and shown by ``benchmarks/static_report.py`` to compile without spills, on tensor cores,
+pipelined, and within shared memory. Where nothing else fits, a kernel's safe default is taken, which runs from sm_75 on.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100)
-SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KiB that one block may use
+SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KiB that one program may use
+MEASURED_FILE = Path(__file__).with_name("measured.json")
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Config:
     """How a kernel is launched.
 
     Attributes:
-        tiles: the kernel's tile sizes by name, such as ``{"BT": 128, "BN": 128, "BK": 64}``.
+        tiles: the kernel's tile sizes by name, such as ``{"BI": 128, "BJ": 64, "BT": 128}``.
         warps: warps of a program.
         stages: depth of the software pipeline.
     """
@@ -28,14 +32,76 @@ class Config:
     warps: int = 4
     stages: int = 2
 
-    def options(self) -> dict[str, Any]:
-        """What a launch takes besides its arguments."""
-        return {**self.tiles, "num_warps": self.warps, "num_stages": self.stages}
-
-    def __hash__(self) -> int:
-        return hash((tuple(sorted(self.tiles.items())), self.warps, self.stages))
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.tiles.values()))}, {self.warps} warps, {self.stages} stages"
 
 
-def tiles(bt: int, bn: int, bk: int, warps: int, stages: int) -> Config:
-    """A config of the three products."""
-    return Config({"BT": bt, "BN": bn, "BK": bk, "GROUP": 8}, warps, stages)
+def _product(bi: int, bt: int, bj: int, warps: int, stages: int) -> Config:
+    """Of y^T or dx^T: a tile BI x BT, BJ of the sum at a time."""
+    return Config({"BI": bi, "BT": bt, "BJ": bj, "GROUP": 8}, warps, stages)
+
+
+def _gradient(bn: int, bk: int, bt: int, warps: int, stages: int) -> Config:
+    """Of dW: a tile BN x BK, BT tokens at a time."""
+    return Config({"BN": bn, "BK": bk, "BT": bt, "GROUP": 8}, warps, stages)
+
+
+# Shape classes of the products, by tokens T: "few" up to 16, "some" up to 128, "many"; and "ragged", where rows do not begin at
+# multiples of 16 elements, so that nothing can be loaded wide.
+# Kernel -> shape class -> lowest capability -> config for 16-bit operands; the highest capability that is not above the
+# device's counts.
+REASONED: dict[str, dict[str, dict[int, Config]]] = {
+    "product": {
+        "few": {0: _product(64, 16, 64, 4, 2), 80: _product(64, 16, 128, 4, 4), 86: _product(64, 16, 128, 4, 3)},
+        "some": {0: _product(64, 64, 32, 4, 2), 80: _product(64, 64, 64, 4, 3)},
+        "many": {
+            0: _product(64, 64, 32, 4, 2),
+            80: _product(128, 128, 64, 8, 3),
+            86: _product(128, 128, 32, 8, 3),
+            90: _product(128, 128, 64, 8, 3),
+        },
+        "ragged": {0: _product(64, 64, 32, 4, 2)},
+    },
+    "gradient": {
+        "few": {0: _gradient(64, 64, 16, 4, 2)},
+        "some": {0: _gradient(64, 64, 32, 4, 2), 80: _gradient(128, 64, 32, 4, 3)},
+        "many": {
+            0: _gradient(64, 64, 32, 4, 2),
+            80: _gradient(128, 128, 64, 8, 3),
+            86: _gradient(128, 128, 32, 8, 3),
+            90: _gradient(128, 128, 64, 8, 3),
+        },
+        "ragged": {0: _gradient(64, 64, 32, 4, 2)},
+    },
+    "elementwise": {"any": {0: Config({"BLOCK": 1024}, 4, 1)}},
+}
+
+
+def shape_class(tokens: int) -> str:
+    """The class of a product over so many tokens."""
+    return "few" if tokens <= 16 else "some" if tokens <= 128 else "many"
+
+
+def config_for(kernel: str, shape: str, capability: int, itemsize: int = 2, device_name: str | None = None) -> Config:
+    """The config of ``kernel`` (a key of ``REASONED``) for a shape class, on a device.
+
+    Args:
+        itemsize: bytes of an operand's element; 4 halves what the loop of a product loads at a time.
+        device_name: as ``torch.cuda.get_device_name`` has it, for entries measured on that very device.
+    """
+    measured_here = measured().get(device_name or "", {}).get("configs", {}).get(f"{kernel}/{shape}/{itemsize}")
+    if measured_here is not None:
+        return Config(**measured_here)
+    by_capability = REASONED[kernel][shape]
+    config = by_capability[max(known for known in by_capability if known <= capability)]
+    loop = {"product": "BJ", "gradient": "BT"}.get(kernel)
+    if itemsize == 4 and loop is not None:
+        least = {"product": 32, "gradient": 16}[kernel]
+        return Config({**config.tiles, loop: max(least, config.tiles[loop] // 2)}, config.warps, config.stages)
+    return config
+
+
+@functools.cache
+def measured() -> dict[str, Any]:
+    """What has been measured: device name -> {"configs": ..., "masked_linear": ...}; empty where nothing has."""
+    return json.loads(MEASURED_FILE.read_text(encoding="utf-8")) if MEASURED_FILE.is_file() else {}
