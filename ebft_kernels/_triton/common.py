@@ -57,22 +57,37 @@ def entry_of(table_ptr, pid, FIRST: tl.constexpr, COLUMNS: tl.constexpr, COUNT: 
 
 
 @triton.jit
-def kept_at(address, start, offsets, inside, width, FLAT: tl.constexpr):
+def kept_at(address, start, offsets, left, width, FLAT: tl.constexpr):
     """Which weights are kept at flat places ``start + offsets`` of a parameter with rows of ``width``.
 
     Args:
         address: of the mask words; 0 where there are none, and everything is kept.
-        start: int64, a multiple of 32.
+        left: entries of the parameter from ``start`` on.
         FLAT: whole words fill a row, so that a place alone says where its bit is.
     """
     if FLAT:
         word, bit = start // 32 + offsets // 32, offsets % 32
     else:
+        columns = width.to(tl.int32)
         column = (start % width).to(tl.int32) + offsets
-        row, column = start // width + column // width.to(tl.int32), column % width.to(tl.int32)
+        row, column = start // width + column // columns, column % columns
         word, bit = row * tl.cdiv(width, 32) + column // 32, column % 32
-    words = tl.load(address.to(tl.pointer_type(tl.int32)) + word, mask=inside & (address != 0), other=-1)
+    masked = offsets < tl.where(address != 0, left, 0)
+    words = tl.load(address.to(tl.pointer_type(tl.int32)) + word, mask=masked, other=-1)
     return ((words >> bit) & 1) != 0
+
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def narrowed(values, DTYPE: tl.constexpr):
+    """float32 rounded to DTYPE, to nearest even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter's own conversion cuts off
+        bits = values.to(tl.int32, bitcast=True)
+        rounded = tl.where(values == values, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+        return (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return values.to(DTYPE)
 
 
 # --- around kernels -----------------------------------------------------------------------------------------------

@@ -44,9 +44,8 @@ def squares_kernel(
     for step in range(0, STEPS):
         at = start + step * BLOCK
         offsets = tl.arange(0, BLOCK)
-        inside = offsets < numel - at
-        grad = tl.load(grad_ptr + at + offsets, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.where(kept_at(words, at, offsets, inside, width, FLAT), grad, 0.0)
+        grad = tl.load(grad_ptr + at + offsets, mask=offsets < numel - at, other=0.0).to(tl.float32)
+        grad = tl.where(kept_at(words, at, offsets, numel - at, width, FLAT), grad, 0.0)
         total += grad * grad
 
     # 4. Store.
