@@ -29,8 +29,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ebft_kernels._triton import common, configs, masked_linear
+from ebft_kernels._triton import common, grad_norm, masked_adamw, masked_linear, masks
 from ebft_kernels._triton.configs import CAPABILITIES, SHARED_MEMORY, Config
+from ebft_kernels.testing import ADAMW_LAYOUTS
 
 META = torch.device("meta")
 NUMBERS = {
@@ -100,6 +101,9 @@ def cases(arch: int) -> Iterator[Case]:
     dtypes = [torch.float16] if arch < 80 else [torch.bfloat16, torch.float16, torch.float32]
     for dtype in dtypes:
         yield from product_cases(dtype)
+    for dtype in dtypes:
+        yield from adamw_cases(dtype)
+    yield from mask_cases(dtypes[0])
 
 
 def product_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -116,17 +120,62 @@ def product_cases(dtype: torch.dtype) -> Iterator[Case]:
                 lines = with_lines(skip)
                 listed = what + (", list of tiles" if skip else "")
                 yield Case(
-                    "product", f"forward, {listed}",
+                    "product_kernel", f"forward, {listed}",
                     lines(lambda x=x, w=weight, m=words, b=bias: masked_linear.masked_linear(x, w, m, b, False)), True, dtype,
                 )  # fmt: skip
                 yield Case(
-                    "product", f"dx, {listed}",
+                    "product_kernel", f"dx, {listed}",
                     lines(lambda dy=dy, w=weight, m=words: masked_linear.masked_linear_dx(dy, w, m, False)), True, dtype,
                 )  # fmt: skip
             yield Case(
-                "gradient", f"dW, {what}",
+                "gradient_kernel", f"dW, {what}",
                 lambda dy=dy, x=x, m=words: masked_linear.masked_linear_dw(dy, x, m), True, dtype,
             )  # fmt: skip
+
+
+def adamw_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Every layout of the states; once more where the rows are no whole mask words."""
+    for weights, moments, compact in ADAMW_LAYOUTS:
+        if dtype not in {"fp32": [torch.float32], "stochastic": [torch.bfloat16]}.get(weights, [torch.bfloat16, torch.float16]):
+            continue
+        for width in (4096, 4001):
+            what = f"{NUMBERS[dtype]}, {weights} weights, {moments} moments" + ("" if width == 4096 else ", ragged")
+            lists = adamw_lists_like(4096, width, dtype, weights, moments, compact)
+            numbers = (None, 1e-3, 0.9, 0.95, 1e-8, 0.1, 3, weights == "stochastic", 0, [0], False)
+            yield Case(
+                "compact_kernel" if compact else "dense_kernel", what,
+                lambda lists=lists, numbers=numbers: masked_adamw.masked_adamw_step(*lists, *numbers), False, dtype,
+            )  # fmt: skip
+
+
+def adamw_lists_like(n: int, k: int, dtype: torch.dtype, weights: str, moments: str, compact: bool) -> list[list[Tensor]]:
+    """The lists of ``masked_adamw_step`` for one matrix, half of it pruned, without values."""
+    shape = (n * k // 2,) if compact else (n, k)
+    kinds = {"fp32": (torch.float32,) * 2, "bf16": (torch.bfloat16,) * 2, "int8": (torch.int8, torch.uint8)}[moments]
+    m, v = (empty(*shape, dtype=kind) for kind in kinds)
+    scales = [empty(common.cdiv(m.numel(), 256) if moments == "int8" else 0, dtype=torch.float32) for _ in range(2)]
+    master = empty(*(shape if weights == "master" else (0,)), dtype=torch.float32)
+    words = empty(n, common.cdiv(k, 32), dtype=torch.int32)
+    offsets = empty(n + 1 if compact else 0, dtype=torch.int64)
+    param, grad = empty(n, k, dtype=dtype), empty(n, k, dtype=dtype)
+    return [[tensor] for tensor in (param, grad, m, v, *scales, master, words, offsets)]
+
+
+def mask_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Masks and the gradient norm."""
+    mask, scores = empty(4096, 4096, dtype=torch.bool), empty(4096, 4096, dtype=dtype)
+    words = empty(4096, 128, dtype=torch.int32)
+    runs: dict[str, Callable[[], Any]] = {
+        "pack_kernel": lambda: masks.pack_mask(mask),
+        "unpack_kernel": lambda: masks.unpack_mask(words, 4096),
+        "count_kernel": lambda: masks.row_offsets(words),
+        "nm_kernel": lambda: masks.nm_mask(scores, 2, 4),
+        "nm_check_kernel": lambda: masks.is_nm(words, 4096, 2, 4),
+        "squares_kernel": lambda: grad_norm.masked_grad_norm([scores], [words]),
+        "total_kernel": lambda: grad_norm.masked_grad_norm([scores], [words]),
+    }
+    for kernel, run in runs.items():
+        yield Case(kernel, NUMBERS[dtype], run, False, dtype)
 
 
 def with_lines(skip: bool) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
@@ -168,15 +217,16 @@ def compile_for(launch: Launch, arch: int) -> Any:
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
     given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
-    for place, name in enumerate(launch.kernel.arg_names):
-        value, constant = given[name], name in launch.constants
-        if constant or value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+    for place, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        value, free = given[name], not parameter.do_not_specialize
+        if name in launch.constants or value is None or (free and isinstance(value, int) and value == 1):
             signature[name], constants[(place,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name], attributes[(place,)] = f"*{NUMBERS[value.dtype]}", [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if free and value % 16 == 0:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
@@ -187,8 +237,9 @@ def compile_for(launch: Launch, arch: int) -> Any:
 
 
 def facts_of(case: Case, arch: int) -> Facts:
-    """Compile the last launch of ``case`` (launches before it are of other kernels) and look into it."""
-    launch, began = recorded(case, arch)[-1], time.perf_counter()
+    """Compile the launch that ``case`` is about and look into it."""
+    began = time.perf_counter()
+    launch = next(launch for launch in recorded(case, arch) if launch.kernel.__name__ == case.kernel)
     compiled = compile_for(launch, arch)
     seconds = time.perf_counter() - began
     ptx = compiled.asm["ptx"]

@@ -77,6 +77,24 @@ def kept_at(address, start, offsets, left, width, FLAT: tl.constexpr):
     return ((words >> bit) & 1) != 0
 
 
+@triton.jit
+def number(row_ptr, column, ALIGNED: tl.constexpr):
+    """A number in a column of a table's row; the caller's word that it is a multiple of 16 if ALIGNED."""
+    value = tl.load(row_ptr + column)
+    if ALIGNED:
+        value = tl.multiple_of(value, 16)
+    return value
+
+
+@triton.jit
+def pointer(row_ptr, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in a column of a table's row, as a pointer; a multiple of 16 bytes if ALIGNED."""
+    address = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address
+
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -161,9 +179,9 @@ def is_flat(tensor: Tensor, words: Tensor) -> bool:
     return words.numel() == 0 or width_of(tensor) % 32 == 0
 
 
-def is_aligned(*tensors: Tensor) -> bool:
-    """All begin at multiples of 16 bytes, so that loads may be wide."""
-    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+def is_aligned(size: int, *tensors: Tensor) -> bool:
+    """``size`` is a multiple of 16, and all begin at multiples of 16 bytes: loads may be wide then."""
+    return size % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 NUMBERS = {

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ebft_kernels._triton import common
-from ebft_kernels._triton.common import cdiv, entry_of, kept_at
+from ebft_kernels._triton.common import cdiv, entry_of, kept_at, number, pointer
 from ebft_kernels._triton.configs import Config
 
 SQUARES = Config({"BLOCK": 1024, "STEPS": 8}, 4, 1)
@@ -34,10 +34,8 @@ def squares_kernel(
     start = (pid - tl.load(row_ptr)) * (BLOCK * STEPS)
 
     # 2. Pointers.
-    grad_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        grad_ptr = tl.multiple_of(grad_ptr, 16)
-    words, numel, width = tl.load(row_ptr + 2), tl.load(row_ptr + 3), tl.load(row_ptr + 4)
+    grad_ptr, words = pointer(row_ptr, 1, DTYPE, ALIGNED), tl.load(row_ptr + 2)
+    numel, width = number(row_ptr, 3, ALIGNED), tl.load(row_ptr + 4)
 
     # 3. Loop.
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -69,9 +67,12 @@ def masked_grad_norm(grads: list[Tensor], words: list[Tensor]) -> Tensor:
     piece = SQUARES.tiles["BLOCK"] * SQUARES.tiles["STEPS"]
     sums = torch.empty(sum(cdiv(grad.numel(), piece) for grad in grads), dtype=torch.float32, device=device)
     done = 0
-    for (dtype, flat, aligned), alike in common.alike(
-        range(len(grads)), lambda i: (grads[i].dtype, common.is_flat(grads[i], words[i]), common.is_aligned(grads[i]))
-    ):
+
+    def layout(i: int) -> tuple[torch.dtype, bool, bool]:
+        grad = grads[i]
+        return grad.dtype, common.is_flat(grad, words[i]), common.is_aligned(grad.numel(), grad)
+
+    for (dtype, flat, aligned), alike in common.alike(range(len(grads)), layout):
         rows, programs = [], 0
         for i in alike:
             address = words[i].data_ptr() if words[i].numel() else 0

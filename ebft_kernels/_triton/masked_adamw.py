@@ -42,7 +42,7 @@ from ebft_kernels._triton.adamw_math import (
     size_bits,
     stored_weight,
 )
-from ebft_kernels._triton.common import cdiv, entry_of, kept_at, narrowed, popcount
+from ebft_kernels._triton.common import cdiv, entry_of, kept_at, narrowed, number, pointer, popcount
 from ebft_kernels._triton.configs import Config
 from ebft_kernels.reference import QUANTIZED_BLOCK
 
@@ -60,15 +60,6 @@ COMPACT_CODES = Config({"BLOCK": QUANTIZED_BLOCK, "WORDS": 32}, 4, 1)
 # --- kernels ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def pointer(row_ptr, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in a column of a table's row, as a pointer."""
-    address = tl.load(row_ptr + column).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address
-
-
 @triton.jit(do_not_specialize=["seed", "step"])
 def dense_kernel(
     table_ptr, grad_scale_ptr, decay, beta1, rest1, beta2, rest2, step_size, correction, eps, seed, step,
@@ -81,7 +72,7 @@ def dense_kernel(
     pid = tl.program_id(0)
     row_ptr = table_ptr + entry_of(table_ptr, pid, FIRST, COLUMNS, COUNT) * COLUMNS
     start = (pid - tl.load(row_ptr + FIRST)) * BLOCK
-    offsets, left = tl.arange(0, BLOCK), tl.load(row_ptr + NUMEL) - start
+    offsets, left = tl.arange(0, BLOCK), number(row_ptr, NUMEL, ALIGNED) - start
     inside = offsets < left
 
     # 2. Pointers.
@@ -143,7 +134,7 @@ def compact_kernel(
     # 1. Which parameter, and which entries: begin <= entry < end. What follows the last belongs to the last program.
     pid = tl.program_id(0)
     row_ptr = table_ptr + entry_of(table_ptr, pid, FIRST, COLUMNS, COUNT) * COLUMNS
-    block, stored, width = pid - tl.load(row_ptr + FIRST), tl.load(row_ptr + STORED), tl.load(row_ptr + WIDTH)
+    block, stored, width = pid - tl.load(row_ptr + FIRST), tl.load(row_ptr + STORED), number(row_ptr, WIDTH, ALIGNED)
     begin = block * BLOCK
     end = tl.where(begin + BLOCK < stored, begin + BLOCK, stored + 1)
     words_in_row = tl.cdiv(width, 32).to(tl.int32)
@@ -181,7 +172,7 @@ def compact_kernel(
             kept = mine & (((words[:, None] >> bit) & 1) != 0)
             param_ptrs, grad_ptrs = param_ptr + row * width + column, grad_ptr + row * width + column
 
-            grad = tl.load(grad_ptrs, mask=kept, other=0.0).to(tl.float32)
+            grad = tl.load(grad_ptrs, mask=column < width, other=0.0).to(tl.float32)
             if grad_scale_ptr is not None:
                 grad *= tl.load(grad_scale_ptr)
             m, v = tl.load(m_ptr + entries, mask=kept, other=0), tl.load(v_ptr + entries, mask=kept, other=0)
@@ -192,7 +183,7 @@ def compact_kernel(
                 if MASTERED:
                     w = tl.load(master_ptr + entries, mask=kept, other=0.0)
                 else:
-                    w = tl.load(param_ptrs, mask=kept, other=0.0).to(tl.float32)
+                    w = tl.load(param_ptrs, mask=column < width, other=0.0).to(tl.float32)
                 w = tl.where(kept, new_weight(w, m, v, decay, step_size, correction, eps), 0.0)
                 if MASTERED:
                     tl.store(master_ptr + entries, w, mask=kept)
@@ -280,9 +271,13 @@ def masked_adamw_step(
 
     def layout(i: int) -> tuple[Any, ...]:
         param, grad, m, v, _, _, master = (of[i] for of in used)
-        aligned = common.is_aligned(param, grad, *(() if offsets[i].numel() else (m, v, master)))
+        compact = bool(offsets[i].numel())
+        if compact:
+            aligned = common.is_aligned(common.width_of(param), param, grad)
+        else:
+            aligned = common.is_aligned(param.numel(), param, grad, m, v, master)
         return (
-            bool(offsets[i].numel()), param.dtype, m.dtype, v.dtype, bool(master.numel()),
+            compact, param.dtype, m.dtype, v.dtype, bool(master.numel()),
             common.is_flat(param, masks[i]), aligned,
         )  # fmt: skip
 
