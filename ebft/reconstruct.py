@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ebft.config import EBFTConfig
 from ebft.decoder import BlockCall
 from ebft.matrices import router_paths
-from ebft_kernels import MaskedAdamW, PackedMask
+from ebft_kernels import MaskedAdamW, PackedMask, reconstruction_loss
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
@@ -139,7 +139,7 @@ class BlockReconstructor:
         forward: Forward,
     ) -> tuple[Tensor, Tensor]:
         """One step on a batch; the loss before it and the gradient norm before clipping, on the device."""
-        loss = F.mse_loss(forward(block, x), y)
+        loss = reconstruction_loss(forward(block, x), y)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = optimizer.clip_grad_norm_(self._config.clip or float("inf"))

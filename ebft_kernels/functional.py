@@ -54,6 +54,32 @@ def masked_linear(
     return _OPS.masked_linear(x, weight, words, bias, zeroed)
 
 
+def reconstruction_loss(output: Tensor, target: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Mean squared error of a block's outputs, differentiable to any order; its gradient is made in the same pass.
+
+        mean(((output - residual) - target)^2)
+
+    With ``residual`` (the block's inputs) what is compared is the residual branch: ``target`` is what the dense block adds to its
+    inputs. A 16-bit stream with channels of size 1e3 cannot hold outputs to less than 4, but can hold the branch.
+
+    Args:
+        output, target, residual: float tensors of one shape, in whatever dtypes; differences and sums are float32 (float64).
+
+    Returns:
+        A scalar, float32 (float64), on their device.
+
+    Raises:
+        ValueError: their shapes or devices differ.
+    """
+    for name, other in (("target", target), ("residual", residual)):
+        if other is not None and (other.shape != output.shape or other.device != output.device):
+            raise ValueError(
+                f"reconstruction_loss got a {name} {tuple(other.shape)} on {other.device} and an output "
+                f"{tuple(output.shape)} on {output.device}; expected the same of both"
+            )
+    return _OPS.reconstruction_loss(output, target, residual)[0]
+
+
 def masked_grad_norm(grads: Sequence[Tensor], masks: Sequence[MaskLike | None]) -> Tensor:
     """The L2 norm over all kept gradient entries: a scalar on their device, with no host synchronisation.
 

@@ -34,6 +34,7 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
         "(Tensor x, Tensor words, Tensor values, Tensor row_offsets, Tensor? scales, Tensor? bias, SymInt width) -> Tensor"
     ),
     "decompress": "(Tensor words, Tensor values, Tensor row_offsets, Tensor? scales, SymInt width) -> Tensor",
+    "reconstruction_loss": "(Tensor output, Tensor target, Tensor? residual) -> (Tensor loss, Tensor gradient)",
     "masked_grad_norm": "(Tensor[] grads, Tensor[] words) -> Tensor",
     "masked_adamw_step": (
         "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
@@ -42,7 +43,8 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
         "SymInt step, bool stochastic, int seed, int[] param_ids, bool zero_grads) -> ()"
     ),
 }
-NATIVE = tuple(name for name in SCHEMAS if not name.startswith("masked_linear"))  # what csrc/ has kernels for
+# What csrc/ has kernels for.
+NATIVE = tuple(name for name in SCHEMAS if not name.startswith(("masked_linear", "reconstruction_loss")))
 
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
@@ -138,8 +140,18 @@ def compressed_linear(
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
+def reconstruction_loss(output: Tensor, target: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    output = reference.wide(output)
+    if residual is not None:
+        output = output - residual.to(output.dtype)
+    target = target.to(output.dtype)
+    mean = 1  # the reduction's number
+    gradient = torch.ops.aten.mse_loss_backward(output.new_ones(()), output, target, mean)
+    return F.mse_loss(output, target), gradient
+
+
 def masked_grad_norm(grads: list[Tensor], words: list[Tensor]) -> Tensor:
-    wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+    wide = _wide(grads[0])
     norms = []
     for grad, mask in zip(grads, words, strict=True):  # one at a time: a masked copy is as large as the gradient
         kept = zero_pruned(grad, mask) if mask.numel() else grad
@@ -255,6 +267,10 @@ def _kept_bits(words: Tensor, like: Tensor) -> Tensor:
     return unpack_mask(words, like.shape[-1]).to(_INTEGERS[like.element_size()]).neg_()
 
 
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def _as_int(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGERS[tensor.element_size()])
 
@@ -292,9 +308,11 @@ FAKES = {
     "decompress": lambda words, values, row_offsets, scales, width: values.new_empty(
         (words.shape[0], width), dtype=torch.float32 if scales is not None else values.dtype
     ),
-    "masked_grad_norm": lambda grads, words: grads[0].new_empty(
-        (), dtype=torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+    "reconstruction_loss": lambda output, target, residual=None: (
+        output.new_empty((), dtype=_wide(output)),
+        torch.empty_like(output, dtype=_wide(output)),
     ),
+    "masked_grad_norm": lambda grads, words: grads[0].new_empty((), dtype=_wide(grads[0])),
     "row_offsets": lambda words: words.new_empty((words.shape[:-1].numel() + 1,), dtype=torch.int64),
     "masked_adamw_step": lambda *args, **kwargs: None,
 }
@@ -368,7 +386,28 @@ def _compressed_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return (dy @ weight if ctx.needs_input_grad[0] else None, None, None, None, None, db, None)
 
 
+def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    result, target, residual = inputs
+    ctx.set_materialize_grads(False)  # nobody asks for the gradient's own gradient, as a rule
+    ctx.save_for_backward(output[1])
+    ctx.dtypes = (result.dtype, target.dtype, None if residual is None else residual.dtype)
+
+
+def _loss_backward(ctx: Any, dloss: Tensor | None, dgradient: Tensor | None) -> tuple[Any, ...]:
+    (gradient,) = ctx.saved_tensors
+    total = None if dloss is None else gradient * dloss
+    if dgradient is not None:  # of second order
+        second = dgradient * (2 / max(1, gradient.numel()))
+        total = second if total is None else total + second
+    signs = (1, -1, -1)
+    return tuple(
+        (total if sign == 1 else -total).to(dtype) if need and total is not None else None
+        for sign, dtype, need in zip(signs, ctx.dtypes, ctx.needs_input_grad, strict=True)
+    )
+
+
 for _name, _setup, _backward in (
+    ("reconstruction_loss", _loss_setup, _loss_backward),
     ("masked_linear", _linear_setup, _linear_backward),
     ("masked_linear_dx", _dx_setup, _dx_backward),
     ("masked_linear_dw", _dw_setup, _dw_backward),

@@ -138,6 +138,19 @@ def compressed_linear(
     return (y if bias is None else y + wide(bias)).to(x.dtype)
 
 
+# --- reconstruction loss --------------------------------------------------------------------------------------------
+
+
+def reconstruction_loss(output: Tensor, target: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The mean of d^2 with d = (output - residual) - target, a scalar, and its gradient 2 d / n with respect to ``output``.
+
+    All of one shape, in whatever dtypes; loss and gradient in wide arithmetic.
+    """
+    branch = wide(output) if residual is None else wide(output) - residual.to(wide(output).dtype)
+    difference = branch - target.to(branch.dtype)
+    return difference.square().mean(), difference * (2 / max(1, difference.numel()))
+
+
 # --- masked AdamW -------------------------------------------------------------------------------------------------
 
 

@@ -50,12 +50,16 @@ def test_the_loop_uses_only_public_names_of_the_kernels():
 
 ORDER = {
     "ebft_kernels": [
+        "_build",
+        "_extension",
         "reference",
+        "_triton",
         "ops",
         "dispatch",
         "mask",
         "functional",
         "zeroed",
+        "compressed",
         "nn",
         "optim",
         "testing",
@@ -79,7 +83,9 @@ ORDER = {
         "job",
         "pipeline",
         "plan",
+        "compressed",
         "__init__",
+        "compress",
         "run",
     ],
 }

@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 from torch.nn import functional as F
 
-from ebft_kernels import PackedMask, explain, masked_adamw_step, masked_grad_norm, masked_linear, reference, use_impl
+from ebft_kernels import (
+    PackedMask,
+    explain,
+    masked_adamw_step,
+    masked_grad_norm,
+    masked_linear,
+    reconstruction_loss,
+    reference,
+    use_impl,
+)
 from ebft_kernels.ops import SCHEMAS
 from ebft_kernels.testing import (
     ADAMW_LAYOUTS,
@@ -29,7 +38,8 @@ def op_examples():
     """One call of every op: name -> (args, kwargs)."""
     x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 3, 37), (5, 37), (5,)))
     dy, words = torch.randn(2, 3, 5, requires_grad=True), make_words(5, 37)
-    none = torch.empty(0, dtype=torch.int32)
+    none, offsets = torch.empty(0, dtype=torch.int32), reference.row_offsets(words)
+    values = torch.randn(int(offsets[-1]))
     states = adamw_lists("master", "int8", True)
     step = (1e-3, 0.9, 0.95, 1e-8, 0.1, 3, False, 7, list(range(len(states[0]))), False)
     return {
@@ -42,6 +52,9 @@ def op_examples():
         "masked_linear_dx": ((dy, weight, words, False), {}),
         "masked_linear_dw": ((dy, x, words), {}),
         "row_offsets": ((words,), {}),
+        "compressed_linear": ((x, words, values, offsets, None, bias, 37), {}),
+        "decompress": ((words, values, offsets, None, 37), {}),
+        "reconstruction_loss": ((dy.detach().requires_grad_(), torch.randn(2, 3, 5), torch.randn(2, 3, 5)), {}),
         "masked_grad_norm": (([torch.randn(5, 37), torch.randn(4)], [words, none]), {}),
         "masked_adamw_step": ((*states, torch.tensor(0.5), *step), {}),
     }
@@ -173,6 +186,39 @@ def test_masked_linear_refuses_mixed_dtypes_and_float_masks():
         masked_linear(x, torch.randn(3, 4).half(), mask)
     with pytest.raises(ValueError, match=r"got torch\.float32 \(3, 4\); expected torch\.bool"):
         masked_linear(x, torch.randn(3, 4), mask.float())
+
+
+# --- reconstruction loss ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reconstruction_loss_is_mean_squared_error(dtype, branch):
+    output = (torch.randn(3, 5, 7) * 100).to(dtype).requires_grad_()
+    target, residual = torch.randn(3, 5, 7), torch.randn(3, 5, 7) if branch else None
+    loss = reconstruction_loss(output, target, residual)
+    (gradient,) = torch.autograd.grad(loss, output)
+    shifted = output.detach().float() - (residual if branch else 0)
+    assert loss.dtype == torch.float32
+    assert gradient.dtype == dtype
+    assert torch.equal(loss.detach(), F.mse_loss(shifted, target))  # the loop's numbers do not change
+    torch.testing.assert_close(gradient, (2 / 105 * (shifted - target)).to(dtype))
+    truth = reference.reconstruction_loss(output.double(), target, residual)
+    torch.testing.assert_close(loss.double(), truth[0], rtol=1e-6, atol=0)
+
+
+def test_the_gradient_of_a_scaled_loss_does_not_underflow_in_float16():
+    output = torch.full((1000, 1000), 1e-3, dtype=torch.float16, requires_grad=True)
+    (reconstruction_loss(output, torch.zeros(1000, 1000)) * 2.0**16).backward()
+    torch.testing.assert_close(output.grad.double(), torch.full((1000, 1000), 2e-9 * 2**16).double(), rtol=1e-2, atol=0)
+
+
+def test_reconstruction_loss_has_gradients_of_second_order():
+    tensors = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(reconstruction_loss, tensors)
+    assert torch.autograd.gradgradcheck(reconstruction_loss, tensors)
+    with pytest.raises(ValueError, match=r"got a target \(4,\) on cpu and an output \(3, 4\)"):
+        reconstruction_loss(tensors[0], torch.randn(4))
 
 
 # --- masked AdamW -------------------------------------------------------------------------------------------------
