@@ -10,16 +10,15 @@ being done. A verdict a line; exit status 1 if any fails. Compiled kernels never
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,12 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.errors import PTXASError
 
-from ebft_kernels._triton import common, grad_norm, masked_adamw, masked_linear, masks
+from benchmarks.machine import RESULTS
+from ebft_kernels._triton import common, configs, grad_norm, loss, masked_adamw, masked_linear, masks, tiles
 from ebft_kernels._triton.configs import CAPABILITIES, SHARED_MEMORY, Config
 from ebft_kernels.testing import ADAMW_LAYOUTS
 
@@ -40,7 +43,6 @@ NUMBERS = {
 }  # fmt: skip
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 PIPELINE = re.compile(r"\b(cp\.async\.cg|cp\.async\.ca|cp\.async\.bulk)\b")
-STACK_ALLOWED = 0  # bytes, in kernels that multiply matrices; others may not use any either
 
 
 @dataclass(frozen=True)
@@ -62,75 +64,105 @@ class Case:
         kernel: the kernel's name.
         variant: what distinguishes this case, in words.
         run: calls the launcher on tensors without values.
-        product: it multiplies matrices: tensor cores and a software pipeline are expected.
         dtype: of the operands.
+        product: it multiplies matrices, on tensor cores unless in float32.
+        wide: its loads can be wide and pipelined.
+        config: in place of the table's own.
+        precision: of float32 products.
+        default: it is among those that `make test` compiles.
     """
 
     kernel: str
     variant: str
     run: Callable[[], Any]
-    product: bool
     dtype: torch.dtype
+    product: bool = False
+    wide: bool = False
+    config: Config | None = None
+    precision: str = "ieee"
+    default: bool = False
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What compiling a case for an architecture showed."""
+    """What compiling a case for an architecture showed; sizes in bytes, ``widest_load`` in bits."""
 
     kernel: str
     variant: str
     arch: int
     config: str
+    product: bool
     registers: int
     stack: int
     shared: int
     tensor_cores: str
     pipeline: str
     widest_load: int
-    seconds: float
     failures: tuple[str, ...]
 
 
-def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A tensor without values."""
-    return torch.empty(shape, dtype=dtype, device=META)
+# --- what may be launched -------------------------------------------------------------------------------------------
 
 
 def cases(arch: int) -> Iterator[Case]:
     """Everything that may be launched on an architecture."""
     dtypes = [torch.float16] if arch < 80 else [torch.bfloat16, torch.float16, torch.float32]
     for dtype in dtypes:
-        yield from product_cases(dtype)
+        yield from product_cases(dtype, arch)
     for dtype in dtypes:
         yield from adamw_cases(dtype)
-    yield from mask_cases(dtypes[0])
+        yield from other_cases(dtype)
 
 
-def product_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """The three products, in each shape class; ragged, and with a list of tiles."""
+def product_cases(dtype: torch.dtype, arch: int) -> Iterator[Case]:
+    """The three products in each shape class: on whole tiles, with edges, on rows that are not aligned, with a list of tiles."""
     name = NUMBERS[dtype]
     for shape, tokens in (("few", 16), ("some", 128), ("many", 8192)):
-        for ragged in (False, True):
-            n, k = (4000, 11000) if ragged else (4096, 4096)
-            t = tokens - 3 if ragged else tokens
+        for edges, n, k, t in (("", 4096, 4096, tokens), (", edges", 4000, 11024, tokens - 3), (", ragged", 4001, 11001, tokens - 3)):
+            if edges == ", ragged" and shape != "many":
+                continue  # one config for all
             x, dy, weight = (empty(*size, dtype=dtype) for size in ((t, k), (t, n), (n, k)))
             words, bias = empty(n, common.cdiv(k, 32), dtype=torch.int32), empty(n, dtype=dtype)
-            what = f"{name}, {shape} tokens" + (", ragged" if ragged else "")
+            wide, whole = edges != ", ragged", edges == ""
+            what = f"{name}, {shape} tokens{edges}"
+            forward = partial(masked_linear.masked_linear, x, weight, words, bias, False)
+            backward = partial(masked_linear.masked_linear_dx, dy, weight, words, False)
+            gradient = partial(masked_linear.masked_linear_dw, dy, x, words)
+            settings: dict[str, Any] = {"dtype": dtype, "product": True, "wide": wide}
             for skip in (False, True):
-                lines = with_lines(skip)
                 listed = what + (", list of tiles" if skip else "")
-                yield Case(
-                    "product_kernel", f"forward, {listed}",
-                    lines(lambda x=x, w=weight, m=words, b=bias: masked_linear.masked_linear(x, w, m, b, False)), True, dtype,
-                )  # fmt: skip
-                yield Case(
-                    "product_kernel", f"dx, {listed}",
-                    lines(lambda dy=dy, w=weight, m=words: masked_linear.masked_linear_dx(dy, w, m, False)), True, dtype,
-                )  # fmt: skip
-            yield Case(
-                "gradient_kernel", f"dW, {what}",
-                lambda dy=dy, x=x, m=words: masked_linear.masked_linear_dw(dy, x, m), True, dtype,
-            )  # fmt: skip
+                default = shape == "many" and whole and dtype == torch.bfloat16
+                for direction, run in (("forward", forward), ("dx", backward)):
+                    yield Case("product_kernel", f"{direction}, {listed}", with_lines(run, skip), default=default, **settings)
+            yield Case("gradient_kernel", f"dW, {what}", gradient, default=default, **settings)
+            if not whole:
+                continue
+            if dtype == torch.float32:
+                yield Case("product_kernel", f"forward, tf32, {shape} tokens", with_lines(forward, False), precision="tf32", **settings)
+                yield Case("product_kernel", f"dx, tf32, {shape} tokens", with_lines(backward, False), precision="tf32", **settings)
+                yield Case("gradient_kernel", f"dW, tf32, {shape} tokens", gradient, precision="tf32", **settings)
+                continue
+            for config in configs.candidates("product", shape, arch):
+                for direction, run in (("forward", forward), ("dx", backward)):
+                    yield Case("product_kernel", f"{direction}, {what}, candidate", with_lines(run, False), config=config, **settings)
+            for config in configs.candidates("gradient", shape, arch):
+                yield Case("gradient_kernel", f"dW, {what}, candidate", gradient, config=config, **settings)
+
+
+def with_lines(run: Callable[[], Any], skip: bool) -> Callable[[], Any]:
+    """Run a launcher as if some tiles of its mask were empty, or none."""
+    lines = tiles.TileLines(empty(64, 64, dtype=torch.int32), empty(64, dtype=torch.int32)) if skip else None
+
+    def inside() -> Any:
+        with mock.patch.object(tiles, "lines_of", lambda *_: lines):
+            return run()
+
+    return inside
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor without values."""
+    return torch.empty(shape, dtype=dtype, device=META)
 
 
 def adamw_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -144,7 +176,7 @@ def adamw_cases(dtype: torch.dtype) -> Iterator[Case]:
             numbers = (None, 1e-3, 0.9, 0.95, 1e-8, 0.1, 3, weights == "stochastic", 0, [0], False)
             yield Case(
                 "compact_kernel" if compact else "dense_kernel", what,
-                lambda lists=lists, numbers=numbers: masked_adamw.masked_adamw_step(*lists, *numbers), False, dtype,
+                partial(masked_adamw.masked_adamw_step, *lists, *numbers), dtype, default=width == 4096 and moments != "bf16",
             )  # fmt: skip
 
 
@@ -161,10 +193,10 @@ def adamw_lists_like(n: int, k: int, dtype: torch.dtype, weights: str, moments: 
     return [[tensor] for tensor in (param, grad, m, v, *scales, master, words, offsets)]
 
 
-def mask_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Masks and the gradient norm."""
+def other_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Masks, the gradient norm and the loss."""
     mask, scores = empty(4096, 4096, dtype=torch.bool), empty(4096, 4096, dtype=dtype)
-    words = empty(4096, 128, dtype=torch.int32)
+    words, wide = empty(4096, 128, dtype=torch.int32), empty(4096, 4096, dtype=torch.float32)
     runs: dict[str, Callable[[], Any]] = {
         "pack_kernel": lambda: masks.pack_mask(mask),
         "unpack_kernel": lambda: masks.unpack_mask(words, 4096),
@@ -173,24 +205,14 @@ def mask_cases(dtype: torch.dtype) -> Iterator[Case]:
         "nm_check_kernel": lambda: masks.is_nm(words, 4096, 2, 4),
         "squares_kernel": lambda: grad_norm.masked_grad_norm([scores], [words]),
         "total_kernel": lambda: grad_norm.masked_grad_norm([scores], [words]),
+        "loss_kernel": lambda: loss.reconstruction_loss(scores, wide, scores),
+        "mean_kernel": lambda: loss.reconstruction_loss(scores, wide, scores),
     }
     for kernel, run in runs.items():
-        yield Case(kernel, NUMBERS[dtype], run, False, dtype)
+        yield Case(kernel, NUMBERS[dtype], run, dtype, default=dtype == torch.bfloat16)
 
 
-def with_lines(skip: bool) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
-    """Run a launcher as if some tiles of its mask were empty, or none."""
-    tiles = importlib.import_module("ebft_kernels._triton.tiles")
-    numbers = tiles.TileLines(empty(64, 64, dtype=torch.int32), empty(64, dtype=torch.int32)) if skip else None
-
-    def wrap(run: Callable[[], Any]) -> Callable[[], Any]:
-        def inside() -> Any:
-            with mock.patch.object(tiles, "lines_of", lambda *_: numbers):
-                return run()
-
-        return inside
-
-    return wrap
+# --- compiling it ---------------------------------------------------------------------------------------------------
 
 
 def recorded(case: Case, arch: int) -> list[Launch]:
@@ -205,14 +227,15 @@ def recorded(case: Case, arch: int) -> list[Launch]:
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(common, "launch", record))
         patches.enter_context(mock.patch.object(common, "capability", lambda device: arch))
+        patches.enter_context(mock.patch.object(masked_linear, "precision", lambda: case.precision))
+        if case.config is not None:
+            patches.enter_context(mock.patch.object(masked_linear, "config_of", lambda *_: case.config))
         case.run()
     return launches
 
 
 def compile_for(launch: Launch, arch: int) -> Any:
     """The compiled kernel, specialised as Triton would specialise it at launch."""
-    source = importlib.import_module("triton.compiler").ASTSource
-    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", arch, 32)
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
@@ -233,36 +256,37 @@ def compile_for(launch: Launch, arch: int) -> Any:
     options = {
         "num_warps": launch.config.warps, "num_stages": launch.config.stages, "enable_fp_fusion": not launch.exact
     }  # fmt: skip
-    return triton.compile(source(launch.kernel, signature, constants, attributes), target=target, options=options)
+    return triton.compile(
+        ASTSource(launch.kernel, signature, constants, attributes), target=GPUTarget("cuda", arch, 32), options=options
+    )
 
 
 def facts_of(case: Case, arch: int) -> Facts:
     """Compile the launch that ``case`` is about and look into it."""
-    began = time.perf_counter()
     launch = next(launch for launch in recorded(case, arch) if launch.kernel.__name__ == case.kernel)
-    compiled = compile_for(launch, arch)
-    seconds = time.perf_counter() - began
+    try:
+        compiled = compile_for(launch, arch)
+    except (triton.CompilationError, PTXASError, RuntimeError) as error:
+        reason = f"does not compile: {' '.join(str(error).split())[:200]}"
+        return Facts(case.kernel, case.variant, arch, str(launch.config), case.product, 0, 0, 0, "", "", 0, (reason,))
     ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
         used = subprocess.run([cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"\b{what}:(\d+)", used)[1]) for what in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
     shared = compiled.metadata.shared
-    cores = sorted(set(TENSOR_CORES.findall(ptx)))
-    pipeline = sorted(set(PIPELINE.findall(ptx)))
-    loads = [int(count or 1) * int(bits) for count, bits in re.findall(r"ld\.global[.\w]*?(?:\.v(\d))?\.[bfus](\d+)", ptx)]
-    failures = []
-    if stack > STACK_ALLOWED or local:
-        failures.append(f"{stack + local} bytes of stack")
-    if shared > SHARED_MEMORY[arch] * 1024:
-        failures.append(f"{shared} bytes of shared memory, {SHARED_MEMORY[arch]} KiB are there")
-    if case.product and case.dtype != torch.float32 and not cores:
-        failures.append("no tensor cores")
-    if case.product and arch >= 80 and "ragged" not in case.variant and not pipeline:
-        failures.append("not pipelined")
+    cores, pipeline = (", ".join(sorted(set(pattern.findall(ptx)))) for pattern in (TENSOR_CORES, PIPELINE))
+    loads = re.findall(r"ld\.global[.\w]*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
+    checks = {
+        f"{stack + local} bytes of stack": stack + local == 0,
+        f"{shared} bytes of shared memory, of {SHARED_MEMORY[arch]} KiB": shared <= SHARED_MEMORY[arch] * 1024,
+        "no tensor cores": not case.product or (case.dtype == torch.float32 and case.precision == "ieee") or bool(cores),
+        "not pipelined": not case.wide or arch < 80 or bool(pipeline),
+    }
     return Facts(
-        case.kernel, case.variant, arch, str(launch.config), registers, stack + local, shared,
-        ", ".join(cores), ", ".join(pipeline), max(loads, default=0), round(seconds, 1), tuple(failures),
+        case.kernel, case.variant, arch, str(launch.config), case.product, registers, stack + local, shared, cores, pipeline,
+        max((int(count or 1) * int(bits) for count, bits in loads), default=0),
+        tuple(what for what, good in checks.items() if not good),
     )  # fmt: skip
 
 
@@ -275,18 +299,48 @@ def main() -> int:
     """Compile, print a verdict a line, write the tables; 1 if any verdict is bad."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=list(CAPABILITIES), choices=CAPABILITIES)
+    parser.add_argument("--default", action="store_true", help="each kernel's default config alone, on whole tiles")
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--out", type=Path, default=RESULTS / "static")
     given = parser.parse_args()
-    rows = []
+    found: list[Facts] = []
     for arch in given.arch:
         for case in cases(arch):
-            if given.only not in f"{case.kernel}: {case.variant}":
-                continue
-            facts = facts_of(case, arch)
-            rows.append(facts)
-            verdict = "FAIL " + "; ".join(facts.failures) if facts.failures else "ok"
-            print(f"sm_{arch} {case.kernel}: {case.variant} [{facts.config}] {facts.registers} registers, {facts.stack} B stack, {facts.shared} B shared, {facts.tensor_cores}, {facts.pipeline}, load {facts.widest_load} {facts.seconds}s: {verdict}", flush=True)
-    return int(any(facts.failures for facts in rows))
+            if given.only in f"{case.kernel}: {case.variant}" and (case.default or not given.default):
+                found.append(facts_of(case, arch))
+                print(verdict(found[-1]), flush=True)
+    bad = [facts for facts in found if facts.failures]
+    print(f"{len(found)} compiled, {len(bad)} failed; written to {write(found, given.out)}")
+    return int(bool(bad) or not found)
+
+
+def verdict(facts: Facts) -> str:
+    """One line."""
+    what = f"sm_{facts.arch} {facts.kernel}: {facts.variant} [{facts.config}]"
+    return f"{what}: FAIL: {'; '.join(facts.failures)}" if facts.failures else f"{what}: ok"
+
+
+def write(found: list[Facts], folder: Path) -> Path:
+    """One JSON and one Markdown file, named by triton's version; gives the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {package: version(package) for package in ("triton", "torch")}
+    stem = folder / f"triton-{triton.__version__}"
+    content = {"versions": versions, "kernels": [asdict(facts) for facts in found]}
+    stem.with_name(stem.name + ".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    columns = ("sm", "kernel", "variant", "config", "registers", "stack", "shared", "tensor cores", "pipeline", "verdict")
+    lines = [
+        f"# Triton kernels, compiled with triton {triton.__version__} and not run",
+        "",
+        "`python -m benchmarks.static_report`. Stack and shared memory in bytes; a config is the tile, warps and pipeline stages.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "| " + " | ".join("---" for _ in columns) + " |",
+    ]
+    for f in found:
+        cells = (f.arch, f.kernel, f.variant, f.config, f.registers, f.stack, f.shared, f.tensor_cores, f.pipeline)
+        lines.append("| " + " | ".join(map(str, (*cells, "; ".join(f.failures) or "ok"))) + " |")
+    stem.with_name(stem.name + ".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
 
 
 if __name__ == "__main__":

@@ -73,8 +73,40 @@ REASONED: dict[str, dict[str, dict[int, Config]]] = {
         },
         "ragged": {0: _gradient(64, 64, 32, 4, 2)},
     },
-    "elementwise": {"any": {0: Config({"BLOCK": 1024}, 4, 1)}},
 }
+
+
+# What ``benchmarks/tune.py`` tries beside the table's own entries. ``benchmarks/static_report.py`` compiles each for every
+# architecture from its lowest capability on.
+CANDIDATES: dict[str, dict[str, list[tuple[int, Config]]]] = {
+    "product": {
+        "few": [(80, _product(32, 16, 128, 4, 4)), (80, _product(128, 16, 64, 4, 4)), (80, _product(64, 16, 64, 2, 4))],
+        "some": [(80, _product(128, 64, 64, 4, 3)), (80, _product(128, 64, 32, 4, 4)), (80, _product(64, 128, 32, 4, 4))],
+        "many": [
+            (80, _product(128, 64, 32, 4, 4)),
+            (80, _product(128, 128, 32, 8, 4)),
+            (80, _product(128, 128, 32, 4, 3)),
+            (90, _product(128, 256, 64, 8, 3)),
+            (90, _product(128, 128, 64, 8, 4)),
+        ],
+    },
+    "gradient": {
+        "few": [(80, _gradient(64, 128, 16, 4, 2))],
+        "some": [(80, _gradient(64, 128, 32, 4, 3)), (80, _gradient(128, 128, 32, 8, 3))],
+        "many": [
+            (80, _gradient(128, 128, 32, 8, 4)),
+            (80, _gradient(128, 128, 32, 4, 3)),
+            (80, _gradient(128, 64, 64, 4, 3)),
+            (90, _gradient(128, 256, 64, 8, 3)),
+            (90, _gradient(128, 128, 64, 8, 4)),
+        ],
+    },
+}
+
+
+def candidates(kernel: str, shape: str, capability: int) -> list[Config]:
+    """The configs that are worth trying on an architecture, the table's own aside."""
+    return [config for least, config in CANDIDATES[kernel][shape] if least <= capability]
 
 
 def shape_class(tokens: int) -> str:
