@@ -26,6 +26,7 @@ from ebft_kernels.ops import LIBRARY, NATIVE, SCHEMAS, TORCH_KERNELS
 
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
 PRODUCTS = ("masked_linear", "masked_linear_dx", "masked_linear_dw")
+MULTIPLY = (*PRODUCTS, "masked_dw_adamw_step")
 TRITON = {  # op -> file of _triton/ that has its launcher
     "pack_mask": "masks",
     "unpack_mask": "masks",
@@ -36,6 +37,7 @@ TRITON = {  # op -> file of _triton/ that has its launcher
     "reconstruction_loss": "loss",
     "masked_grad_norm": "grad_norm",
     "masked_adamw_step": "masked_adamw",
+    "masked_dw_adamw_step": "masked_dw_adamw",
 }
 _LOG = logging.getLogger("ebft_kernels")
 
@@ -149,10 +151,10 @@ def _triton_missing(op: str, device: torch.device, dtype: torch.dtype) -> str | 
     if device.type == "cpu":
         if use_impl._current != "triton" or os.environ.get("TRITON_INTERPRET") != "1":
             return "Triton kernels need a GPU (TRITON_INTERPRET=1 runs them on a CPU, to test them)"
-        if op in PRODUCTS and dtype == torch.bfloat16:
+        if op in MULTIPLY and dtype == torch.bfloat16:
             return "Triton's interpreter multiplies bfloat16 wrongly"
         return _triton_absent()
-    return _triton_absent() or _too_old(device, dtype)
+    return _triton_absent() or _too_old(device, op, dtype)
 
 
 @functools.cache
@@ -161,10 +163,12 @@ def _triton_absent() -> str | None:
 
 
 @functools.cache
-def _too_old(device: torch.device, dtype: torch.dtype) -> str | None:
+def _too_old(device: torch.device, op: str, dtype: torch.dtype) -> str | None:
     if not torch.cuda.is_available():
         return "there is no GPU here"
     capability = torch.cuda.get_device_capability(device)
+    if op in MULTIPLY and capability < (8, 0):
+        return "Triton's products use tensor cores from compute capability 8.0 on"
     least = (8, 0) if dtype == torch.bfloat16 else (7, 5)
     given = f"{dtype} on compute capability {capability[0]}.{capability[1]}"
     return None if capability >= least else f"the Triton kernels do not run {given}; they need {least[0]}.{least[1]}"

@@ -18,6 +18,7 @@ from ebft_kernels import reference
 from ebft_kernels.reference import SCALE_GROUP, WORD_BITS
 
 NAMESPACE = "ebft_kernels"
+_OPS = torch.ops.ebft_kernels
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd formula would not be told either
@@ -42,9 +43,14 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
         "Tensor[] row_offsets, Tensor? grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, "
         "SymInt step, bool stochastic, int seed, int[] param_ids, bool zero_grads) -> ()"
     ),
+    "masked_dw_adamw_step": (
+        "(Tensor dy, Tensor x, Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) exp_avg_scale, "
+        "Tensor(e!) exp_avg_sq_scale, Tensor(f!) master, Tensor words, Tensor row_offsets, float lr, float beta1, "
+        "float beta2, float eps, float weight_decay, SymInt step, bool stochastic, int seed, int param_id) -> ()"
+    ),
 }
 # What csrc/ has kernels for.
-NATIVE = tuple(name for name in SCHEMAS if not name.startswith(("masked_linear", "reconstruction_loss")))
+NATIVE = tuple(name for name in SCHEMAS if not name.startswith(("masked_linear", "masked_dw", "reconstruction_loss")))
 
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
@@ -211,6 +217,14 @@ def masked_adamw_step(
             grads[n].zero_()
 
 
+def masked_dw_adamw_step(dy: Tensor, x: Tensor, param: Tensor, *rest: Any) -> None:
+    *states, words, row_offsets, lr, beta1, beta2, eps, weight_decay, step, stochastic, seed, param_id = rest
+    grad = _OPS.masked_linear_dw(dy, x, words).to(param.dtype)
+    lists = ([of] for of in (param, grad, *states, words, row_offsets))
+    settings = (lr, beta1, beta2, eps, weight_decay, step, stochastic, seed, [param_id], False)
+    _OPS.masked_adamw_step(*lists, None, *settings)
+
+
 def _fused_step(
     param: Tensor,
     grad: Tensor,
@@ -315,6 +329,7 @@ FAKES = {
     "masked_grad_norm": lambda grads, words: grads[0].new_empty((), dtype=_wide(grads[0])),
     "row_offsets": lambda words: words.new_empty((words.shape[:-1].numel() + 1,), dtype=torch.int64),
     "masked_adamw_step": lambda *args, **kwargs: None,
+    "masked_dw_adamw_step": lambda *args, **kwargs: None,
 }
 for _name, _fake in FAKES.items():
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=LIBRARY)
@@ -323,9 +338,6 @@ for _name, _fake in FAKES.items():
 # --- autograd -----------------------------------------------------------------------------------------------------
 # The three products are each other's derivatives, so gradients of any order need no further op:
 #     y = x (M W)^T,   dx = dy (M W),   dW = M (dy^T x).
-
-_OPS = torch.ops.ebft_kernels
-
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, words, _, ctx.zeroed = inputs

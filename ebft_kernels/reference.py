@@ -6,6 +6,8 @@ choose (ties, what happens to pruned entries, NaN). Arithmetic is float64 for fl
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -245,6 +247,38 @@ def masked_adamw_step(
         param.copy_(full.view_as(param))
         if zero_grads:
             grad.zero_()
+
+
+def masked_dw_adamw_step(
+    dy: Tensor,
+    x: Tensor,
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_scale: Tensor,
+    exp_avg_sq_scale: Tensor,
+    master: Tensor,
+    words: Tensor,
+    row_offsets: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    stochastic: bool,
+    seed: int,
+    param_id: int,
+) -> None:
+    """``masked_linear_dw`` of dy (..., N) and x (..., K), and with it ``masked_adamw_step`` on one parameter (N, K).
+
+    A back end need not write the gradient anywhere; between the two it may be float32 or rounded to the operands' dtype.
+    """
+    grad = masked_linear_dw(wide(dy), wide(x), words).to(param.dtype)
+    lists: list[Any] = [[of] for of in (param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master, words, row_offsets)]
+    masked_adamw_step(
+        *lists, None, lr, beta1, beta2, eps, weight_decay, step, stochastic, seed, [param_id], zero_grads=False
+    )
 
 
 def _load_moment(code: Tensor, scale: Tensor) -> Tensor:

@@ -46,44 +46,45 @@ def _gradient(bn: int, bk: int, bt: int, warps: int, stages: int) -> Config:
     return Config({"BN": bn, "BK": bk, "BT": bt, "GROUP": 8}, warps, stages)
 
 
-# Shape classes of the products, by tokens T: "few" up to 16, "some" up to 128, "many"; and "ragged", where rows do not begin at
-# multiples of 16 elements, so that nothing can be loaded wide.
+# Shape classes of the products, by tokens T: "few" up to 16, "some" up to 128, "many"; and two for all T: "ragged", where rows
+# do not begin at multiples of 16 elements, so that nothing can be loaded wide, and "ieee", float32 without tensor cores.
 # Kernel -> shape class -> lowest capability -> config for 16-bit operands; the highest capability that is not above the
-# device's counts.
+# device's counts. Products begin at 80: for older ones Triton does not use tensor cores. 0 stands for the interpreter.
 REASONED: dict[str, dict[str, dict[int, Config]]] = {
     "product": {
         "few": {0: _product(64, 16, 64, 4, 2), 80: _product(64, 16, 128, 4, 4), 86: _product(64, 16, 128, 4, 3)},
-        "some": {0: _product(64, 64, 32, 4, 2), 80: _product(64, 64, 64, 4, 3)},
-        "many": {
-            0: _product(64, 64, 32, 4, 2),
-            80: _product(128, 128, 64, 8, 3),
-            86: _product(128, 128, 32, 8, 3),
-            90: _product(128, 128, 64, 8, 3),
-        },
+        "some": {0: _product(64, 64, 32, 4, 2), 80: _product(64, 64, 64, 4, 3), 100: _product(64, 64, 32, 4, 4)},
+        "many": {0: _product(64, 64, 32, 4, 2), 80: _product(128, 128, 64, 8, 3), 86: _product(128, 128, 32, 8, 3),
+                 90: _product(128, 128, 64, 8, 3)},
         "ragged": {0: _product(64, 64, 32, 4, 2)},
+        "ieee": {0: _product(64, 32, 32, 4, 2)},
     },
     "gradient": {
         "few": {0: _gradient(64, 64, 16, 4, 2)},
         "some": {0: _gradient(64, 64, 32, 4, 2), 80: _gradient(128, 64, 32, 4, 3)},
-        "many": {
-            0: _gradient(64, 64, 32, 4, 2),
-            80: _gradient(128, 128, 64, 8, 3),
-            86: _gradient(128, 128, 32, 8, 3),
-            90: _gradient(128, 128, 64, 8, 3),
-        },
+        "many": {0: _gradient(64, 64, 32, 4, 2), 80: _gradient(128, 128, 64, 8, 3), 86: _gradient(128, 128, 32, 8, 3),
+                 90: _gradient(128, 128, 64, 8, 3)},
         "ragged": {0: _gradient(64, 64, 32, 4, 2)},
+        "ieee": {0: _gradient(64, 64, 16, 4, 2)},
     },
-}
-
+    "gradient step": {
+        "few": {0: _gradient(64, 128, 16, 4, 2)},
+        "some": {0: _gradient(64, 128, 32, 4, 2), 80: _gradient(64, 128, 32, 4, 3)},
+        "many": {0: _gradient(64, 128, 32, 4, 2), 80: _gradient(128, 128, 64, 8, 3), 86: _gradient(128, 128, 32, 8, 3),
+                 90: _gradient(128, 128, 64, 8, 3)},
+        "ragged": {0: _gradient(64, 128, 32, 8, 2)},
+        "ieee": {0: _gradient(32, 128, 16, 4, 2)},
+    },
+}  # fmt: skip
 
 # What ``benchmarks/tune.py`` tries beside the table's own entries. ``benchmarks/static_report.py`` compiles each for every
 # architecture from its lowest capability on.
 CANDIDATES: dict[str, dict[str, list[tuple[int, Config]]]] = {
     "product": {
-        "few": [(80, _product(32, 16, 128, 4, 4)), (80, _product(128, 16, 64, 4, 4)), (80, _product(64, 16, 64, 2, 4))],
-        "some": [(80, _product(128, 64, 64, 4, 3)), (80, _product(128, 64, 32, 4, 4)), (80, _product(64, 128, 32, 4, 4))],
+        "few": [(80, _product(32, 16, 128, 4, 4)), (80, _product(64, 16, 64, 2, 4))],
+        "some": [(80, _product(128, 64, 32, 8, 4)), (80, _product(64, 128, 32, 4, 4)), (80, _product(64, 64, 32, 4, 4))],
         "many": [
-            (80, _product(128, 64, 32, 4, 4)),
+            (80, _product(128, 64, 32, 8, 4)),
             (80, _product(128, 128, 32, 8, 4)),
             (80, _product(128, 128, 32, 4, 3)),
             (90, _product(128, 256, 64, 8, 3)),
@@ -100,6 +101,11 @@ CANDIDATES: dict[str, dict[str, list[tuple[int, Config]]]] = {
             (90, _gradient(128, 256, 64, 8, 3)),
             (90, _gradient(128, 128, 64, 8, 4)),
         ],
+    },
+    "gradient step": {
+        "few": [],
+        "some": [(80, _gradient(128, 128, 32, 8, 3))],
+        "many": [(80, _gradient(128, 128, 32, 8, 4)), (80, _gradient(64, 128, 64, 4, 3)), (90, _gradient(128, 128, 64, 8, 4))],
     },
 }
 
@@ -126,9 +132,8 @@ def config_for(kernel: str, shape: str, capability: int, itemsize: int = 2, devi
         return Config(**measured_here)
     by_capability = REASONED[kernel][shape]
     config = by_capability[max(known for known in by_capability if known <= capability)]
-    loop = {"product": "BJ", "gradient": "BT"}.get(kernel)
-    if itemsize == 4 and loop is not None:
-        least = {"product": 32, "gradient": 16}[kernel]
+    if itemsize == 4 and shape != "ieee":
+        loop, least = ("BJ", 32) if kernel == "product" else ("BT", 16)
         return Config({**config.tiles, loop: max(least, config.tiles[loop] // 2)}, config.warps, config.stages)
     return config
 

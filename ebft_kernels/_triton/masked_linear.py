@@ -211,6 +211,8 @@ def config_of(kernel: str, tokens: int, *operands: Tensor) -> Config:
     """The config of a product of 2-D ``operands`` over so many tokens."""
     first = operands[0]
     shape = shape_class(tokens) if all(map(_aligned, operands)) else "ragged"
+    if first.dtype == torch.float32 and precision() == "ieee":
+        shape = "ieee"
     name = common.device_name(first.device)
     return config_for(kernel, shape, common.capability(first.device), first.element_size(), name)
 
