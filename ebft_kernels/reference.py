@@ -272,9 +272,9 @@ def masked_dw_adamw_step(
 ) -> None:
     """``masked_linear_dw`` of dy (..., N) and x (..., K), and with it ``masked_adamw_step`` on one parameter (N, K).
 
-    A back end need not write the gradient anywhere; between the two it may be float32 or rounded to the operands' dtype.
+    The gradient is not rounded between the two. A back end that writes it may round it to the parameter's dtype.
     """
-    grad = masked_linear_dw(wide(dy), wide(x), words).to(param.dtype)
+    grad = masked_linear_dw(wide(dy), wide(x), words)
     lists: list[Any] = [[of] for of in (param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master, words, row_offsets)]
     masked_adamw_step(
         *lists, None, lr, beta1, beta2, eps, weight_decay, step, stochastic, seed, [param_id], zero_grads=False

@@ -57,6 +57,7 @@ ORDER = {
         "ops",
         "dispatch",
         "mask",
+        "updates",
         "functional",
         "zeroed",
         "compressed",

@@ -202,6 +202,42 @@ def optimizer(steps=20):
             assert (mine - torchs).abs().mean() <= loose * moved / 10 + unit / 50, (weights, moments, compact)
 
 
+def in_backward():
+    """Weight gradient and step in one kernel, through ``MaskedLinear``, beside the same in torch; and on the ugly shapes."""
+    for number, (weights, moments, compact) in enumerate(ADAMW_LAYOUTS):
+        if compact or moments == "int8":
+            continue  # two kernels, each tested above
+        generator = torch.Generator().manual_seed(number)
+        dtype = {"fp32": torch.float32, "master": torch.float16, "stochastic": torch.bfloat16}[weights]
+        for tokens, rows, width in ((5, 7, 33), (40, 70, 130), (0, 3, 64)):
+            mask = torch.rand(rows, width, generator=generator) > 0.6
+            dy, x = (torch.randn(tokens, size, generator=generator) for size in (rows, width))  # as autocast to float32 would
+            w, m, v = (torch.randn(rows, width, generator=generator) for _ in range(3))
+            kind = torch.float32 if moments == "fp32" else torch.bfloat16
+            empty, no_rows = torch.empty(0), torch.empty(0, dtype=torch.int64)
+            states = [w.to(dtype), m.to(kind), v.square().to(kind), empty, empty, w if weights == "master" else empty]
+            settings = (1e-2, 0.9, 0.95, 1e-8, 0.1, 3, weights == "stochastic", 7, 2)
+            mine, truth = ([t.clone() for t in states] for _ in range(2))
+            for step, of in ((OPS.masked_dw_adamw_step, mine), (reference.masked_dw_adamw_step, truth)):
+                step(dy, x, *of, reference.pack_mask(mask), no_rows, *settings)
+            for name, got, true in zip(("param", "m", "v", "", "", "master"), mine, truth, strict=True):
+                unit = torch.finfo(true.dtype).eps  # where the sums differ in the last place, so may the rounding
+                torch.testing.assert_close(got, true, rtol=max(1e-5, unit), atol=1e-5, msg=lambda t, n=name: f"{n} {weights}: {t}")
+            assert_exact_zeros(mine[0], mask)
+    runs = []
+    for impl in ("triton", "torch"):
+        with use_impl(impl):
+            torch.manual_seed(0)
+            layer = MaskedLinear(70, 20, mask=torch.rand(20, 70) > 0.5)
+            adam = MaskedAdamW.for_module(layer, update_in_backward=True)
+            for _ in range(5):
+                layer(torch.randn(6, 70)).square().sum().backward()
+                adam.step()
+                adam.zero_grad()
+            runs.append(layer.weight.detach().clone())
+    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
+
+
 EVERYTHING = {
     "masks": masks,
     "norm": norm,
@@ -210,6 +246,7 @@ EVERYTHING = {
     "linear": lambda: [linear(d, c) for d in (torch.float32, torch.float16) for c in (True, False)],
     "adamw": adamw,
     "optimizer": optimizer,
+    "in backward": in_backward,
 }
 
 if __name__ == "__main__":
