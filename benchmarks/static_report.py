@@ -136,10 +136,11 @@ def product_cases(dtype: torch.dtype, arch: int) -> Iterator[Case]:
                 for direction, run in (("forward", forward), ("dx", backward)):
                     yield Case("product_kernel", f"{direction}, {listed}", with_lines(run, skip), default=default, **settings)
             yield Case("gradient_kernel", f"dW, {what}", gradient, default=default, **settings)
-            for layout in (("fp32", "fp32"), ("master", "fp32"), ("stochastic", "bf16")) if whole else (("fp32", "fp32"),):
+            layouts = [("fp32", "fp32"), ("master", "fp32"), ("stochastic", "bf16")] if whole else [("fp32", "fp32")]
+            for layout in layouts:
                 step = partial(gradient_step, dy, x, *layout)
                 settled = f"{layout[0]} weights, {layout[1]} moments, {what}"
-                yield Case("gradient_step_kernel", settled, step, default=default and layout[0] != "master", **settings)
+                yield Case("gradient_step_kernel", settled, step, default=default and "fp32" in layout, **settings)
                 for config in configs.candidates("gradient step", shape, arch) if whole and dtype != torch.float32 else []:
                     yield Case("gradient_step_kernel", f"{settled}, candidate", step, config=config, **settings)
             if not whole:
@@ -160,8 +161,9 @@ def gradient_step(dy: Tensor, x: Tensor, weights: str, moments: str) -> None:
     """``masked_dw_adamw_step`` on a dense layout; float32 weights beside 16-bit operands are those of autocast."""
     n, k = dy.shape[1], x.shape[1]
     param, _, *states = adamw_lists_like(n, k, torch.float32 if weights == "fp32" else x.dtype, weights, moments, False)
-    tensors = (dy, x, param[0], *(state[0] for state in states))
-    masked_dw_adamw.masked_dw_adamw_step(*tensors, 1e-3, 0.9, 0.95, 1e-8, 0.1, 3, weights == "stochastic", 0, 0)
+    arguments: list[Any] = [dy, x, param[0], *(state[0] for state in states)]
+    arguments += [1e-3, 0.9, 0.95, 1e-8, 0.1, 3, weights == "stochastic", 0, 0]
+    masked_dw_adamw.masked_dw_adamw_step(*arguments)
 
 
 def with_lines(run: Callable[[], Any], skip: bool) -> Callable[[], Any]:
@@ -169,7 +171,7 @@ def with_lines(run: Callable[[], Any], skip: bool) -> Callable[[], Any]:
     lines = tiles.TileLines(empty(64, 64, dtype=torch.int32), empty(64, dtype=torch.int32)) if skip else None
 
     def inside() -> Any:
-        with mock.patch.object(tiles, "lines_of", lambda *_: lines):
+        with mock.patch.object(tiles, "lines_of", return_value=lines):
             return run()
 
     return inside
@@ -187,11 +189,11 @@ def adamw_cases(dtype: torch.dtype) -> Iterator[Case]:
             continue
         for width in (4096, 4001):
             what = f"{NUMBERS[dtype]}, {weights} weights, {moments} moments" + ("" if width == 4096 else ", ragged")
-            lists = adamw_lists_like(4096, width, dtype, weights, moments, compact)
-            numbers = (None, 1e-3, 0.9, 0.95, 1e-8, 0.1, 3, weights == "stochastic", 0, [0], False)
+            arguments: list[Any] = [*adamw_lists_like(4096, width, dtype, weights, moments, compact)]
+            arguments += [None, 1e-3, 0.9, 0.95, 1e-8, 0.1, 3, weights == "stochastic", 0, [0], False]
             yield Case(
                 "compact_kernel" if compact else "dense_kernel", what,
-                partial(masked_adamw.masked_adamw_step, *lists, *numbers), dtype, default=width == 4096 and moments != "bf16",
+                partial(masked_adamw.masked_adamw_step, *arguments), dtype, default=width == 4096 and moments != "bf16",
             )  # fmt: skip
 
 
@@ -241,11 +243,11 @@ def recorded(case: Case, arch: int) -> list[Launch]:
 
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(common, "launch", record))
-        patches.enter_context(mock.patch.object(common, "capability", lambda device: arch))
+        patches.enter_context(mock.patch.object(common, "capability", return_value=arch))
         for module in (masked_linear, masked_dw_adamw):
-            patches.enter_context(mock.patch.object(module, "precision", lambda: case.precision))
+            patches.enter_context(mock.patch.object(module, "precision", return_value=case.precision))
             if case.config is not None:
-                patches.enter_context(mock.patch.object(module, "config_of", lambda *_: case.config))
+                patches.enter_context(mock.patch.object(module, "config_of", return_value=case.config))
         case.run()
     return launches
 

@@ -200,6 +200,9 @@ class MaskedAdamW(torch.optim.Optimizer):
                 with_grad, lambda p: (self.state[p]["step"], str(p.device), str(p.dtype))
             ):
                 states = [self.state[p] for p in params]
+                extras: dict[str, Any] = {
+                    f"{key}s": [_stored(state, key, p) for p, state in zip(params, states, strict=True)] for key in _EXTRAS
+                }
                 masked_adamw_step(
                     params,
                     [_contiguous(p.grad) for p in params],
@@ -214,10 +217,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                     param_ids=[numbers[p] for p in params],
                     zero_grads=self._zero_grads,
                     **_settings(group),
-                    **{
-                        f"{key}s": [_stored(state, key, p) for p, state in zip(params, states, strict=True)]
-                        for key in _EXTRAS
-                    },
+                    **extras,
                 )
                 for p in params:
                     if "mask" in self.state[p]:

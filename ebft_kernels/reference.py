@@ -275,10 +275,10 @@ def masked_dw_adamw_step(
     The gradient is not rounded between the two. A back end that writes it may round it to the parameter's dtype.
     """
     grad = masked_linear_dw(wide(dy), wide(x), words)
-    lists: list[Any] = [[of] for of in (param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master, words, row_offsets)]
-    masked_adamw_step(
-        *lists, None, lr, beta1, beta2, eps, weight_decay, step, stochastic, seed, [param_id], zero_grads=False
-    )
+    states = (exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master)
+    lists: Any = ([of] for of in (param, grad, *states, words, row_offsets))
+    settings: Any = (lr, beta1, beta2, eps, weight_decay, step, stochastic, seed, [param_id], False)
+    masked_adamw_step(*lists, None, *settings)
 
 
 def _load_moment(code: Tensor, scale: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ dW is summed over tokens without a mask, which is applied once to the finished t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -164,6 +166,8 @@ def _product(given: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None, 
     config = config_of("product", t, rows, weight)
     bi, bt, bj = (config.tiles[name] for name in ("BI", "BT", "BJ"))
     nonempty = tiles.lines_of(words, *((bj, bi, "down") if transposed else (bi, bj, "along")))
+    if nonempty:  # a load whose address is loaded takes two stages of the pipeline
+        config = replace(config, stages=2 * config.stages - 1)
     w_strides = weight.stride()[::-1] if transposed else weight.stride()
     words = words.contiguous()
     common.launch(

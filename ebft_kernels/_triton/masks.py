@@ -6,6 +6,8 @@ All of these are bound by memory: a bool or a score is read (or a bool written) 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -121,7 +123,7 @@ def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
     return _words_from(nm_kernel, scores, N=n, M=m)
 
 
-def _words_from(kernel: object, given: Tensor, **constants: int) -> Tensor:
+def _words_from(kernel: Any, given: Tensor, **constants: Any) -> Tensor:
     """Launch a kernel that makes words from a tensor (..., K) of any strides."""
     width = given.shape[-1]
     rows, in_row = given.reshape(-1, width), cdiv(width, WORD)
