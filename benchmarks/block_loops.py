@@ -1,10 +1,10 @@
-"""One LlamaV1-7B-shaped block, tuned a few steps by each contender: the published loop, a compiled clean loop, and ours.
+"""One LlamaV1-7B-shaped block, tuned a few steps by the published loop, by a compiled clean loop, and by ours.
 
-    published        mask multiplied into float32 weights in every forward pass, autocast, AdamW one parameter at a time, and the
-                     hidden states copied to the host and back in every step; once more without these copies
-    compiled         the same arithmetic, written cleanly under torch.compile, with the fused AdamW
-    ours             zeroed bfloat16 weights with float32 masters, plain products, loss, clipping and step in fused kernels
-    ours, leanest    stochastic rounding, 8-bit moments of survivors, weights updated in the backward pass
+published        mask multiplied into float32 weights in every forward pass, autocast, AdamW one parameter at a time,
+                 and the hidden states copied to the host and back in every step; once more without these copies
+compiled         the same arithmetic, written cleanly under torch.compile, with the fused AdamW
+ours             zeroed bfloat16 weights with float32 masters, plain products, loss, clipping and step in fused kernels
+ours, leanest    stochastic rounding, 8-bit moments of survivors, weights updated in the backward pass
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PAPER_FLOPS = 1.14e9 / 202.4e6  # of training, a token and a weight (the block's
 
 @dataclass(frozen=True)
 class Problem:
-    """A block, its masks, and one batch."""
+    """A block's weights and masks, on the host, and one batch on the device."""
 
     config: LlamaConfig
     masks: dict[str, Tensor]
@@ -50,12 +50,15 @@ class Problem:
 def make_problem(size: str, device: torch.device) -> Problem:
     """LlamaV1-7B's block and 8 x 1024 tokens, or a toy; half of every matrix is pruned at random."""
     hidden, ffn, heads, batch, seqlen = (4096, 11008, 32, 8, 1024) if size == "full" else (32, 48, 4, 2, 8)
-    config = LlamaConfig(hidden_size=hidden, intermediate_size=ffn, num_attention_heads=heads, attn_implementation="sdpa")
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=ffn, num_attention_heads=heads, attn_implementation="sdpa"
+    )
     torch.manual_seed(0)
     with device:
         block = LlamaDecoderLayer(config, 0)
-    weights = {name: parameter.detach() for name, parameter in block.named_parameters()}
-    masks = {f"{path}.weight": torch.rand_like(m.weight) > 0.5 for path, m in block.named_modules() if isinstance(m, nn.Linear)}
+    weights = {name: parameter.detach().cpu() for name, parameter in block.named_parameters()}
+    linears = {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+    masks = {f"{path}.weight": (torch.rand_like(linear.weight) > 0.5).cpu() for path, linear in linears.items()}
     inputs = torch.randn(batch, seqlen, hidden, device=device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         targets = hidden_of(block(inputs, position_embeddings=_rotary(config, inputs))).float()
@@ -77,7 +80,7 @@ def _block(problem: Problem, dtype: torch.dtype) -> tuple[nn.Module, Callable[[n
         for name, parameter in block.named_parameters():
             parameter.copy_(problem.weights[name])
             if name in problem.masks:
-                parameter.mul_(problem.masks[name])
+                parameter.mul_(problem.masks[name].to(parameter.device))
     places = _rotary(problem.config, problem.inputs.to(dtype))
     return block, lambda module, x: hidden_of(module(x, position_embeddings=places))
 
@@ -89,7 +92,7 @@ def published(problem: Problem, host_copies: bool) -> Callable[[], float]:
         path = name.removesuffix(".weight")
         linear = block.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        replace(block, path, MultipliedLinear(linear, mask.float()))
+        replace(block, path, MultipliedLinear(linear, mask.float().to(linear.weight.device)))
     optimizer = torch.optim.AdamW(block.parameters(), foreach=False, fused=False, **RECIPE)
     device = problem.inputs.device
     inputs, targets = (t.cpu() if host_copies else t for t in (problem.inputs, problem.targets))
@@ -117,7 +120,7 @@ def compiled(problem: Problem) -> Callable[[], Tensor]:
         path = name.removesuffix(".weight")
         linear = block.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        replace(block, path, MultipliedLinear(linear, mask.float()))
+        replace(block, path, MultipliedLinear(linear, mask.float().to(linear.weight.device)))
     optimizer = torch.optim.AdamW(block.parameters(), fused=True, **RECIPE)
     device = problem.inputs.device
 
@@ -144,7 +147,12 @@ def ours(problem: Problem, lean: bool) -> Callable[[], Tensor]:
     inputs = problem.inputs.bfloat16()
     if lean:
         mask_linears_(block, problem.masks)
-        layout: dict[str, Any] = {"weights": "stochastic", "moments": "int8", "compact": True, "update_in_backward": True}
+        layout: dict[str, Any] = {
+            "weights": "stochastic",
+            "moments": "int8",
+            "compact": True,
+            "update_in_backward": True,
+        }
         optimizer = MaskedAdamW.for_module(block, **layout, **RECIPE)
     else:
         parameters = dict(block.named_parameters())

@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu_report --minutes 9 --out DIR
 
-Floors first (copy bandwidth, matrix rate), then whether the kernels are right, then one LlamaV1-7B-shaped block through every loop, then
-microbenchmarks, most important first. ``gpu_report.json`` and ``gpu_report.md`` are written after every case, so that a run that is cut
-off still leaves what it has measured. On a CPU, at toy size, it only shows that it works. Exit status 1 if a result is wrong.
+Floors first (copy bandwidth, matrix rate), then whether the kernels are right, then one LlamaV1-7B-shaped block
+through every loop, then microbenchmarks, most important first. ``gpu_report.json`` and ``gpu_report.md`` are written
+after every case, so that a run that is cut off still leaves what it has measured. On a CPU, at toy size, it only
+shows that it works. Exit status 1 if a result is wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ from benchmarks import block_loops, kernel_cases
 from benchmarks.machine import machine_info
 from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, explain, masked_grad_norm, masked_linear, reference
 from ebft_kernels.dispatch import TRITON
-from ebft_kernels.testing import ADAMW_LAYOUTS, adamw_lists, assert_exact_zeros, assert_no_worse_than_torch, linear_cases
+from ebft_kernels.testing import (
+    ADAMW_LAYOUTS,
+    adamw_lists,
+    assert_exact_zeros,
+    assert_no_worse_than_torch,
+    linear_cases,
+)
 
 OPS = torch.ops.ebft_kernels
 BLOCKS, STEPS = 32, 320  # of LlamaV1-7B, and of the published recipe for each
@@ -37,7 +44,13 @@ class Report:
     def __init__(self, folder: Path, minutes: float, device: torch.device, size: str) -> None:
         self.folder, self.device, self.size = folder, device, size
         self.began, self.seconds = time.perf_counter(), 60 * minutes
-        self.content: dict[str, Any] = {"machine": machine_info(), "size": size, "floors": {}, "sections": {}, "skipped": []}
+        self.content: dict[str, Any] = {
+            "machine": machine_info(),
+            "size": size,
+            "floors": {},
+            "sections": {},
+            "skipped": [],
+        }
         self.wrong = 0
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -71,7 +84,12 @@ class Report:
         """Both files."""
         (self.folder / "gpu_report.json").write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
         machine = self.content["machine"]
-        lines = [f"# {machine['device']}, size {self.size}", "", f"torch {machine['torch']}, triton {machine['triton']}", ""]
+        lines = [
+            f"# {machine['device']}, size {self.size}",
+            "",
+            f"torch {machine['torch']}, triton {machine['triton']}",
+            "",
+        ]
         lines += [f"- {name}: {value:.4g}" for name, value in self.content["floors"].items()]
         for section, rows in self.content["sections"].items():
             lines += ["", f"## {section}", "", "| case | result |", "| --- | --- |"]
@@ -81,14 +99,16 @@ class Report:
 
 
 def _short(row: dict[str, Any]) -> str:
-    return "; ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+    return "; ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+    )
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
 def median_ms(run: Callable[[], Any], device: torch.device, budget: float = 1.0, least: int = 5) -> float:
-    """Milliseconds of a call, median of those that fit into ``budget`` seconds; a GPU's second-level cache is flushed before each."""
+    """Milliseconds of a call: median of those that fit into ``budget`` seconds, a GPU's cache flushed before each."""
     run()
     times: list[float] = []
     if device.type != "cuda":
@@ -165,7 +185,18 @@ def right_adamw(device: torch.device) -> dict[str, Any]:
     for layout in ADAMW_LAYOUTS:
         lists = adamw_lists(*layout, device=device)
         truth = [[t.cpu() for t in of] for of in lists]
-        settings = (1e-2, 0.9, 0.95, 1e-8, 0.1, 3, layout[0] == "stochastic", 2**40 + 17, list(range(len(lists[0]))), False)
+        settings = (
+            1e-2,
+            0.9,
+            0.95,
+            1e-8,
+            0.1,
+            3,
+            layout[0] == "stochastic",
+            2**40 + 17,
+            list(range(len(lists[0]))),
+            False,
+        )
         OPS.masked_adamw_step(*lists, torch.tensor(0.25, device=device), *settings)
         reference.masked_adamw_step(*truth, torch.tensor(0.25), *settings)
         for n, (got, true) in enumerate(zip(lists[:7], truth[:7], strict=True)):
@@ -210,10 +241,20 @@ def right_rest(device: torch.device) -> dict[str, Any]:
             runs.append(layer.weight.detach())
         difference = float((runs[0] - runs[1]).abs().max())
         assert difference <= 5e-4, f"steps in the backward pass differ by {difference}"
-    return {"right": "masks, norm, steps in the backward pass", "implementations": {op: explain(op, device).impl for op in TRITON}}
+    return {
+        "right": "masks, norm, steps in the backward pass",
+        "implementations": {op: explain(op, device).impl for op in TRITON},
+    }
 
 
 # --- sections -------------------------------------------------------------------------------------------------------
+
+
+def run_loops(report: Report, names: list[str]) -> None:
+    """One block through each of the loops, by name."""
+    problem = block_loops.make_problem(report.size, report.device)
+    for name in names:
+        report.run("one block", name, lambda name=name: block_row(report, name, problem), needs=15.0)
 
 
 def block_row(report: Report, name: str, problem: block_loops.Problem) -> dict[str, Any]:
@@ -252,7 +293,8 @@ def case_row(report: Report, case: kernel_cases.Case) -> dict[str, Any]:
             row[f"{name}: share of copy"] = prepared.bytes[name] / ms / 1e6 / floors["copy GB/s"]
         if prepared.flops:
             floor = max(
-                prepared.flops / floors["bfloat16 TFLOP/s"] / 1e9, prepared.bytes.get(name, 0.0) / floors["copy GB/s"] / 1e6
+                prepared.flops / floors["bfloat16 TFLOP/s"] / 1e9,
+                prepared.bytes.get(name, 0.0) / floors["copy GB/s"] / 1e6,
             )
             row[f"{name}: share of floor"] = floor / ms
         row[f"{name}: peak GiB"] = peak_gib(device)
@@ -278,11 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     report.run("right?", "masked AdamW", lambda: right_adamw(device))
     report.run("right?", "masks and the rest", lambda: right_rest(device))
 
-    problem = block_loops.make_problem(size, device)
-    for name in block_loops.CONTENDERS:
-        if not (given.no_compile and "compile" in name):
-            report.run("one block", name, lambda name=name: block_row(report, name, problem), needs=15.0)
-    del problem
+    run_loops(report, [name for name in block_loops.CONTENDERS if not (given.no_compile and "compile" in name)])
     for case in kernel_cases.cases(size, device, torch.bfloat16, compiled=not given.no_compile):
         report.run(case.group, case.name, lambda case=case: case_row(report, case))
     print(f"written to {given.out}; {report.wrong} wrong")

@@ -1,7 +1,7 @@
 """The kernels' microbenchmarks, once for ``benchmarks/gpu_report.py`` and once for ``pytest benchmarks``.
 
-A case has contenders that do the same work; ``validate`` holds their results against each other before any is timed. For each, the
-least bytes or the FLOPs of the work say what the floor is.
+A case has contenders that do the same work; ``validate`` holds their results against each other before any is timed.
+For each, the least bytes or the FLOPs of the work say what the floor is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from ebft_kernels import MaskedAdamW, PackedMask, explain, reconstruction_loss, 
 from ebft_kernels.testing import ADAMW_LAYOUTS
 
 OPS = torch.ops.ebft_kernels
-SHAPES = {"full": [(4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4001, 4099)], "toy": [(48, 64), (33, 65)]}
+SHAPES = {
+    "full": [(4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4001, 4099)],
+    "toy": [(48, 64), (33, 65)],
+}
 TOKENS = {"full": (8192, 512, 16, 1), "toy": (16, 1)}
 SPARSITIES = (0.5, 0.7, "2:4")
 RECIPE: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -59,7 +62,11 @@ def cases(size: str, device: torch.device, dtype: torch.dtype, compiled: bool) -
         name = f"{weights} weights, {moments} moments" + (", survivors only" if compact else "")
         yield Case("AdamW", name, lambda w=weights, m=moments, c=compact: adamw(shapes[0], device, w, m, c))
     for shape in shapes:
-        yield Case("dW + AdamW", f"{shape}, {TOKENS[size][0]} tokens", lambda s=shape: gradient_step(s, TOKENS[size][0], device, dtype))
+        yield Case(
+            "dW + AdamW",
+            f"{shape}, {TOKENS[size][0]} tokens",
+            lambda s=shape: gradient_step(s, TOKENS[size][0], device, dtype),
+        )
     for tokens in TOKENS[size]:
         for shape in shapes:
             for sparsity in SPARSITIES if shape == shapes[0] else SPARSITIES[:1]:
@@ -68,12 +75,23 @@ def cases(size: str, device: torch.device, dtype: torch.dtype, compiled: bool) -
                         f"linear {product}", f"{shape}, {tokens} tokens, sparsity {sparsity}",
                         lambda p=product, s=shape, t=tokens, q=sparsity: linear(p, s, t, q, device, dtype, compiled),
                     )  # fmt: skip
-    for name, make in (("pack", pack), ("unpack", unpack), ("2:4 select", select), ("2:4 check", check), ("row offsets", offsets)):
+    for name, make in (
+        ("pack", pack),
+        ("unpack", unpack),
+        ("2:4 select", select),
+        ("2:4 check", check),
+        ("row offsets", offsets),
+    ):
         yield Case("masks", name, lambda make=make: make(shapes[0], device, dtype))
     yield Case("loss", "mean squared error and gradient", lambda: loss((TOKENS[size][0], shapes[0][0]), device, dtype))
 
 
-_FIRST = [("fp32", "fp32", False), ("master", "fp32", True), ("stochastic", "bf16", False), ("stochastic", "int8", True)]
+_FIRST = [
+    ("fp32", "fp32", False),
+    ("master", "fp32", True),
+    ("stochastic", "bf16", False),
+    ("stochastic", "int8", True),
+]
 
 
 def mask_of(shape: tuple[int, int], sparsity: float | str, device: torch.device) -> Tensor:
@@ -115,7 +133,13 @@ def has_triton(op: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def linear(
-    product: str, shape: tuple[int, int], tokens: int, sparsity: float | str, device: torch.device, dtype: torch.dtype, compiled: bool
+    product: str,
+    shape: tuple[int, int],
+    tokens: int,
+    sparsity: float | str,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool,
 ) -> Prepared:
     """One of the three products: plain on the zeroed weight, mask multiplied in, both compiled, and ours."""
     (n, k), packed = shape, PackedMask.from_dense(mask_of(shape, sparsity, device))
@@ -161,8 +185,10 @@ def linear(
 WIDTH = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 256}  # bytes of a stored moment
 
 
-def adamw(shape: tuple[int, int], device: torch.device, weights: str, moments: str, compact: bool, sparsity: float = 0.5) -> Prepared:
-    """A step in one layout, against torch's fused step and the mask multiply (and torchao's 8-bit one where it is installed)."""
+def adamw(
+    shape: tuple[int, int], device: torch.device, weights: str, moments: str, compact: bool, sparsity: float = 0.5
+) -> Prepared:
+    """A step in one layout, against torch's fused step and the mask multiply (and torchao's 8-bit one if installed)."""
     mask = mask_of(shape, sparsity, device)
     dtype = torch.float32 if weights == "fp32" else torch.bfloat16
     start = randn(*shape, device=device, dtype=dtype) * mask
@@ -201,14 +227,18 @@ def adamw(shape: tuple[int, int], device: torch.device, weights: str, moments: s
             step()
         moved = (mine.float() - theirs)[mask].abs().max()
         unit = 0.0 if weights == "fp32" else 2.0**-7 * float(start.abs().max())
-        assert moved <= unit + 2 * RECIPE["lr"] * {"fp32": 1e-2, "bf16": 2e-2, "int8": 0.1}[moments], f"differs by {moved}"
+        assert moved <= unit + 2 * RECIPE["lr"] * {"fp32": 1e-2, "bf16": 2e-2, "int8": 0.1}[moments], (
+            f"differs by {moved}"
+        )
         assert torch.count_nonzero(mine[~mask]) == 0
 
     stored = 1 - sparsity if compact else 1.0
     states = 4 * WIDTH[moments] + (8 if weights == "master" else 0)  # moments and master, read and written
     each = 3 * dtype.itemsize + 1 / 8 + stored * states
     numel = shape[0] * shape[1]
-    return Prepared(contenders, validate, bytes={"ours": numel * each, "torch.optim.AdamW(fused=True) + mask, fp32": numel * 28.125})
+    return Prepared(
+        contenders, validate, bytes={"ours": numel * each, "torch.optim.AdamW(fused=True) + mask, fp32": numel * 28.125}
+    )
 
 
 def gradient_step(shape: tuple[int, int], tokens: int, device: torch.device, dtype: torch.dtype) -> Prepared:
@@ -218,7 +248,10 @@ def gradient_step(shape: tuple[int, int], tokens: int, device: torch.device, dty
     no_rows = torch.empty(0, dtype=torch.int64, device=device)
     x, dy = randn(tokens, k, device=device, dtype=dtype), randn(tokens, n, device=device, dtype=dtype, seed=2)
     start = (randn(n, k, device=device, dtype=dtype) * mask).to(dtype)
-    states = [[start.clone(), *(torch.zeros(shape, device=device) for _ in range(2)), empty, empty, start.float()] for _ in range(2)]
+    states = [
+        [start.clone(), *(torch.zeros(shape, device=device) for _ in range(2)), empty, empty, start.float()]
+        for _ in range(2)
+    ]
     settings = (1e-4, 0.9, 0.95, 1e-8, 0.1, 1, False, 0)
 
     def together() -> None:

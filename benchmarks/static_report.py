@@ -1,10 +1,10 @@
-"""What can be known of the Triton kernels without a GPU: every kernel x config x architecture, compiled and looked into.
+"""What can be known of the Triton kernels without a GPU: every kernel x config x architecture, compiled and read.
 
     python -m benchmarks.static_report                      # everything, into benchmarks/results/static/
     python -m benchmarks.static_report --default --arch 80 90 --out DIR
 
-What is compiled is what would be launched: the launchers run on tensors without values, and each launch is recorded in place of
-being done. A verdict a line; exit status 1 if any fails. Compiled kernels never run here.
+What is compiled is what would be launched: the launchers run on tensors without values, and each launch is recorded
+in place of being done. A verdict a line; exit status 1 if any fails. Compiled kernels never run here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,17 @@ from triton.compiler import ASTSource
 from triton.runtime.errors import PTXASError
 
 from benchmarks.machine import RESULTS
-from ebft_kernels._triton import common, configs, grad_norm, loss, masked_adamw, masked_dw_adamw, masked_linear, masks, tiles
+from ebft_kernels._triton import (
+    common,
+    configs,
+    grad_norm,
+    loss,
+    masked_adamw,
+    masked_dw_adamw,
+    masked_linear,
+    masks,
+    tiles,
+)
 from ebft_kernels._triton.configs import CAPABILITIES, SHARED_MEMORY, Config
 from ebft_kernels.testing import ADAMW_LAYOUTS
 
@@ -116,10 +126,15 @@ def cases(arch: int) -> Iterator[Case]:
 
 
 def product_cases(dtype: torch.dtype, arch: int) -> Iterator[Case]:
-    """The three products in each shape class: on whole tiles, with edges, on rows that are not aligned, with a list of tiles."""
+    """The three products in each shape class: on whole tiles, with edges, on rows that are not aligned, with a list
+    of tiles."""
     name = NUMBERS[dtype]
     for shape, tokens in (("few", 16), ("some", 128), ("many", 8192)):
-        for edges, n, k, t in (("", 4096, 4096, tokens), (", edges", 4000, 11024, tokens - 3), (", ragged", 4001, 11001, tokens - 3)):
+        for edges, n, k, t in (
+            ("", 4096, 4096, tokens),
+            (", edges", 4000, 11024, tokens - 3),
+            (", ragged", 4001, 11001, tokens - 3),
+        ):
             if edges == ", ragged" and shape != "many":
                 continue  # one config for all
             x, dy, weight = (empty(*size, dtype=dtype) for size in ((t, k), (t, n), (n, k)))
@@ -134,25 +149,47 @@ def product_cases(dtype: torch.dtype, arch: int) -> Iterator[Case]:
                 listed = what + (", list of tiles" if skip else "")
                 default = shape == "many" and whole and dtype == torch.bfloat16
                 for direction, run in (("forward", forward), ("dx", backward)):
-                    yield Case("product_kernel", f"{direction}, {listed}", with_lines(run, skip), default=default, **settings)
+                    yield Case(
+                        "product_kernel", f"{direction}, {listed}", with_lines(run, skip), default=default, **settings
+                    )
             yield Case("gradient_kernel", f"dW, {what}", gradient, default=default, **settings)
             layouts = [("fp32", "fp32"), ("master", "fp32"), ("stochastic", "bf16")] if whole else [("fp32", "fp32")]
             for layout in layouts:
                 step = partial(gradient_step, dy, x, *layout)
                 settled = f"{layout[0]} weights, {layout[1]} moments, {what}"
                 yield Case("gradient_step_kernel", settled, step, default=default and "fp32" in layout, **settings)
-                for config in configs.candidates("gradient step", shape, arch) if whole and dtype != torch.float32 else []:
+                for config in (
+                    configs.candidates("gradient step", shape, arch) if whole and dtype != torch.float32 else []
+                ):
                     yield Case("gradient_step_kernel", f"{settled}, candidate", step, config=config, **settings)
             if not whole:
                 continue
             if dtype == torch.float32:
-                yield Case("product_kernel", f"forward, tf32, {shape} tokens", with_lines(forward, False), precision="tf32", **settings)
-                yield Case("product_kernel", f"dx, tf32, {shape} tokens", with_lines(backward, False), precision="tf32", **settings)
+                yield Case(
+                    "product_kernel",
+                    f"forward, tf32, {shape} tokens",
+                    with_lines(forward, False),
+                    precision="tf32",
+                    **settings,
+                )
+                yield Case(
+                    "product_kernel",
+                    f"dx, tf32, {shape} tokens",
+                    with_lines(backward, False),
+                    precision="tf32",
+                    **settings,
+                )
                 yield Case("gradient_kernel", f"dW, tf32, {shape} tokens", gradient, precision="tf32", **settings)
                 continue
             for config in configs.candidates("product", shape, arch):
                 for direction, run in (("forward", forward), ("dx", backward)):
-                    yield Case("product_kernel", f"{direction}, {what}, candidate", with_lines(run, False), config=config, **settings)
+                    yield Case(
+                        "product_kernel",
+                        f"{direction}, {what}, candidate",
+                        with_lines(run, False),
+                        config=config,
+                        **settings,
+                    )
             for config in configs.candidates("gradient", shape, arch):
                 yield Case("gradient_kernel", f"dW, {what}, candidate", gradient, config=config, **settings)
 
@@ -185,7 +222,9 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
 def adamw_cases(dtype: torch.dtype) -> Iterator[Case]:
     """Every layout of the states; once more where the rows are no whole mask words."""
     for weights, moments, compact in ADAMW_LAYOUTS:
-        if dtype not in {"fp32": [torch.float32], "stochastic": [torch.bfloat16]}.get(weights, [torch.bfloat16, torch.float16]):
+        if dtype not in {"fp32": [torch.float32], "stochastic": [torch.bfloat16]}.get(
+            weights, [torch.bfloat16, torch.float16]
+        ):
             continue
         for width in (4096, 4001):
             what = f"{NUMBERS[dtype]}, {weights} weights, {moments} moments" + ("" if width == 4096 else ", ragged")
@@ -197,7 +236,9 @@ def adamw_cases(dtype: torch.dtype) -> Iterator[Case]:
             )  # fmt: skip
 
 
-def adamw_lists_like(n: int, k: int, dtype: torch.dtype, weights: str, moments: str, compact: bool) -> list[list[Tensor]]:
+def adamw_lists_like(
+    n: int, k: int, dtype: torch.dtype, weights: str, moments: str, compact: bool
+) -> list[list[Tensor]]:
     """The lists of ``masked_adamw_step`` for one matrix, half of it pruned, without values."""
     shape = (n * k // 2,) if compact else (n, k)
     kinds = {"fp32": (torch.float32,) * 2, "bf16": (torch.bfloat16,) * 2, "int8": (torch.int8, torch.uint8)}[moments]
@@ -237,7 +278,13 @@ def recorded(case: Case, arch: int) -> list[Launch]:
     launches: list[Launch] = []
 
     def record(
-        kernel: Any, grid: int, arguments: Any, config: Config, device: torch.device, exact: bool = False, **constants: Any
+        kernel: Any,
+        grid: int,
+        arguments: Any,
+        config: Config,
+        device: torch.device,
+        exact: bool = False,
+        **constants: Any,
     ) -> None:
         launches.append(Launch(kernel, tuple(arguments), {**constants, **config.tiles}, config, exact))
 
@@ -298,11 +345,14 @@ def facts_of(case: Case, arch: int) -> Facts:
     checks = {
         f"{stack + local} bytes of stack": stack + local <= (0 if case.product else STACK_ELSEWHERE),
         f"{shared} bytes of shared memory, of {SHARED_MEMORY[arch]} KiB": shared <= SHARED_MEMORY[arch] * 1024,
-        "no tensor cores": not case.product or (case.dtype == torch.float32 and case.precision == "ieee") or bool(cores),
+        "no tensor cores": not case.product
+        or (case.dtype == torch.float32 and case.precision == "ieee")
+        or bool(cores),
         "not pipelined": not case.wide or arch < 80 or bool(pipeline),
     }
     return Facts(
-        case.kernel, case.variant, arch, str(launch.config), case.product, registers, stack + local, shared, cores, pipeline,
+        case.kernel, case.variant, arch, str(launch.config), case.product,
+        registers, stack + local, shared, cores, pipeline,
         max((int(count or 1) * int(bits) for count, bits in loads), default=0),
         tuple(what for what, good in checks.items() if not good),
     )  # fmt: skip
@@ -345,11 +395,22 @@ def write(found: list[Facts], folder: Path) -> Path:
     stem = folder / f"triton-{triton.__version__}"
     content = {"versions": versions, "kernels": [asdict(facts) for facts in found]}
     stem.with_name(stem.name + ".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    columns = ("sm", "kernel", "variant", "config", "registers", "stack", "shared", "tensor cores", "pipeline", "verdict")
+    columns = (
+        "sm",
+        "kernel",
+        "variant",
+        "config",
+        "registers",
+        "stack",
+        "shared",
+        "tensor cores",
+        "pipeline",
+        "verdict",
+    )
     lines = [
         f"# Triton kernels, compiled with triton {triton.__version__} and not run",
         "",
-        "`python -m benchmarks.static_report`. Stack and shared memory in bytes; a config is the tile, warps and pipeline stages.",
+        "`python -m benchmarks.static_report`. Stack and shared memory in bytes; a config is tile, warps and stages.",
         "",
         "| " + " | ".join(columns) + " |",
         "| " + " | ".join("---" for _ in columns) + " |",

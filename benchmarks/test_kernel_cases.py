@@ -1,4 +1,4 @@
-"""The cases of ``benchmarks/gpu_report.py`` as benchmarks: validated, then timed; and that report itself at toy size."""
+"""The cases of ``benchmarks/gpu_report.py`` as benchmarks, validated and then timed; and that report at toy size."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def test_the_report_leaves_files_even_when_cut_off(tmp_path: Path) -> None:
     arguments = ["--device", "cpu", "--size", "toy", "--no-compile"]
     assert gpu_report.main([*arguments, "--minutes", "5", "--out", str(tmp_path / "all")]) == 0
     content = json.loads((tmp_path / "all" / "gpu_report.json").read_text(encoding="utf-8"))
-    assert {"right?", "one block", "AdamW", "dW + AdamW", "linear forward", "masks", "loss"} <= content["sections"].keys()
+    assert {"right?", "one block", "AdamW", "dW + AdamW", "linear forward", "masks", "loss"} <= content[
+        "sections"
+    ].keys()
     assert not content["skipped"]
     assert "| ours |" in (tmp_path / "all" / "gpu_report.md").read_text(encoding="utf-8")
     assert gpu_report.main([*arguments, "--minutes", "0", "--out", str(tmp_path / "none")]) == 0

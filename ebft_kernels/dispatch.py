@@ -1,8 +1,9 @@
 """Which kernel runs an op: the one file that knows all back ends.
 
-An op has one kernel for each implementation: ``torch`` always, ``native`` (csrc/) and ``triton`` (_triton/) where they exist.
-The first that can run on what it is given is taken; the reason is what ``explain`` says. The products of a masked linear
-layer are another matter, because torch's are hard to beat: Triton's take their place only where they were measured to be faster.
+An op has one kernel for each implementation: ``torch`` always, ``native`` (csrc/) and ``triton`` (_triton/) where
+they exist. The first that can run on what it is given is taken; the reason is what ``explain`` says. The products of
+a masked linear layer are another matter, because torch's are hard to beat: Triton's take their place only where they
+were measured to be faster.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ class use_impl:
     def __enter__(self) -> use_impl:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         use_impl._current = self._before
 
 
@@ -99,8 +102,8 @@ def explain(
     """What would run ``op`` (``"masked_linear"``, ``"masked_adamw_step"`` …) on ``device`` now, and why.
 
     Args:
-        dtype: of the op's tensors.
-        tokens, zeroed: of the products of a masked linear layer: rows of x, and whether the weight is known to hold zeros.
+        dtype: of the op's tensors. tokens, zeroed: of the products of a masked linear layer: rows of x, and whether
+        the weight is known to hold zeros.
 
     Raises:
         ValueError: there is no such op.

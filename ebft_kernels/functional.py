@@ -21,8 +21,8 @@ def masked_linear(
 ) -> Tensor:
     """y = x (M * W)^T + b, differentiable in x, weight and bias to any order.
 
-    The weight's gradient is exactly zero where pruned. Under autocast the operands are cast as ``F.linear``'s are. A weight of
-    ``MaskedAdamW(update_in_backward=True)`` gets no gradient: the backward pass updates it.
+    The weight's gradient is exactly zero where pruned. Under autocast the operands are cast as ``F.linear``'s are. A
+    weight of ``MaskedAdamW(update_in_backward=True)`` gets no gradient: the backward pass updates it.
 
     Args:
         x: float (..., K), any leading shape.
@@ -89,8 +89,8 @@ class _UpdatedInBackward(torch.autograd.Function):
         (x, words), master = ctx.saved_tensors, ctx.master
         if master._version != ctx.version:
             raise RuntimeError(
-                f"masked_linear got a weight {tuple(master.shape)} that changed between its forward and backward pass; expected "
-                "a weight that is updated in the backward pass to be used once a step"
+                f"masked_linear got a weight {tuple(master.shape)} that changed between its forward and backward pass; "
+                "expected a weight that is updated in the backward pass to be used once a step"
             )
         need_bias = ctx.needs_input_grad[4]
         dx = _OPS.masked_linear_dx(dy, master.to(dy.dtype), words, ctx.zeroed) if ctx.needs_input_grad[0] else None
@@ -103,11 +103,13 @@ def reconstruction_loss(output: Tensor, target: Tensor, residual: Tensor | None 
 
         mean(((output - residual) - target)^2)
 
-    With ``residual`` (the block's inputs) what is compared is the residual branch: ``target`` is what the dense block adds to its
-    inputs. A 16-bit stream with channels of size 1e3 cannot hold outputs to less than 4, but can hold the branch.
+    With ``residual`` (the block's inputs) what is compared is the residual branch: ``target`` is what the dense block
+    adds to its inputs. A 16-bit stream with channels of size 1e3 cannot hold outputs to less than 4, but can hold the
+    branch.
 
     Args:
-        output, target, residual: float tensors of one shape, in whatever dtypes; differences and sums are float32 (float64).
+        output, target, residual: float tensors of one shape, in whatever dtypes; differences and sums are float32
+        (float64).
 
     Returns:
         A scalar, float32 (float64), on their device.
@@ -240,8 +242,8 @@ def masked_dw_adamw_step(
     rows = (dy.shape[:-1].numel(), x.shape[:-1].numel())
     if param.shape != (dy.shape[-1], x.shape[-1]) or rows[0] != rows[1] or dy.dtype != x.dtype or step < 1:
         raise ValueError(
-            f"masked_dw_adamw_step got dy {dy.dtype} {tuple(dy.shape)} and x {x.dtype} {tuple(x.shape)} for a parameter "
-            f"{tuple(param.shape)} and step {step}; expected (..., N), (..., K), (N, K), one dtype, and step >= 1"
+            f"masked_dw_adamw_step got dy {dy.dtype} {tuple(dy.shape)} and x {x.dtype} {tuple(x.shape)} for a "
+            f"parameter {tuple(param.shape)} and step {step}; expected (..., N), (..., K), (N, K), one dtype, and step >= 1"
         )
     words = _words(mask, param, "masked_dw_adamw_step")
     _check_states(param, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master, compact=row_offsets.numel() > 0)

@@ -339,6 +339,7 @@ for _name, _fake in FAKES.items():
 # The three products are each other's derivatives, so gradients of any order need no further op:
 #     y = x (M W)^T,   dx = dy (M W),   dW = M (dy^T x).
 
+
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, words, _, ctx.zeroed = inputs
     ctx.save_for_backward(x, weight, words)

@@ -36,11 +36,12 @@ class MaskedAdamW(torch.optim.Optimizer):
     ``moments``: ``"fp32"`` 8 bytes, ``"bf16"`` 4, ``"int8"`` 2.03 (blocks of 256 with a scale; docs/layouts.md). With
     ``compact`` all of these are kept for surviving weights only. float32 parameters among 16-bit ones stay float32.
 
-    With ``update_in_backward`` a masked matrix that ``masked_linear`` multiplies is updated as soon as the backward pass can make
-    its gradient, which is never kept, on a GPU not even written; ``.grad`` stays None, ``step()`` updates the rest. The input
-    gradient uses the old weight. Refused, each in one sentence: more than one gradient before a step (accumulation, a parameter
-    used twice), data parallelism, clipping by the global norm, and ``GradScaler``. If a backward pass fails half way, the next one
-    fails too, until ``load_state_dict`` brings back a whole state. Under ``torch.compile`` gradients are made as usual.
+    With ``update_in_backward`` a masked matrix that ``masked_linear`` multiplies is updated as soon as the backward
+    pass can make its gradient, which is never kept, on a GPU not even written; ``.grad`` stays None, ``step()``
+    updates the rest. The input gradient uses the old weight. Refused, each in one sentence: more than one gradient
+    before a step (accumulation, a parameter used twice), data parallelism, clipping by the global norm, and
+    ``GradScaler``. If a backward pass fails half way, the next one fails too, until ``load_state_dict`` brings back a
+    whole state. Under ``torch.compile`` gradients are made as usual.
 
     Args:
         params: parameters or parameter groups.
@@ -90,12 +91,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._seed, self._zero_grads = seed, zero_grads
         self._in_backward = update_in_backward
         self._updated: list[Tensor] = []  # in backward, since the last step
-        if update_in_backward and torch.distributed.is_available() and torch.distributed.is_initialized():
-            if (processes := torch.distributed.get_world_size()) > 1:
-                raise RuntimeError(
-                    f"MaskedAdamW(update_in_backward=True) got {processes} data-parallel processes; expected one, because "
-                    "gradients are used before they could be summed"
-                )
+        if update_in_backward and (processes := _processes()) > 1:
+            raise RuntimeError(
+                f"MaskedAdamW(update_in_backward=True) got {processes} data-parallel processes; expected one, because "
+                "gradients are used before they could be summed"
+            )
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         for param, mask in (masks or {}).items():
             self.set_mask_(param, mask)
@@ -165,8 +165,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         """
         if self._in_backward:
             raise RuntimeError(
-                "MaskedAdamW(update_in_backward=True) cannot clip by the global norm, which is known only when all gradients "
-                "are; expected a loop without clip_grad_norm_"
+                "MaskedAdamW(update_in_backward=True) cannot clip by the global norm, which is known only when all "
+                "gradients are; expected a loop without clip_grad_norm_"
             )
         with_grad = [p for p in self._params() if p.grad is not None]
         if not with_grad:
@@ -187,8 +187,8 @@ class MaskedAdamW(torch.optim.Optimizer):
                 loss = closure()
         if any(p.grad is not None for p in self._updated):
             raise RuntimeError(
-                "MaskedAdamW(update_in_backward=True) got .grad of a weight that the backward pass has updated; expected it to be "
-                "used by masked_linear alone"
+                "MaskedAdamW(update_in_backward=True) got .grad of a weight that the backward pass has updated; "
+                "expected it to be used by masked_linear alone"
             )
         self._updated = []
         numbers = self._numbers()
@@ -201,7 +201,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             ):
                 states = [self.state[p] for p in params]
                 extras: dict[str, Any] = {
-                    f"{key}s": [_stored(state, key, p) for p, state in zip(params, states, strict=True)] for key in _EXTRAS
+                    f"{key}s": [_stored(state, key, p) for p, state in zip(params, states, strict=True)]
+                    for key in _EXTRAS
                 }
                 masked_adamw_step(
                     params,
@@ -227,11 +228,12 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
-        """Called in the backward pass, with ``update_in_backward``: the step of ``weight`` (N, K) for the gradient dy^T x."""
+        """The step of ``weight`` (N, K) for the gradient dy^T x; the backward pass calls it
+        (``update_in_backward``)."""
         if any(weight is p for p in self._updated):
             raise RuntimeError(
-                f"MaskedAdamW(update_in_backward=True) got a second gradient of a weight {tuple(weight.shape)} before step(); "
-                "expected one: no accumulation, no weight used twice, and no backward pass again after one that failed"
+                f"MaskedAdamW(update_in_backward=True) got a second gradient of a weight {tuple(weight.shape)} before "
+                "step(); expected one: no accumulation, no weight used twice, and no backward pass again after one that failed"
             )
         self._updated.append(weight)  # before it is touched: if this fails, it must not be done again
         self._begin(weight)
@@ -260,8 +262,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         """What ``GradScaler.step`` asks first."""
         if self._in_backward:
             raise RuntimeError(
-                "MaskedAdamW(update_in_backward=True) cannot scale the loss, because gradients are used before they are "
-                "unscaled; expected no GradScaler"
+                "MaskedAdamW(update_in_backward=True) cannot scale the loss, because gradients are used before they "
+                "are unscaled; expected no GradScaler"
             )
         return False
 
@@ -405,6 +407,12 @@ def _row_offsets(state: dict[str, Any], param: Tensor) -> Tensor:
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     """What a step takes from its parameter group."""
     return {"lr": float(group["lr"]), **{key: group[key] for key in ("betas", "eps", "weight_decay")}}
+
+
+def _processes() -> int:
+    """How many share the work."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _wide(param: Tensor) -> torch.dtype:

@@ -144,7 +144,7 @@ def compressed_linear(
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The mean of d^2 with d = (output - residual) - target, a scalar, and its gradient 2 d / n with respect to ``output``.
+    """The mean of d^2, d = (output - residual) - target, a scalar; and its gradient 2 d / n with respect to ``output``.
 
     All of one shape, in whatever dtypes; loss and gradient in wide arithmetic.
     """

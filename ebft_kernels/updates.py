@@ -1,4 +1,4 @@
-"""Which weights are updated in the backward pass: the layer that makes a gradient finds the optimizer that uses it at once.
+"""Which weights are updated in the backward pass: a layer finds the optimizer that uses its gradient at once.
 
 An optimizer enters its weights, a layer asks for them; neither knows the other, and nothing is hung on parameters.
 """

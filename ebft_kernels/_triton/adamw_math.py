@@ -1,7 +1,7 @@
 """The arithmetic of one AdamW step in registers, operation by operation that of ``reference.masked_adamw_step``.
 
-Kernels that use it are compiled without fused multiply-adds and with correctly rounded division and root, so that they give
-the reference's bits.
+Kernels that use it are compiled without fused multiply-adds and with correctly rounded division and root, so that
+they give the reference's bits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from ebft_kernels.reference import _LEAST, _OFFSET, _TOP
 SIGNED_TOP, UNSIGNED_TOP = tl.constexpr(_TOP[True]), tl.constexpr(_TOP[False])
 SIGNED_OFFSET, UNSIGNED_OFFSET = tl.constexpr(_OFFSET[True]), tl.constexpr(_OFFSET[False])
 LEAST_SCALED = tl.constexpr(_LEAST)
-TO_INTEGER = tl.constexpr(1.5 * 2**23)  # added and taken away again, it rounds a small float to an integer, half to even
+TO_INTEGER = tl.constexpr(
+    1.5 * 2**23
+)  # added and taken away again, it rounds a small float to an integer, half to even
 
 
 @triton.jit
@@ -46,7 +48,7 @@ def dequantized(code, scale, SIGNED: tl.constexpr):
 
 @triton.jit
 def size_bits(values):
-    """The bits of |value|, ordered as the values are, NaN above all: an integer maximum of them is the largest value's."""
+    """The bits of |value|, ordered as the sizes are, NaN above all: their integer maximum is the largest value's."""
     return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -78,7 +80,7 @@ def quantized(values, factor, SIGNED: tl.constexpr):
 
 @triton.jit
 def stored_weight(w, place, seed, step, param_id, STOCHASTIC: tl.constexpr, DTYPE: tl.constexpr):
-    """The weight in the parameter's dtype: to nearest even, or (STOCHASTIC) as ``reference.round_stochastically`` has it.
+    """The weight in the parameter's dtype: to nearest even, or STOCHASTIC (``reference.round_stochastically``).
 
     ``place``: int64 dense flat indices, which the random bits depend on.
     """

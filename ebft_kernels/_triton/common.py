@@ -101,7 +101,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 @triton.jit
 def narrowed(values, DTYPE: tl.constexpr):
     """float32 rounded to DTYPE, to nearest even."""
-    if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter's own conversion cuts off
+    if INTERPRETED and tl.bfloat16 == DTYPE:  # the interpreter's own conversion cuts off
         bits = values.to(tl.int32, bitcast=True)
         rounded = tl.where(values == values, bits + 0x7FFF + ((bits >> 16) & 1), bits)
         return (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)

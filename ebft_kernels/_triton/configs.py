@@ -1,8 +1,9 @@
 """The one table from (kernel, shape class, compute capability) to tiles, warps and stages.
 
-An entry is either measured (``benchmarks/tune.py`` finds it on a GPU and writes it to ``measured.json``, by device name) or
-reasoned: made for an architecture, and shown by ``benchmarks/static_report.py`` to compile without spills, on tensor cores,
-pipelined, and within shared memory. Where nothing else fits, a kernel's safe default is taken, which runs from sm_75 on.
+An entry is either measured (``benchmarks/tune.py`` finds it on a GPU and writes it to ``measured.json``, by device
+name) or reasoned: made for an architecture, and shown by ``benchmarks/static_report.py`` to compile without spills,
+on tensor cores, pipelined, and within shared memory. Where nothing else fits, a kernel's safe default is taken, which
+runs from sm_75 on.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ def _gradient(bn: int, bk: int, bt: int, warps: int, stages: int) -> Config:
     return Config({"BN": bn, "BK": bk, "BT": bt, "GROUP": 8}, warps, stages)
 
 
-# Shape classes of the products, by tokens T: "few" up to 16, "some" up to 128, "many"; and two for all T: "ragged", where rows
-# do not begin at multiples of 16 elements, so that nothing can be loaded wide, and "ieee", float32 without tensor cores.
-# Kernel -> shape class -> lowest capability -> config for 16-bit operands; the highest capability that is not above the
-# device's counts. Products begin at 80: for older ones Triton does not use tensor cores. 0 stands for the interpreter.
+# Shape classes of the products, by tokens T: "few" up to 16, "some" up to 128, "many"; and two for all T: "ragged",
+# where rows do not begin at multiples of 16 elements, so that nothing can be loaded wide, and "ieee", float32 without
+# tensor cores. Kernel -> shape class -> lowest capability -> config for 16-bit operands; the highest capability that
+# is not above the device's counts. Products begin at 80: for older ones Triton does not use tensor cores. 0 stands
+# for the interpreter.
 REASONED: dict[str, dict[str, dict[int, Config]]] = {
     "product": {
         "few": {0: _product(64, 16, 64, 4, 2), 80: _product(64, 16, 128, 4, 4), 86: _product(64, 16, 128, 4, 3)},
@@ -77,12 +79,16 @@ REASONED: dict[str, dict[str, dict[int, Config]]] = {
     },
 }  # fmt: skip
 
-# What ``benchmarks/tune.py`` tries beside the table's own entries. ``benchmarks/static_report.py`` compiles each for every
-# architecture from its lowest capability on.
+# What ``benchmarks/tune.py`` tries beside the table's own entries. ``benchmarks/static_report.py`` compiles each for
+# every architecture from its lowest capability on.
 CANDIDATES: dict[str, dict[str, list[tuple[int, Config]]]] = {
     "product": {
         "few": [(80, _product(32, 16, 128, 4, 4)), (80, _product(64, 16, 64, 2, 4))],
-        "some": [(80, _product(128, 64, 32, 8, 4)), (80, _product(64, 128, 32, 4, 4)), (80, _product(64, 64, 32, 4, 4))],
+        "some": [
+            (80, _product(128, 64, 32, 8, 4)),
+            (80, _product(64, 128, 32, 4, 4)),
+            (80, _product(64, 64, 32, 4, 4)),
+        ],
         "many": [
             (80, _product(128, 64, 32, 8, 4)),
             (80, _product(128, 128, 32, 8, 4)),
@@ -105,7 +111,11 @@ CANDIDATES: dict[str, dict[str, list[tuple[int, Config]]]] = {
     "gradient step": {
         "few": [],
         "some": [(80, _gradient(128, 128, 32, 8, 3))],
-        "many": [(80, _gradient(128, 128, 32, 8, 4)), (80, _gradient(64, 128, 64, 4, 3)), (90, _gradient(128, 128, 64, 8, 4))],
+        "many": [
+            (80, _gradient(128, 128, 32, 8, 4)),
+            (80, _gradient(64, 128, 64, 4, 3)),
+            (90, _gradient(128, 128, 64, 8, 4)),
+        ],
     },
 }
 

@@ -1,8 +1,8 @@
 """L2 norm over the kept gradient entries of many tensors, as a scalar on the device.
 
-Two stages, each with a fixed order of summation, so that the norm is the same in every run: a program sums the squares of
-BLOCK x STEPS consecutive entries of one tensor into a place of its own, then one program adds the places up. Each gradient is
-read once, each mask word once: 2 or 4 bytes and an eighth a weight; no masked copy is written.
+Two stages, each with a fixed order of summation, so that the norm is the same in every run: a program sums the
+squares of BLOCK x STEPS consecutive entries of one tensor into a place of its own, then one program adds the places
+up. Each gradient is read once, each mask word once: 2 or 4 bytes and an eighth a weight; no masked copy is written.
 """
 
 from __future__ import annotations

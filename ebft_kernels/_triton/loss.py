@@ -2,12 +2,13 @@
 
     d = (output - residual) - target          loss = sum(d^2) / n          gradient = 2 d / n
 
-Differences and sums are float32. With a residual, what is reconstructed is the residual branch: the target is then what the block
-adds to its input, which 16 bits hold far better than a stream with a few channels of size 1e3. Bytes an entry: output, target and
-residual read, float32 gradient written: 12 with float32 and no residual, against 20 in two passes. 5 FLOPs.
+Differences and sums are float32. With a residual, what is reconstructed is the residual branch: the target is then
+what the block adds to its input, which 16 bits hold far better than a stream with a few channels of size 1e3. Bytes
+an entry: output, target and residual read, float32 gradient written: 12 with float32 and no residual, against 20 in
+two passes. 5 FLOPs.
 
-Each program sums BLOCK x STEPS consecutive squares into a place of its own, and one program adds the places up: the order of
-summation, and so the loss, is the same in every run.
+Each program sums BLOCK x STEPS consecutive squares into a place of its own, and one program adds the places up: the
+order of summation, and so the loss, is the same in every run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ MEAN = Config({"BLOCK": 1024}, 4, 1)
 
 @triton.jit
 def loss_kernel(
-    output_ptr, target_ptr, residual_ptr, gradient_ptr, sums_ptr, numel, factor, BLOCK: tl.constexpr, STEPS: tl.constexpr
+    output_ptr,
+    target_ptr,
+    residual_ptr,
+    gradient_ptr,
+    sums_ptr,
+    numel,
+    factor,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """Gradient and sum of squares of BLOCK x STEPS entries; ``factor`` is 2 / n."""
     start = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS)

@@ -1,26 +1,30 @@
 """Masked AdamW in one pass over the bytes that must move, for all parameters of a block in one launch or a few.
 
-    g = grad_scale * gradient              m <- beta1 m + (1 - beta1) g          w <- (1 - lr * decay) w
-                                           v <- beta2 v + (1 - beta2) g^2        w <- w - step_size m / (sqrt(v) correction + eps)
+    g = grad_scale * gradient        m <- beta1 m + (1 - beta1) g        w <- (1 - lr * decay) w
+                                     v <- beta2 v + (1 - beta2) g^2      w <- w - step_size m / (sqrt(v) correction + eps)
 
-Pruned weights and their stored moments become 0. Bytes a weight, beside the mask's eighth: parameter read and written, gradient
-read (and written if it is zeroed), each stored state read and written: 28 with float32 everything, of which compact states move
-only the kept share. About 20 FLOPs a weight, and 60 integer operations more where rounding is stochastic.
+Pruned weights and their stored moments become 0. Bytes a weight, beside the mask's eighth: parameter read and
+written, gradient read (and written if it is zeroed), each stored state read and written: 28 with float32 everything,
+of which compact states move only the kept share. About 20 FLOPs a weight, and 60 integer operations more where
+rounding is stochastic.
 
-Many tensors, one launch: a table in device memory has a row a parameter (addresses, sizes, the number of its first program);
-a program finds its row by its own number. Parameters that differ in dtype or layout take launches of their own.
+Many tensors, one launch: a table in device memory has a row a parameter (addresses, sizes, the number of its first
+program); a program finds its row by its own number. Parameters that differ in dtype or layout take launches of their
+own.
 
 Two kernels. *Dense* states: a program updates BLOCK consecutive weights, whole blocks of 256 8-bit codes among them.
 
-*Compact* states: a program updates BLOCK consecutive *stored* entries and the weights that they belong to, wherever these are:
+*Compact* states: a program updates BLOCK consecutive *stored* entries and the weights that they belong to, wherever
+these are:
 
-    stored      . . . |  begin ........ end  | . . .         entry = kept weights before a place = row offset
-    places   1 0 0 1 1 0 [0 1 1 0 0 0 1 0 1 1] 0 1 0                + words before it in the row + lower bits of its word
+    stored      . . . |  begin ........ end  | . . .      entry = kept weights before a place = row offset
+    places   1 0 0 1 1 0 [0 1 1 0 0 0 1 0 1 1] 0 1 0              + words before it in the row + lower bits of its word
                        |<----- walked ----->|
 
-It finds the row of entry ``begin`` - 1 by search in the row offsets, the word by counting bits, and walks on from there, WORDS
-mask words at a time. A pruned place belongs to the entry that follows it. 8-bit moments need the largest of their 256 entries
-before the first code can be written: BLOCK is 256 then, and the stretch is walked twice, the second time from the cache.
+It finds the row of entry ``begin`` - 1 by search in the row offsets, the word by counting bits, and walks on from
+there, WORDS mask words at a time. A pruned place belongs to the entry that follows it. 8-bit moments need the largest
+of their 256 entries before the first code can be written: BLOCK is 256 then, and the stretch is walked twice, the
+second time from the cache.
 """
 
 from __future__ import annotations
@@ -91,8 +95,12 @@ def dense_kernel(
     m, v = tl.load(m_ptrs, mask=inside, other=0), tl.load(v_ptrs, mask=inside, other=0)
     if QUANTIZED:
         scale_at = start // CODES + offsets // CODES
-        m = dequantized(m, tl.load(pointer(row_ptr, M_SCALE, tl.float32, False) + scale_at, mask=inside, other=0.0), True)
-        v = dequantized(v, tl.load(pointer(row_ptr, V_SCALE, tl.float32, False) + scale_at, mask=inside, other=0.0), False)
+        m = dequantized(
+            m, tl.load(pointer(row_ptr, M_SCALE, tl.float32, False) + scale_at, mask=inside, other=0.0), True
+        )
+        v = dequantized(
+            v, tl.load(pointer(row_ptr, V_SCALE, tl.float32, False) + scale_at, mask=inside, other=0.0), False
+        )
     m, v = new_moments(grad, m.to(tl.float32), v.to(tl.float32), beta1, rest1, beta2, rest2)
     w = tl.where(kept, new_weight(w, m, v, decay, step_size, correction, eps), 0.0)
     m, v = tl.where(kept, m, 0.0), tl.where(kept, v, 0.0)
@@ -151,12 +159,18 @@ def compact_kernel(
     first_row = row_holding(offsets_ptr, rows, begin - 1)
     offset = tl.load(offsets_ptr + first_row)
     first_word, before = word_holding(words_ptr + first_row * words_in_row, words_in_row, begin - 1 - offset)
-    first_entry, count = (offset + before - begin).to(tl.int32), (end - begin).to(tl.int32)  # from here on, begin is entry 0
+    first_entry, count = (
+        (offset + before - begin).to(tl.int32),
+        (end - begin).to(tl.int32),
+    )  # from here on, begin is entry 0
 
     param_id = tl.load(row_ptr + ID)
     m_scale, v_scale, m_factor, v_factor, m_largest, v_largest = 0.0, 0.0, 0.0, 0.0, 0, 0
     if QUANTIZED:
-        m_scale, v_scale = tl.load(m_scale_ptr, mask=stored > 0, other=0.0), tl.load(v_scale_ptr, mask=stored > 0, other=0.0)
+        m_scale, v_scale = (
+            tl.load(m_scale_ptr, mask=stored > 0, other=0.0),
+            tl.load(v_scale_ptr, mask=stored > 0, other=0.0),
+        )
 
     # 3. Walk: once to update and store; before that, with 8-bit moments, once to find the largest.
     for STORE in tl.static_range(0 if QUANTIZED else 1, 2):
@@ -166,7 +180,9 @@ def compact_kernel(
             words = tl.load(words_ptr + row * words_in_row + columns, mask=columns < words_in_row, other=0)
             counts = popcount(words)
             bit = tl.arange(0, 32)[None, :]
-            entries = (entry + tl.cumsum(counts, axis=0) - counts)[:, None] + popcount(words[:, None] & ((1 << bit) - 1))
+            entries = (entry + tl.cumsum(counts, axis=0) - counts)[:, None] + popcount(
+                words[:, None] & ((1 << bit) - 1)
+            )
             column = columns[:, None] * 32 + bit
             mine = (column < width) & (entries >= 0) & (entries < count)
             kept = mine & (((words[:, None] >> bit) & 1) != 0)
@@ -225,7 +241,8 @@ def row_holding(offsets_ptr, rows, entry):
 
 @triton.jit
 def word_holding(words_ptr, words_in_row, entry):
-    """The word of a row that keeps its entry number ``entry`` (word 0 for -1), and how many entries come before that word."""
+    """The word of a row that keeps its entry number ``entry`` (word 0 for -1), and how many entries come before that
+    word."""
     word, before = words_in_row * 0, words_in_row * 0
     if entry >= 0:
         for first in range(0, words_in_row, 256):
@@ -290,7 +307,15 @@ def masked_adamw_step(
             addresses = [of[i].data_ptr() for of in used] + [masks[i].data_ptr() if masks[i].numel() else 0]
             stored = used[2][i].numel()
             rows.append(
-                [programs, *addresses, offsets[i].data_ptr(), params[i].numel(), stored, common.width_of(params[i]), param_ids[i]]
+                [
+                    programs,
+                    *addresses,
+                    offsets[i].data_ptr(),
+                    params[i].numel(),
+                    stored,
+                    common.width_of(params[i]),
+                    param_ids[i],
+                ]
             )
             programs += max(1, cdiv(stored, block))
         table = common.table_on(params[0].device, rows, behind=programs)

@@ -2,19 +2,19 @@
 
     g = dy^T x (float32, not rounded to 16 bits in between)      then the step of ``masked_adamw.py`` on M, W, m, v
 
-2 T N K FLOPs, as dW alone. Bytes beside the operands: those of the step without its gradient, and no N K elements of dW written
-and read again, which is also the memory that is saved.
+2 T N K FLOPs, as dW alone. Bytes beside the operands: those of the step without its gradient, and no N K elements of
+dW written and read again, which is also the memory that is saved.
 
-A program has a tile (BN, BK) of the gradient in registers when its sum over tokens is done. It walks over that tile in four column
-sub-tiles, so that weight and moments of a quarter are held at a time and nothing spills:
+A program has a tile (BN, BK) of the gradient in registers when its sum over tokens is done. It walks over that tile
+in four column sub-tiles, so that weight and moments of a quarter are held at a time and nothing spills:
 
           BK                      BK / 4
     +------------+      +--+--+--+--+
     | acc        |  ->  | 0| 1| 2| 3|  BN        for each: load bits, w, m, v; step; store w, m, v
     +------------+      +--+--+--+--+
 
-Dense float32 or bfloat16 moments. 8-bit moments share a scale with 255 neighbours in the next tile, and compact states begin where
-the rows before them end: for those, dW is made and used at once, one layer at a time.
+Dense float32 or bfloat16 moments. 8-bit moments share a scale with 255 neighbours in the next tile, and compact
+states begin where the rows before them end: for those, dW is made and used at once, one layer at a time.
 """
 
 from __future__ import annotations
@@ -115,7 +115,20 @@ def masked_dw_adamw_step(
     states = (param, exp_avg, exp_avg_sq, master)
     if exp_avg_scale.numel() or row_offsets.numel() or not all(state.is_contiguous() for state in states):
         gradient = _OPS.masked_linear_dw(dy, x, words).to(param.dtype)
-        lists = ([of] for of in (param, gradient, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master, words, row_offsets))
+        lists = (
+            [of]
+            for of in (
+                param,
+                gradient,
+                exp_avg,
+                exp_avg_sq,
+                exp_avg_scale,
+                exp_avg_sq_scale,
+                master,
+                words,
+                row_offsets,
+            )
+        )
         settings = (None, lr, beta1, beta2, eps, weight_decay, step, stochastic, seed, [param_id], False)
         _OPS.masked_adamw_step(*lists, *settings)
         return

@@ -4,12 +4,12 @@
     input     dx = dy (M * W)          (T, N) and (N, K)  ->  (T, K)
     weight    dW = M * (dy^T x)        (T, N) and (T, K)  ->  (N, K)
 
-T tokens, N outputs, K inputs; 2 T N K FLOPs each. Least bytes: both operands and the result, and N K / 8 for the mask, which
-is a sixteenth of a 16-bit weight.
+T tokens, N outputs, K inputs; 2 T N K FLOPs each. Least bytes: both operands and the result, and N K / 8 for the
+mask, which is a sixteenth of a 16-bit weight.
 
-Forward and input gradient are one kernel, because transposed they are one product: out^T = A in^T, where A is M * W or its
-transpose. The weight is the left operand on purpose: on Hopper (wgmma) the left one may come from registers, where the mask
-has just been applied, while the right one has to lie in shared memory.
+Forward and input gradient are one kernel, because transposed they are one product: out^T = A in^T, where A is M * W
+or its transpose. The weight is the left operand on purpose: on Hopper (wgmma) the left one may come from registers,
+where the mask has just been applied, while the right one has to lie in shared memory.
 
               J                                T
          +--------------+                +--------------+
@@ -18,10 +18,12 @@ has just been applied, while the right one has to lie in shared memory.
 
     forward:  I = N, J = K, a mask word runs along J        input gradient:  I = K, J = N, a mask word runs along I
 
-Tiles of the weight that are pruned away whole are not visited: a list made once with the mask (``tiles.py``) names, for each
-line of tiles, those that are not empty, and the loop runs over the list. A branch in the loop would end its pipelining.
+Tiles of the weight that are pruned away whole are not visited: a list made once with the mask (``tiles.py``) names,
+for each line of tiles, those that are not empty, and the loop runs over the list. A branch in the loop would end its
+pipelining.
 
-dW is summed over tokens without a mask, which is applied once to the finished tile; a tile without a kept weight runs no loop.
+dW is summed over tokens without a mask, which is applied once to the finished tile; a tile without a kept weight runs
+no loop.
 """
 
 from __future__ import annotations
@@ -174,10 +176,21 @@ def _product(given: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None, 
         product_kernel,
         cdiv(i, bi) * cdiv(t, bt),
         (
-            weight, words, rows, None if bias is None else bias.contiguous(), out,
-            nonempty and nonempty.numbers, nonempty and nonempty.counts,
-            i, j, t, *w_strides, words.stride(0), *rows.stride(), nonempty.numbers.stride(0) if nonempty else 0,
-        ),  # fmt: skip
+            weight,
+            words,
+            rows,
+            None if bias is None else bias.contiguous(),
+            out,
+            nonempty and nonempty.numbers,
+            nonempty and nonempty.counts,
+            i,
+            j,
+            t,
+            *w_strides,
+            words.stride(0),
+            *rows.stride(),
+            nonempty.numbers.stride(0) if nonempty else 0,
+        ),
         config,
         given.device,
         TRANSPOSED=transposed,
@@ -222,7 +235,8 @@ def config_of(kernel: str, tokens: int, *operands: Tensor) -> Config:
 
 
 def _aligned(operand: Tensor) -> bool:
-    """Rows begin at multiples of 16 elements, one element after another: what Triton needs for wide, pipelined loads."""
+    """Rows begin at multiples of 16 elements, one element after another: what Triton needs for wide, pipelined
+    loads."""
     return operand.stride(1) == 1 and operand.stride(0) % 16 == 0 and operand.data_ptr() % 16 == 0
 
 

@@ -1,7 +1,8 @@
 """Masks on the device: pack, unpack, count, select N of M and check it, with no host synchronisation.
 
-All of these are bound by memory: a bool or a score is read (or a bool written) once, a word is an eighth of a bool mask. A tile is
-(words, 32): each row of it is what one word holds. ``topk_mask`` stays with torch, whose ``kthvalue`` is a radix select already.
+All of these are bound by memory: a bool or a score is read (or a bool written) once, a word is an eighth of a bool
+mask. A tile is (words, 32): each row of it is what one word holds. ``topk_mask`` stays with torch, whose ``kthvalue``
+is a radix select already.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Lists of the tiles of a mask that are not empty, so that kernels visit no other: made once with a mask, on its device."""
+"""Lists of the tiles of a mask that are not empty, so that kernels visit no other; made once, on its device."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ _known = WeakTensorKeyDictionary()
 
 
 def lines_of(words: Tensor, rows: int, columns: int, direction: str) -> TileLines | None:
-    """The list for tiles of ``rows`` x ``columns`` weights; None where no tile is empty, and for words seen the first time.
+    """The list for tiles of ``rows`` x ``columns`` weights; None if no tile is empty, and for words seen the first
+    time.
 
     Making it is a sync point, once for a mask and a tile size; a mask that is used only once is not worth it.
 

@@ -57,7 +57,13 @@ def op_examples():
         "reconstruction_loss": ((dy.detach().requires_grad_(), torch.randn(2, 3, 5), torch.randn(2, 3, 5)), {}),
         "masked_grad_norm": (([torch.randn(5, 37), torch.randn(4)], [words, none]), {}),
         "masked_dw_adamw_step": (
-            (torch.randn(2, 3, 7), torch.randn(2, 3, 33), *(of[0] for n, of in enumerate(states) if n != 1), *step[:8], 0),
+            (
+                torch.randn(2, 3, 7),
+                torch.randn(2, 3, 33),
+                *(of[0] for n, of in enumerate(states) if n != 1),
+                *step[:8],
+                0,
+            ),
             {},
         ),
         "masked_adamw_step": ((*states, torch.tensor(0.5), *step), {}),

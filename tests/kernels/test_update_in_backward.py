@@ -52,7 +52,10 @@ def test_it_takes_the_same_steps(weights, moments, compact):
 
 def test_it_takes_the_same_steps_under_autocast():
     usual, early = make_model(), make_model()
-    optimizers = MaskedAdamW.for_module(usual, **RECIPE), MaskedAdamW.for_module(early, update_in_backward=True, **RECIPE)
+    optimizers = (
+        MaskedAdamW.for_module(usual, **RECIPE),
+        MaskedAdamW.for_module(early, update_in_backward=True, **RECIPE),
+    )
     for model, optimizer in zip((usual, early), optimizers, strict=True):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             train(model, optimizer)
@@ -60,7 +63,9 @@ def test_it_takes_the_same_steps_under_autocast():
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
+)
 def test_copies_update_themselves(copied):
     model = make_model()
     optimizer = MaskedAdamW.for_module(model, update_in_backward=True, **RECIPE)
@@ -89,7 +94,9 @@ def test_one_gradient_a_step_and_no_weight_twice():
     with pytest.raises(RuntimeError, match=r"got a second gradient of a weight \(5, 33\) before step\(\)"):
         model(x).sum().backward()  # accumulation, or a repetition after an error
     optimizer.step()
-    with pytest.raises(RuntimeError, match="expected a weight that is updated in the backward pass to be used once a step"):
+    with pytest.raises(
+        RuntimeError, match="expected a weight that is updated in the backward pass to be used once a step"
+    ):
         (model(x) + model(2 * x)).sum().backward()
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     model.zero_grad()
@@ -102,7 +109,7 @@ def test_one_gradient_a_step_and_no_weight_twice():
 
 def test_a_failed_step_is_not_repeated(monkeypatch):
     model = make_model()
-    optimizer = MaskedAdamW.for_module(model, update_in_backward=True)
+    optimizer = MaskedAdamW.for_module(model, update_in_backward=True)  # noqa: F841  (it lives as long as this name)
     real, calls = MaskedAdamW.update, []
 
     def update(self, weight, dy, x):

@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=1 python tests/triton/interpreted.py [masks|linear|adamw|...]
 
-A process of its own, started by test_triton.py: the interpreter and the compiler cannot share one. bfloat16 products are left to
-the compile tests and to a GPU, because the interpreter multiplies bfloat16 wrongly.
+A process of its own, started by test_triton.py: the interpreter and the compiler cannot share one. bfloat16 products
+are left to the compile tests and to a GPU, because the interpreter multiplies bfloat16 wrongly.
 """
 
 import sys
@@ -81,7 +81,9 @@ def norm():
 def linear(dtype, contiguous):
     for name, case in linear_cases(dtype, contiguous=contiguous):
         layer = MaskedLinear.from_linear(torch.nn.Linear(case.x.shape[-1], case.dy.shape[-1], dtype=dtype), case.mask)
-        layer.weight, layer.bias = (torch.nn.Parameter(t) for t in (case.weight, case.bias))  # dense: garbage where pruned
+        layer.weight, layer.bias = (
+            torch.nn.Parameter(t) for t in (case.weight, case.bias)
+        )  # dense: garbage where pruned
         x = case.x.clone().requires_grad_()
         for _ in range(2):  # the second time with lists of non-empty tiles
             y = layer(x)
@@ -141,21 +143,36 @@ def loss():
             (gradient,) = torch.autograd.grad(got, output)
             true_loss, true_gradient = reference.reconstruction_loss(output.detach().double(), target, residual)
             torch.testing.assert_close(got.double(), true_loss, rtol=1e-6, atol=0)
-            torch.testing.assert_close(gradient, true_gradient.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=1e-9)
+            torch.testing.assert_close(
+                gradient, true_gradient.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=1e-9
+            )
 
 
 # --- AdamW ----------------------------------------------------------------------------------------------------------
 
 
 def adamw():
-    """One step on every ugly shape, in every layout. Codes, moments and zeros are the reference's bit for bit; weights to an ulp of
-    their largest, because torch's vectorised square root, which the reference uses on a CPU, is not always the nearest number."""
+    """One step on every ugly shape, in every layout. Codes, moments and zeros are the reference's bit for bit;
+    weights to an ulp of their largest, because torch's vectorised square root, which the reference uses on a CPU, is
+    not always the nearest number."""
     for number, layout in enumerate(ADAMW_LAYOUTS):
         for dtype in (torch.bfloat16, torch.float16) if layout[0] == "master" else (torch.bfloat16,):
-            scale = 0.25 if (number // 2 + (dtype == torch.float16)) % 2 else None  # every layout sees both, or its sisters do
+            scale = (
+                0.25 if (number // 2 + (dtype == torch.float16)) % 2 else None
+            )  # every layout sees both, or its sisters do
             lists = adamw_lists(*layout, dtype=dtype)
             mine, truth = ([[t.clone() for t in of] for of in lists] for _ in range(2))
-            settings = (1e-2, 0.9, 0.95, 1e-8, 0.1, 3, layout[0] == "stochastic", 2**40 + 17, list(range(len(lists[0]))))
+            settings = (
+                1e-2,
+                0.9,
+                0.95,
+                1e-8,
+                0.1,
+                3,
+                layout[0] == "stochastic",
+                2**40 + 17,
+                list(range(len(lists[0]))),
+            )
             grad_scale = None if scale is None else torch.tensor(scale)
             OPS.masked_adamw_step(*mine, grad_scale, *settings, scale is not None)
             reference.masked_adamw_step(*truth, grad_scale, *settings, scale is not None)
@@ -173,13 +190,16 @@ def adamw():
 
 
 def optimizer(steps=20):
-    """``MaskedAdamW`` in every layout, beside the same in torch: clipping, a step, and the mask bit-exact after each."""
+    """``MaskedAdamW`` in every layout, beside the same in torch: clipping, a step, and the mask bit-exact after
+    each."""
     for weights, moments, compact in ADAMW_LAYOUTS:
         runs = []
         for impl in ("triton", "torch"):
             generator = torch.Generator().manual_seed(0)
             with use_impl(impl):
-                start = torch.randn(3, 190, generator=generator).to(torch.float32 if weights == "fp32" else torch.bfloat16)
+                start = torch.randn(3, 190, generator=generator).to(
+                    torch.float32 if weights == "fp32" else torch.bfloat16
+                )
                 weight, bias = torch.nn.Parameter(start), torch.nn.Parameter(torch.ones(190))
                 mask = torch.rand(3, 190, generator=generator) > 0.6
                 layout = {"weights": weights, "moments": moments, "compact": compact, "zero_grads": True, "seed": 5}
@@ -203,7 +223,8 @@ def optimizer(steps=20):
 
 
 def in_backward():
-    """Weight gradient and step in one kernel, through ``MaskedLinear``, beside the same in torch; and on the ugly shapes."""
+    """Weight gradient and step in one kernel, through ``MaskedLinear``, beside the same in torch; and on the ugly
+    shapes."""
     for number, (weights, moments, compact) in enumerate(ADAMW_LAYOUTS):
         if compact or moments == "int8":
             continue  # two kernels, each tested above
@@ -211,7 +232,9 @@ def in_backward():
         dtype = {"fp32": torch.float32, "master": torch.float16, "stochastic": torch.bfloat16}[weights]
         for tokens, rows, width in ((5, 7, 33), (40, 70, 130), (0, 3, 64)):
             mask = torch.rand(rows, width, generator=generator) > 0.6
-            dy, x = (torch.randn(tokens, size, generator=generator) for size in (rows, width))  # as autocast to float32 would
+            dy, x = (
+                torch.randn(tokens, size, generator=generator) for size in (rows, width)
+            )  # as autocast to float32 would
             w, m, v = (torch.randn(rows, width, generator=generator) for _ in range(3))
             kind = torch.float32 if moments == "fp32" else torch.bfloat16
             empty, no_rows = torch.empty(0), torch.empty(0, dtype=torch.int64)
@@ -222,7 +245,9 @@ def in_backward():
                 step(dy, x, *of, reference.pack_mask(mask), no_rows, *settings)
             for name, got, true in zip(("param", "m", "v", "", "", "master"), mine, truth, strict=True):
                 unit = torch.finfo(true.dtype).eps  # where the sums differ in the last place, so may the rounding
-                torch.testing.assert_close(got, true, rtol=max(1e-5, unit), atol=1e-5, msg=lambda t, n=name: f"{n} {weights}: {t}")
+                torch.testing.assert_close(
+                    got, true, rtol=max(1e-5, unit), atol=1e-5, msg=lambda t, n=f"{name} {weights}": f"{n}: {t}"
+                )
             assert_exact_zeros(mine[0], mask)
     runs = []
     for impl in ("triton", "torch"):
@@ -238,6 +263,21 @@ def in_backward():
     torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
 
 
+def tuner():
+    """``benchmarks/tune.py`` at toy size: it runs, and the dispatcher reads what it writes."""
+    import tempfile
+    from pathlib import Path
+
+    from benchmarks.tune import tune
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "measured.json"
+        entry = tune(torch.device("cpu"), torch.float16, (32, 64), {"few": 2}, out, time.perf_counter() + 60)
+    assert set(entry["products"]) == {f"{op}/few/2" for op in ("masked_linear", "masked_linear_dx", "masked_linear_dw")}
+    assert all(set(row) == {"triton", "multiply", "zeroed"} for row in entry["products"].values())
+    assert set(entry["configs"]) == {f"{kernel}/few/2" for kernel in ("product", "gradient", "gradient step")}
+
+
 EVERYTHING = {
     "masks": masks,
     "norm": norm,
@@ -247,6 +287,7 @@ EVERYTHING = {
     "adamw": adamw,
     "optimizer": optimizer,
     "in backward": in_backward,
+    "tuner": tuner,
 }
 
 if __name__ == "__main__":

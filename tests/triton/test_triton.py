@@ -23,7 +23,12 @@ def start(command, **environment):
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "EBFT_NATIVE": "0", **environment}
     return subprocess.Popen(
-        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        [sys.executable, *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
     )
 
 
@@ -34,7 +39,10 @@ def finish(process):
 
 
 def test_every_kernel_in_the_interpreter():
-    groups = (["adamw", "masks", "norm", "loss", "in backward"], ["optimizer", "linear", "empty tiles"])  # one for each core
+    groups = (
+        ["adamw", "masks", "norm", "loss", "in backward", "tuner"],
+        ["optimizer", "linear", "empty tiles"],
+    )  # one for each core
     processes = [start([str(HERE / "interpreted.py"), *group], TRITON_INTERPRET="1") for group in groups]
     for group, process in zip(groups, processes, strict=True):
         out = finish(process)
@@ -44,7 +52,9 @@ def test_every_kernel_in_the_interpreter():
 def test_every_kernel_compiles_for_gpus(tmp_path):
     """For sm_80 and sm_90: tensor cores, software pipelining, no spills, within shared memory."""
     processes = {
-        arch: start(["-m", "benchmarks.static_report", "--default", "--arch", str(arch), "--out", str(tmp_path / str(arch))])
+        arch: start(
+            ["-m", "benchmarks.static_report", "--default", "--arch", str(arch), "--out", str(tmp_path / str(arch))]
+        )
         for arch in (80, 90)
     }
     for arch, process in processes.items():
@@ -53,8 +63,8 @@ def test_every_kernel_compiles_for_gpus(tmp_path):
         (file,) = (tmp_path / str(arch)).glob("*.json")
         facts = json.loads(file.read_text())["kernels"]
         assert {fact["kernel"] for fact in facts} >= {
-            "product_kernel", "gradient_kernel", "gradient_step_kernel", "dense_kernel", "compact_kernel", "loss_kernel", "squares_kernel",
-            "pack_kernel", "unpack_kernel", "count_kernel", "nm_kernel", "nm_check_kernel",
+            "product_kernel", "gradient_kernel", "gradient_step_kernel", "dense_kernel", "compact_kernel", "loss_kernel",
+            "squares_kernel", "pack_kernel", "unpack_kernel", "count_kernel", "nm_kernel", "nm_check_kernel",
         }  # fmt: skip
         for fact in facts:
             assert fact["stack"] == 0
@@ -83,7 +93,10 @@ def test_on_a_cpu_they_are_chosen_only_when_forced_and_interpreted(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_said_so():
-    with use_impl("triton"), pytest.raises(RuntimeError, match=r"cannot run masked_linear on cuda: there is no GPU here"):
+    with (
+        use_impl("triton"),
+        pytest.raises(RuntimeError, match=r"cannot run masked_linear on cuda: there is no GPU here"),
+    ):
         explain("masked_linear", "cuda")
 
 
