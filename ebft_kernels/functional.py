@@ -117,13 +117,28 @@ def reconstruction_loss(output: Tensor, target: Tensor, residual: Tensor | None 
     Raises:
         ValueError: their shapes or devices differ.
     """
+    return _loss_and_gradient(output, target, residual)[0]
+
+
+@torch.no_grad()
+def reconstruction_loss_and_gradient(
+    output: Tensor, target: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``reconstruction_loss`` and its gradient with respect to ``output``, in its shape, float32 (float64).
+
+    ``output.backward(gradient)`` saves the pass that multiplies the gradient by the loss's own.
+    """
+    return _loss_and_gradient(output, target, residual)
+
+
+def _loss_and_gradient(output: Tensor, target: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     for name, other in (("target", target), ("residual", residual)):
         if other is not None and (other.shape != output.shape or other.device != output.device):
             raise ValueError(
                 f"reconstruction_loss got a {name} {tuple(other.shape)} on {other.device} and an output "
                 f"{tuple(output.shape)} on {output.device}; expected the same of both"
             )
-    return _OPS.reconstruction_loss(output, target, residual)[0]
+    return _OPS.reconstruction_loss(output, target, residual)
 
 
 def masked_grad_norm(grads: Sequence[Tensor], masks: Sequence[MaskLike | None]) -> Tensor:
@@ -242,8 +257,8 @@ def masked_dw_adamw_step(
     rows = (dy.shape[:-1].numel(), x.shape[:-1].numel())
     if param.shape != (dy.shape[-1], x.shape[-1]) or rows[0] != rows[1] or dy.dtype != x.dtype or step < 1:
         raise ValueError(
-            f"masked_dw_adamw_step got dy {dy.dtype} {tuple(dy.shape)} and x {x.dtype} {tuple(x.shape)} for a "
-            f"parameter {tuple(param.shape)} and step {step}; expected (..., N), (..., K), (N, K), one dtype, and step >= 1"
+            f"masked_dw_adamw_step got dy {dy.dtype} {tuple(dy.shape)} and x {x.dtype} {tuple(x.shape)} for a parameter"
+            f" {tuple(param.shape)} and step {step}; expected (..., N), (..., K), (N, K), one dtype, and step >= 1"
         )
     words = _words(mask, param, "masked_dw_adamw_step")
     _check_states(param, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master, compact=row_offsets.numel() > 0)

@@ -32,7 +32,8 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
     "masked_linear_dx": "(Tensor dy, Tensor weight, Tensor words, bool zeroed) -> Tensor",
     "masked_linear_dw": "(Tensor dy, Tensor x, Tensor words) -> Tensor",
     "compressed_linear": (
-        "(Tensor x, Tensor words, Tensor values, Tensor row_offsets, Tensor? scales, Tensor? bias, SymInt width) -> Tensor"
+        "(Tensor x, Tensor words, Tensor values, Tensor row_offsets, Tensor? scales, Tensor? bias, SymInt width) "
+        "-> Tensor"
     ),
     "decompress": "(Tensor words, Tensor values, Tensor row_offsets, Tensor? scales, SymInt width) -> Tensor",
     "reconstruction_loss": "(Tensor output, Tensor target, Tensor? residual) -> (Tensor loss, Tensor gradient)",

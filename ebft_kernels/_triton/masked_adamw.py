@@ -1,7 +1,7 @@
 """Masked AdamW in one pass over the bytes that must move, for all parameters of a block in one launch or a few.
 
-    g = grad_scale * gradient        m <- beta1 m + (1 - beta1) g        w <- (1 - lr * decay) w
-                                     v <- beta2 v + (1 - beta2) g^2      w <- w - step_size m / (sqrt(v) correction + eps)
+    g = grad_scale * gradient      m <- beta1 m + (1 - beta1) g        w <- (1 - lr * decay) w
+                                   v <- beta2 v + (1 - beta2) g^2      w <- w - step_size m / (sqrt(v) correction + eps)
 
 Pruned weights and their stored moments become 0. Bytes a weight, beside the mask's eighth: parameter read and
 written, gradient read (and written if it is zeroed), each stored state read and written: 28 with float32 everything,

@@ -140,7 +140,7 @@ def masked_dw_adamw_step(
         gradient_step_kernel, cdiv(n, bn) * cdiv(k, bk),
         (
             dy, x, words, param, exp_avg, exp_avg_sq, master if master.numel() else None,
-            n, k, t, words.stride(0), *dy.stride(), *x.stride(),
+            n, k, t, words.shape[1], *dy.stride(), *x.stride(),
             *hyperparameters(lr, beta1, beta2, eps, weight_decay, step), seed, step, param_id,
         ),
         config, x.device, exact=True, STOCHASTIC=stochastic, EVEN_TILE=n % bn == 0 and k % bk == 0, EVEN_T=t % bt == 0,
