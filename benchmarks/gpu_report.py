@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,20 +186,11 @@ def right_adamw(device: torch.device) -> dict[str, Any]:
     for layout in ADAMW_LAYOUTS:
         lists = adamw_lists(*layout, device=device)
         truth = [[t.cpu() for t in of] for of in lists]
-        settings = (
-            1e-2,
-            0.9,
-            0.95,
-            1e-8,
-            0.1,
-            3,
-            layout[0] == "stochastic",
-            2**40 + 17,
-            list(range(len(lists[0]))),
-            False,
-        )
+        settings: list[Any] = [1e-2, 0.9, 0.95, 1e-8, 0.1, 3, layout[0] == "stochastic", 2**40 + 17]
+        settings += [list(range(len(lists[0]))), False]
         OPS.masked_adamw_step(*lists, torch.tensor(0.25, device=device), *settings)
-        reference.masked_adamw_step(*truth, torch.tensor(0.25), *settings)
+        on_host: list[Any] = [*truth, torch.tensor(0.25), *settings]
+        reference.masked_adamw_step(*on_host)
         for n, (got, true) in enumerate(zip(lists[:7], truth[:7], strict=True)):
             for a, b in zip(got, true, strict=True):
                 floats = b.is_floating_point() and b.numel() > 0
@@ -254,7 +246,7 @@ def run_loops(report: Report, names: list[str]) -> None:
     """One block through each of the loops, by name."""
     problem = block_loops.make_problem(report.size, report.device)
     for name in names:
-        report.run("one block", name, lambda name=name: block_row(report, name, problem), needs=15.0)
+        report.run("one block", name, partial(block_row, report, name, problem), needs=15.0)
 
 
 def block_row(report: Report, name: str, problem: block_loops.Problem) -> dict[str, Any]:
@@ -316,13 +308,13 @@ def main(argv: list[str] | None = None) -> int:
     measure_floors(report)
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        report.run("right?", f"masked linear, {dtype}", lambda dtype=dtype: right_products(device, dtype))
-    report.run("right?", "masked AdamW", lambda: right_adamw(device))
-    report.run("right?", "masks and the rest", lambda: right_rest(device))
+        report.run("right?", f"masked linear, {dtype}", partial(right_products, device, dtype))
+    report.run("right?", "masked AdamW", partial(right_adamw, device))
+    report.run("right?", "masks and the rest", partial(right_rest, device))
 
     run_loops(report, [name for name in block_loops.CONTENDERS if not (given.no_compile and "compile" in name)])
     for case in kernel_cases.cases(size, device, torch.bfloat16, compiled=not given.no_compile):
-        report.run(case.group, case.name, lambda case=case: case_row(report, case))
+        report.run(case.group, case.name, partial(case_row, report, case))
     print(f"written to {given.out}; {report.wrong} wrong")
     return int(report.wrong > 0)
 

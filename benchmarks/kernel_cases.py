@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -60,12 +61,12 @@ def cases(size: str, device: torch.device, dtype: torch.dtype, compiled: bool) -
     shapes = SHAPES[size]
     for weights, moments, compact in sorted(ADAMW_LAYOUTS, key=lambda layout: layout not in _FIRST):
         name = f"{weights} weights, {moments} moments" + (", survivors only" if compact else "")
-        yield Case("AdamW", name, lambda w=weights, m=moments, c=compact: adamw(shapes[0], device, w, m, c))
+        yield Case("AdamW", name, partial(adamw, shapes[0], device, weights, moments, compact))
     for shape in shapes:
         yield Case(
             "dW + AdamW",
             f"{shape}, {TOKENS[size][0]} tokens",
-            lambda s=shape: gradient_step(s, TOKENS[size][0], device, dtype),
+            partial(gradient_step, shape, TOKENS[size][0], device, dtype),
         )
     for tokens in TOKENS[size]:
         for shape in shapes:
@@ -73,7 +74,7 @@ def cases(size: str, device: torch.device, dtype: torch.dtype, compiled: bool) -
                 for product in ("forward", "dx", "dW"):
                     yield Case(
                         f"linear {product}", f"{shape}, {tokens} tokens, sparsity {sparsity}",
-                        lambda p=product, s=shape, t=tokens, q=sparsity: linear(p, s, t, q, device, dtype, compiled),
+                        partial(linear, product, shape, tokens, sparsity, device, dtype, compiled),
                     )  # fmt: skip
     for name, make in (
         ("pack", pack),
@@ -82,8 +83,8 @@ def cases(size: str, device: torch.device, dtype: torch.dtype, compiled: bool) -
         ("2:4 check", check),
         ("row offsets", offsets),
     ):
-        yield Case("masks", name, lambda make=make: make(shapes[0], device, dtype))
-    yield Case("loss", "mean squared error and gradient", lambda: loss((TOKENS[size][0], shapes[0][0]), device, dtype))
+        yield Case("masks", name, partial(make, shapes[0], device, dtype))
+    yield Case("loss", "mean squared error and gradient", partial(loss, (TOKENS[size][0], shapes[0][0]), device, dtype))
 
 
 _FIRST = [

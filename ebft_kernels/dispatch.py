@@ -27,6 +27,7 @@ from ebft_kernels.ops import LIBRARY, NATIVE, SCHEMAS, TORCH_KERNELS
 
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
 PRODUCTS = ("masked_linear", "masked_linear_dx", "masked_linear_dw")
+FUSED = ("masked_adamw_step", "masked_grad_norm", "masked_dw_adamw_step", "reconstruction_loss")  # on a GPU
 MULTIPLY = (*PRODUCTS, "masked_dw_adamw_step")
 TRITON = {  # op -> file of _triton/ that has its launcher
     "pack_mask": "masks",
@@ -128,7 +129,8 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, tokens: int, zero
     for impl, why in missing.items():
         if why is None:
             return Choice(op, impl, f"the fused kernel for {device.type}")
-    return Choice(op, "torch", missing["native" if device.type == "cpu" else "triton"] or "", fallback=op in NATIVE)
+    first = "native" if device.type == "cpu" else "triton"
+    return Choice(op, "torch", missing[first] or "", fallback=op in (NATIVE if first == "native" else FUSED))
 
 
 def _faster_product(op: str, device: torch.device, dtype: torch.dtype, tokens: int, zeroed: bool) -> Choice:
@@ -179,8 +181,10 @@ def _too_old(device: torch.device, op: str, dtype: torch.dtype) -> str | None:
 
 def _native_missing(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the native library cannot run ``op``; None where it can. Builds the library if it is not there yet."""
-    if op not in NATIVE:
+    if op in PRODUCTS:
         return f"torch's own product is the best there is on {device.type}"
+    if op not in NATIVE:
+        return f"there is no native kernel for {op}"
     if device.type != "cpu":
         return f"there is no native kernel for {device.type} in this version"
     if dtype == torch.float64:

@@ -233,7 +233,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         if any(weight is p for p in self._updated):
             raise RuntimeError(
                 f"MaskedAdamW(update_in_backward=True) got a second gradient of a weight {tuple(weight.shape)} before "
-                "step(); expected one: no accumulation, no weight used twice, no backward pass again after one that failed"
+                "step(); expected one: no accumulation, no weight twice, no backward pass again after one that failed"
             )
         self._updated.append(weight)  # before it is touched: if this fails, it must not be done again
         self._begin(weight)

@@ -276,9 +276,9 @@ def masked_dw_adamw_step(
     """
     grad = masked_linear_dw(wide(dy), wide(x), words)
     states = (exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master)
-    lists: Any = ([of] for of in (param, grad, *states, words, row_offsets))
-    settings: Any = (lr, beta1, beta2, eps, weight_decay, step, stochastic, seed, [param_id], False)
-    masked_adamw_step(*lists, None, *settings)
+    arguments: list[Any] = [[of] for of in (param, grad, *states, words, row_offsets)]
+    arguments += [None, lr, beta1, beta2, eps, weight_decay, step, stochastic, seed, [param_id], False]
+    masked_adamw_step(*arguments)
 
 
 def _load_moment(code: Tensor, scale: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def gradient_step_kernel(
         tl.store(v_ptr + place, narrowed(tl.where(kept, v, 0.0), v_ptr.dtype.element_ty), mask=inside)
         if master_ptr is not None:
             tl.store(master_ptr + place, w, mask=inside)
-        rounded = stored_weight(w, place, seed, step, tl.to_tensor(param_id), STOCHASTIC, param_ptr.dtype.element_ty)
+        rounded = stored_weight(w, place, seed, step, param_id, STOCHASTIC, param_ptr.dtype.element_ty)
         tl.store(param_ptr + place, rounded, mask=inside)
 
 
