@@ -70,6 +70,7 @@ ORDER = {
         "version",
         "errors",
         "shapes",
+        "glue",
         "matrices",
         "pruning",
         "config",
