@@ -258,6 +258,7 @@ def other_cases(dtype: torch.dtype) -> Iterator[Case]:
     runs: dict[str, Callable[[], Any]] = {
         "pack_kernel": lambda: masks.pack_mask(mask),
         "unpack_kernel": lambda: masks.unpack_mask(words, 4096),
+        "zero_kernel": lambda: masks.zero_pruned(scores, words),
         "count_kernel": lambda: masks.row_offsets(words),
         "nm_kernel": lambda: masks.nm_mask(scores, 2, 4),
         "nm_check_kernel": lambda: masks.is_nm(words, 4096, 2, 4),

@@ -27,7 +27,8 @@ from ebft_kernels.ops import LIBRARY, NATIVE, SCHEMAS, TORCH_KERNELS
 
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
 PRODUCTS = ("masked_linear", "masked_linear_dx", "masked_linear_dw")
-FUSED = ("masked_adamw_step", "masked_grad_norm", "masked_dw_adamw_step", "reconstruction_loss")  # on a GPU
+# What is worth a word where it runs in torch on a GPU.
+FUSED = ("masked_adamw_step", "masked_grad_norm", "masked_dw_adamw_step", "reconstruction_loss", "zero_pruned")
 MULTIPLY = (*PRODUCTS, "masked_dw_adamw_step")
 TRITON = {  # op -> file of _triton/ that has its launcher
     "pack_mask": "masks",
@@ -35,6 +36,7 @@ TRITON = {  # op -> file of _triton/ that has its launcher
     "nm_mask": "masks",
     "is_nm": "masks",
     "row_offsets": "masks",
+    "zero_pruned": "masks",
     **dict.fromkeys(PRODUCTS, "masked_linear"),
     "reconstruction_loss": "loss",
     "masked_grad_norm": "grad_norm",
@@ -205,7 +207,8 @@ def _install(op: str) -> None:
         first = next(_tensors(args))
         tokens = first.shape[:-1].numel() if op in PRODUCTS else 0
         zeroed = op in ("masked_linear", "masked_linear_dx") and bool(args[-1])
-        choice = _choose(op, first.device, first.dtype, tokens, zeroed)
+        double = any(tensor.dtype == torch.float64 for tensor in _tensors(args) if tensor.ndim)
+        choice = _choose(op, first.device, torch.float64 if double else first.dtype, tokens, zeroed)
         if choice.fallback and use_impl._current == "auto" and first.device.type not in _announced:
             _announced.add(first.device.type)
             _LOG.warning("%s", choice)

@@ -28,6 +28,7 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
     "nm_mask": "(Tensor scores, int n, int m) -> Tensor",
     "is_nm": "(Tensor words, SymInt width, int n, int m) -> Tensor",
     "row_offsets": "(Tensor words) -> Tensor",
+    "zero_pruned": "(Tensor tensor, Tensor words) -> Tensor",
     "masked_linear": "(Tensor x, Tensor weight, Tensor words, Tensor? bias, bool zeroed) -> Tensor",
     "masked_linear_dx": "(Tensor dy, Tensor weight, Tensor words, bool zeroed) -> Tensor",
     "masked_linear_dw": "(Tensor dy, Tensor x, Tensor words) -> Tensor",
@@ -51,7 +52,11 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
     ),
 }
 # What csrc/ has kernels for.
-NATIVE = tuple(name for name in SCHEMAS if not name.startswith(("masked_linear", "masked_dw", "reconstruction_loss")))
+NATIVE = tuple(
+    name
+    for name in SCHEMAS
+    if not name.startswith(("masked_linear", "masked_dw", "reconstruction_loss", "zero_pruned"))
+)
 
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
@@ -115,15 +120,15 @@ def is_nm(words: Tensor, width: int, n: int, m: int) -> Tensor:
 
 
 def masked_linear(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None = None, zeroed: bool = False) -> Tensor:
-    return F.linear(x, weight if zeroed else zero_pruned(weight, words), bias)
+    return F.linear(x, weight if zeroed else _OPS.zero_pruned(weight, words), bias)
 
 
 def masked_linear_dx(dy: Tensor, weight: Tensor, words: Tensor, zeroed: bool = False) -> Tensor:
-    return dy @ (weight if zeroed else zero_pruned(weight, words))
+    return dy @ (weight if zeroed else _OPS.zero_pruned(weight, words))
 
 
 def masked_linear_dw(dy: Tensor, x: Tensor, words: Tensor) -> Tensor:
-    return zero_pruned(dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]), words)
+    return _OPS.zero_pruned(dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]), words)
 
 
 def decompress(words: Tensor, values: Tensor, row_offsets: Tensor, scales: Tensor | None, width: int) -> Tensor:
@@ -273,7 +278,6 @@ def _fused_step(
 
 
 def zero_pruned(tensor: Tensor, words: Tensor) -> Tensor:
-    """A copy of ``tensor`` (..., K) with +0 where ``words`` prune."""
     return (_as_int(tensor) & _kept_bits(words, tensor)).view(tensor.dtype)
 
 
@@ -315,6 +319,7 @@ FAKES = {
     "topk_mask": _fake_words,
     "nm_mask": _fake_words,
     "unpack_mask": lambda words, width: words.new_empty((*words.shape[:-1], width), dtype=torch.bool),
+    "zero_pruned": lambda tensor, words: tensor.new_empty(tensor.shape),
     "is_nm": lambda words, width, n, m: words.new_empty((), dtype=torch.bool),
     "masked_linear": lambda x, weight, words, bias=None, zeroed=False: x.new_empty((*x.shape[:-1], weight.shape[0])),
     "masked_linear_dx": lambda dy, weight, words, zeroed=False: dy.new_empty((*dy.shape[:-1], weight.shape[1])),

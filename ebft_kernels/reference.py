@@ -69,6 +69,11 @@ def masked_weight(weight: Tensor, words: Tensor) -> Tensor:
     return weight.masked_fill(~unpack_mask(words, weight.shape[-1]), 0.0)
 
 
+def zero_pruned(tensor: Tensor, words: Tensor) -> Tensor:
+    """A copy of ``tensor`` (..., K), contiguous, with exact zeros where pruned."""
+    return masked_weight(tensor, words).contiguous()
+
+
 def masked_linear(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x (M * W)^T + b.
 

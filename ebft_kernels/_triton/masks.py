@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ebft_kernels._triton import common
-from ebft_kernels._triton.common import cdiv, popcount
+from ebft_kernels._triton.common import cdiv, kept_at, popcount
 from ebft_kernels._triton.configs import Config
 
 WORD = 32
@@ -55,6 +55,19 @@ def unpack_kernel(words_ptr, mask_ptr, count, words_in_row, width, WORDS: tl.con
     bits = (words[:, None] >> tl.arange(0, 32)[None, :]) & 1
     inside = (word < count)[:, None] & (column < width)
     tl.store(mask_ptr + row * width + column, bits.to(tl.int8), mask=inside)
+
+
+@triton.jit
+def zero_kernel(
+    tensor_ptr, words_ptr, out_ptr, numel, width, FLAT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """BLOCK weights, with zeros where pruned."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = tl.arange(0, BLOCK)
+    left = numel - start
+    kept = kept_at(words_ptr.to(tl.int64), start, offsets, left, tl.cast(width, tl.int64), FLAT)
+    values = tl.load(tensor_ptr + start + offsets, mask=offsets < left, other=0.0)
+    tl.store(out_ptr + start + offsets, tl.where(kept, values, 0.0).to(values.dtype), mask=offsets < left)
 
 
 @triton.jit
@@ -142,6 +155,17 @@ def unpack_mask(words: Tensor, width: int) -> Tensor:
     arguments = (words, mask.view(torch.int8), words.numel(), words.shape[-1], width)
     common.launch(unpack_kernel, cdiv(words.numel(), TILE.tiles["WORDS"]), arguments, TILE, words.device)
     return mask
+
+
+def zero_pruned(tensor: Tensor, words: Tensor) -> Tensor:
+    """As the op ``zero_pruned``."""
+    tensor, words = tensor.contiguous(), words.contiguous()
+    out = torch.empty_like(tensor)
+    config = Config({"BLOCK": 1024}, 4, 1)
+    grid = cdiv(tensor.numel(), config.tiles["BLOCK"])
+    arguments = (tensor, words, out, tensor.numel(), tensor.shape[-1])
+    common.launch(zero_kernel, grid, arguments, config, tensor.device, FLAT=common.is_flat(tensor, words))
+    return out
 
 
 def row_offsets(words: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ def op_examples():
         "masked_linear_dx": ((dy, weight, words, False), {}),
         "masked_linear_dw": ((dy, x, words), {}),
         "row_offsets": ((words,), {}),
+        "zero_pruned": ((weight.detach(), words), {}),
         "compressed_linear": ((x, words, values, offsets, None, bias, 37), {}),
         "decompress": ((words, values, offsets, None, 37), {}),
         "reconstruction_loss": ((dy.detach().requires_grad_(), torch.randn(2, 3, 5), torch.randn(2, 3, 5)), {}),

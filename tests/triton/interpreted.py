@@ -52,6 +52,9 @@ def masks():
         assert torch.equal(packed.words, reference.pack_mask(mask))
         assert torch.equal(packed.dense(), mask)
         assert torch.equal(packed.row_offsets(), reference.row_offsets(packed.words))
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            values = torch.randn(*lead, width, generator=generator).to(dtype).masked_fill(~mask, float("nan"))
+            assert torch.equal(OPS.zero_pruned(values, packed.words), reference.zero_pruned(values, packed.words))
     strided = torch.rand(40, 9, generator=generator) > 0.5
     assert torch.equal(OPS.pack_mask(strided.T), reference.pack_mask(strided.T))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

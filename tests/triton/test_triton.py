@@ -64,7 +64,7 @@ def test_every_kernel_compiles_for_gpus(tmp_path):
         facts = json.loads(file.read_text())["kernels"]
         assert {fact["kernel"] for fact in facts} >= {
             "product_kernel", "gradient_kernel", "gradient_step_kernel", "dense_kernel", "compact_kernel",
-            "loss_kernel", "squares_kernel",
+            "loss_kernel", "squares_kernel", "zero_kernel",
             "pack_kernel", "unpack_kernel", "count_kernel", "nm_kernel", "nm_check_kernel",
         }  # fmt: skip
         for fact in facts:
