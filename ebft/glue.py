@@ -27,7 +27,7 @@ def liger_missing() -> str | None:
 
 
 def fuse_glue_(block: nn.Module) -> tuple[str, ...]:
-    """Let liger-kernel run what it can of ``block``, in place; gives the names of what that is, none in other families."""
+    """Let liger-kernel run what it can of ``block``, in place; gives the names of that, none in other families."""
     liger = import_module("liger_kernel.transformers.functional")
     fused = set()
     for module in block.modules():
