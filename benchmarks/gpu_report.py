@@ -108,7 +108,9 @@ def _short(row: dict[str, Any]) -> str:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def median_ms(run: Callable[[], Any], device: torch.device, budget: float = 1.0, least: int = 5) -> float:
+def median_ms(
+    run: Callable[[], Any], device: torch.device, budget: float = 1.0, least: int = 5, flush: bool = True
+) -> float:
     """Milliseconds of a call: median of those that fit into ``budget`` seconds, a GPU's cache flushed before each."""
     run()
     times: list[float] = []
@@ -118,12 +120,12 @@ def median_ms(run: Callable[[], Any], device: torch.device, budget: float = 1.0,
             run()
             times.append(1e3 * (time.perf_counter() - began))
         return statistics.median(times)
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
-    torch.cuda.synchronize()
+    other = torch.empty(256 * 2**20 if flush else 0, dtype=torch.int8, device=device)
+    torch.cuda.synchronize(device)
     until = time.perf_counter() + budget
     while len(times) < least or (len(times) < 50 and time.perf_counter() < until):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        other.zero_()
         start.record()
         run()
         end.record()
@@ -132,8 +134,16 @@ def median_ms(run: Callable[[], Any], device: torch.device, budget: float = 1.0,
     return statistics.median(times)
 
 
-def peak_gib(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+def peak_gib(run: Callable[[], Any], device: torch.device, beyond: bool = False) -> float:
+    """Most memory in use during a call, or, ``beyond``, the part of it that the call itself took; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if beyond else 0
+    run()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**30
 
 
 def measure_floors(report: Report) -> None:
@@ -256,16 +266,15 @@ def block_row(report: Report, name: str, problem: block_loops.Problem) -> dict[s
     first = float(step())
     losses = [float(step()) for _ in range(3)]
     assert losses[-1] < first, f"the loss does not fall: {first}, {losses}"
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    ms = median_ms(step, device, budget=8.0, least=3)
+    peak = peak_gib(step, device)
+    ms = median_ms(step, device, budget=8.0, least=3, flush=False)  # a step flushes the cache by itself
     rate = problem.flops / ms / 1e9
     return {
         "step ms": ms,
         "tokens/s": problem.tokens / ms * 1e3,
         "TFLOP/s": rate,
         "share of the matrix rate": rate / report.content["floors"]["bfloat16 TFLOP/s"],
-        "peak GiB": peak_gib(device),
+        "peak GiB": peak,
         f"minutes for {BLOCKS} blocks of {STEPS} steps": ms * STEPS * BLOCKS / 60e3,
     }
 
@@ -277,8 +286,6 @@ def case_row(report: Report, case: kernel_cases.Case) -> dict[str, Any]:
     prepared.validate()
     row: dict[str, Any] = {}
     for name, run in prepared.contenders.items():
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         ms = median_ms(run, device, budget=0.3)
         row[f"{name}: ms"] = ms
         if name in prepared.bytes and not prepared.flops:
@@ -289,7 +296,7 @@ def case_row(report: Report, case: kernel_cases.Case) -> dict[str, Any]:
                 prepared.bytes.get(name, 0.0) / floors["copy GB/s"] / 1e6,
             )
             row[f"{name}: share of floor"] = floor / ms
-        row[f"{name}: peak GiB"] = peak_gib(device)
+        row[f"{name}: GiB beside its operands"] = peak_gib(run, device, beyond=True)
     return row
 
 

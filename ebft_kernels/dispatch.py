@@ -105,8 +105,8 @@ def explain(
     """What would run ``op`` (``"masked_linear"``, ``"masked_adamw_step"`` …) on ``device`` now, and why.
 
     Args:
-        dtype: of the op's tensors. tokens, zeroed: of the products of a masked linear layer: rows of x, and whether
-        the weight is known to hold zeros.
+        dtype: of the op's tensors.
+        tokens, zeroed: of a masked linear layer's products: rows of x, and whether the weight is known to hold zeros.
 
     Raises:
         ValueError: there is no such op.

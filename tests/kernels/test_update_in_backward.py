@@ -170,3 +170,15 @@ def test_the_op_against_the_reference(weights, moments, compact):
             atol = 1.0 if codes else 2 * unit * float(true.abs().max() if true.numel() else 0) + 1e-6
             torch.testing.assert_close(got.float(), true.float(), rtol=max(1e-5, 2 * unit), atol=atol)
         assert_exact_zeros(mine[0], PackedMask(states[6], states[0].shape).dense())
+
+
+def test_compiled_layers_make_gradients_as_usual():
+    layer = MaskedLinear(8, 4, mask=torch.rand(4, 8) > 0.5)
+    optimizer = MaskedAdamW.for_module(layer, update_in_backward=True)
+    before = layer.weight.detach().clone()
+    torch.compile(layer, fullgraph=True, backend="eager")(torch.randn(2, 8)).sum().backward()
+    assert layer.weight.grad is not None
+    assert torch.equal(layer.weight, before)
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)
+    assert_exact_zeros(layer.weight, layer.mask.dense())
