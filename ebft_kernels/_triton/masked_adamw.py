@@ -95,24 +95,21 @@ def dense_kernel(
     m, v = tl.load(m_ptrs, mask=inside, other=0), tl.load(v_ptrs, mask=inside, other=0)
     if QUANTIZED:
         scale_at = start // CODES + offsets // CODES
-        m = dequantized(
-            m, tl.load(pointer(row_ptr, M_SCALE, tl.float32, False) + scale_at, mask=inside, other=0.0), True
-        )
-        v = dequantized(
-            v, tl.load(pointer(row_ptr, V_SCALE, tl.float32, False) + scale_at, mask=inside, other=0.0), False
-        )
+        m_scale = tl.load(pointer(row_ptr, M_SCALE, tl.float32, False) + scale_at, mask=inside, other=0.0)
+        v_scale = tl.load(pointer(row_ptr, V_SCALE, tl.float32, False) + scale_at, mask=inside, other=0.0)
+        m, v = dequantized(m, m_scale, True), dequantized(v, v_scale, False)
     m, v = new_moments(grad, m.to(tl.float32), v.to(tl.float32), beta1, rest1, beta2, rest2)
     w = tl.where(kept, new_weight(w, m, v, decay, step_size, correction, eps), 0.0)
     m, v = tl.where(kept, m, 0.0), tl.where(kept, v, 0.0)
 
     # 4. Store.
     if QUANTIZED:
-        m, m_scale = block_codes(m, True, BLOCK)
-        v, v_scale = block_codes(v, False, BLOCK)
+        m, new_m_scale = block_codes(m, True, BLOCK)
+        v, new_v_scale = block_codes(v, False, BLOCK)
         block = start // CODES + tl.arange(0, BLOCK // CODES)
         filled = tl.arange(0, BLOCK // CODES) * CODES < left
-        tl.store(pointer(row_ptr, M_SCALE, tl.float32, False) + block, m_scale, mask=filled)
-        tl.store(pointer(row_ptr, V_SCALE, tl.float32, False) + block, v_scale, mask=filled)
+        tl.store(pointer(row_ptr, M_SCALE, tl.float32, False) + block, new_m_scale, mask=filled)
+        tl.store(pointer(row_ptr, V_SCALE, tl.float32, False) + block, new_v_scale, mask=filled)
     tl.store(m_ptrs, narrowed(m, MOMENT1), mask=inside)
     tl.store(v_ptrs, narrowed(v, MOMENT2), mask=inside)
     if MASTERED:
@@ -135,8 +132,8 @@ def block_codes(values, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
 def compact_kernel(
     table_ptr, grad_scale_ptr, decay, beta1, rest1, beta2, rest2, step_size, correction, eps, seed, step,
     COUNT: tl.constexpr, WEIGHT: tl.constexpr, MOMENT1: tl.constexpr, MOMENT2: tl.constexpr, QUANTIZED: tl.constexpr,
-    MASTERED: tl.constexpr, STOCHASTIC: tl.constexpr, ZERO_GRADS: tl.constexpr, FLAT: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
+    MASTERED: tl.constexpr, STOCHASTIC: tl.constexpr, ZERO_GRADS: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK consecutive stored entries of one parameter with compact states, and the weights that belong to them."""
     # 1. Which parameter, and which entries: begin <= entry < end. What follows the last belongs to the last program.
@@ -159,18 +156,14 @@ def compact_kernel(
     first_row = row_holding(offsets_ptr, rows, begin - 1)
     offset = tl.load(offsets_ptr + first_row)
     first_word, before = word_holding(words_ptr + first_row * words_in_row, words_in_row, begin - 1 - offset)
-    first_entry, count = (
-        (offset + before - begin).to(tl.int32),
-        (end - begin).to(tl.int32),
-    )  # from here on, begin is entry 0
+    # From here on, ``begin`` is entry 0.
+    first_entry, count = (offset + before - begin).to(tl.int32), (end - begin).to(tl.int32)
 
     param_id = tl.load(row_ptr + ID)
     m_scale, v_scale, m_factor, v_factor, m_largest, v_largest = 0.0, 0.0, 0.0, 0.0, 0, 0
     if QUANTIZED:
-        m_scale, v_scale = (
-            tl.load(m_scale_ptr, mask=stored > 0, other=0.0),
-            tl.load(v_scale_ptr, mask=stored > 0, other=0.0),
-        )
+        m_scale = tl.load(m_scale_ptr, mask=stored > 0, other=0.0)
+        v_scale = tl.load(v_scale_ptr, mask=stored > 0, other=0.0)
 
     # 3. Walk: once to update and store; before that, with 8-bit moments, once to find the largest.
     for STORE in tl.static_range(0 if QUANTIZED else 1, 2):
@@ -180,9 +173,8 @@ def compact_kernel(
             words = tl.load(words_ptr + row * words_in_row + columns, mask=columns < words_in_row, other=0)
             counts = popcount(words)
             bit = tl.arange(0, 32)[None, :]
-            entries = (entry + tl.cumsum(counts, axis=0) - counts)[:, None] + popcount(
-                words[:, None] & ((1 << bit) - 1)
-            )
+            entries = (entry + tl.cumsum(counts, axis=0) - counts)[:, None]
+            entries += popcount(words[:, None] & ((1 << bit) - 1))
             column = columns[:, None] * 32 + bit
             mine = (column < width) & (entries >= 0) & (entries < count)
             kept = mine & (((words[:, None] >> bit) & 1) != 0)
@@ -241,8 +233,7 @@ def row_holding(offsets_ptr, rows, entry):
 
 @triton.jit
 def word_holding(words_ptr, words_in_row, entry):
-    """The word of a row that keeps its entry number ``entry`` (word 0 for -1), and how many entries come before that
-    word."""
+    """The word of a row that keeps its entry number ``entry`` (word 0 for -1), and how many entries come before it."""
     word, before = words_in_row * 0, words_in_row * 0
     if entry >= 0:
         for first in range(0, words_in_row, 256):
@@ -295,7 +286,7 @@ def masked_adamw_step(
             aligned = common.is_aligned(param.numel(), param, grad, m, v, master)
         return (
             compact, param.dtype, m.dtype, v.dtype, bool(master.numel()),
-            common.is_flat(param, masks[i]), aligned,
+            compact or common.is_flat(param, masks[i]), aligned,
         )  # fmt: skip
 
     chosen = [i for i, param in enumerate(params) if param.numel()]
@@ -305,18 +296,10 @@ def masked_adamw_step(
         block, rows, programs = config.tiles["BLOCK"], [], 0
         for i in alike:
             addresses = [of[i].data_ptr() for of in used] + [masks[i].data_ptr() if masks[i].numel() else 0]
+            addresses.append(offsets[i].data_ptr())
             stored = used[2][i].numel()
-            rows.append(
-                [
-                    programs,
-                    *addresses,
-                    offsets[i].data_ptr(),
-                    params[i].numel(),
-                    stored,
-                    common.width_of(params[i]),
-                    param_ids[i],
-                ]
-            )
+            sizes = (params[i].numel(), stored, common.width_of(params[i]))
+            rows.append([programs, *addresses, *sizes, param_ids[i]])
             programs += max(1, cdiv(stored, block))
         table = common.table_on(params[0].device, rows, behind=programs)
         common.launch(
@@ -324,7 +307,7 @@ def masked_adamw_step(
             (table, None if grad_scale is None else grad_scale.float(), *numbers, seed, step),
             config, params[0].device, exact=True, COUNT=len(table), WEIGHT=common.NUMBERS[weight],
             MOMENT1=common.NUMBERS[moment1], MOMENT2=common.NUMBERS[moment2], QUANTIZED=quantized, MASTERED=mastered,
-            STOCHASTIC=stochastic, ZERO_GRADS=zero_grads, FLAT=flat, ALIGNED=aligned,
+            STOCHASTIC=stochastic, ZERO_GRADS=zero_grads, ALIGNED=aligned, **({} if compact else {"FLAT": flat}),
         )  # fmt: skip
     for given, was_used in zip(states, used, strict=True):
         for tensor, contiguous in zip(given, was_used, strict=True):
