@@ -60,7 +60,7 @@ class Report:
         return self.seconds - (time.perf_counter() - self.began)
 
     def run(self, section: str, name: str, case: Callable[[], dict[str, Any]], needs: float = 3.0) -> None:
-        """Add ``case``'s row, or why there is none: wrong, out of memory, or no time (``needs`` seconds)."""
+        """Add ``case``'s row, or why there is none: wrong, failed, out of memory, or no time (``needs`` seconds)."""
         if self.left() < needs:
             self.content["skipped"].append(f"{section}: {name}")
             return self.write()
@@ -72,6 +72,9 @@ class Report:
             row = {"wrong": " ".join(str(error).split())[:300]}
         except torch.OutOfMemoryError as error:
             row = {"out of memory": " ".join(str(error).split())[:200]}
+        except Exception as error:  # the cases after it shall be measured all the same
+            self.wrong += 1
+            row = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         row["case_seconds"] = round(time.perf_counter() - began, 2)  # compile time counted
         self.content["sections"].setdefault(section, {})[name] = row
         print(f"{self.left():6.0f} s left  {section}: {name}: {_short(row)}", flush=True)
@@ -269,7 +272,7 @@ def block_row(report: Report, name: str, problem: block_loops.Problem) -> dict[s
     peak = peak_gib(step, device)
     ms = median_ms(step, device, budget=8.0, least=3, flush=False)  # a step flushes the cache by itself
     rate = problem.flops / ms / 1e9
-    return {
+    row = {
         "step ms": ms,
         "tokens/s": problem.tokens / ms * 1e3,
         "TFLOP/s": rate,
@@ -277,6 +280,40 @@ def block_row(report: Report, name: str, problem: block_loops.Problem) -> dict[s
         "peak GiB": peak,
         f"minutes for {BLOCKS} blocks of {STEPS} steps": ms * STEPS * BLOCKS / 60e3,
     }
+    reference_row = report.content["sections"].get("one block", {}).get("ours", {})
+    if "step ms" in reference_row:
+        row["times as long as ours"] = ms / reference_row["step ms"]
+    if device.type == "cuda" and name in BLOCK_BARS:
+        row["bar"] = _verdict(BLOCK_BARS[name](row))
+    return row
+
+
+# What a GPU is to show, from a row of "one block"; the published loops come after ours and say how long they take.
+BLOCK_BARS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "ours": lambda row: row["share of the matrix rate"] >= 0.6 and row["peak GiB"] <= 6,
+    "ours, leanest": lambda row: row["peak GiB"] <= 3,
+    "published, with host copies": lambda row: row["times as long as ours"] >= 3,
+    "published, without host copies": lambda row: row["times as long as ours"] >= 1.3,
+}
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def case_bar(group: str, row: dict[str, Any]) -> str | None:
+    """Whether a microbenchmark's bar is met; None where it has none, or no Triton."""
+    ms = {name.removesuffix(": ms"): value for name, value in row.items() if name.endswith(": ms")}
+    if group == "AdamW":
+        return _verdict(row["ours: share of copy"] >= 0.85)
+    if group == "dW + AdamW":
+        return _verdict(ms["ours, in one"] <= 1.15 * ms["torch's product, then the step"])
+    if group == "masks":
+        return _verdict(5 * ms["ours"] <= ms["torch"])
+    if group in ("linear forward", "linear dx") and "ours, Triton" in ms:
+        plain, multiplied = ms["torch, no mask in the product"], ms["torch, mask multiplied"]
+        return _verdict(0.9 * ms["ours, Triton"] <= plain and 1.15 * ms["ours, Triton"] <= multiplied)
+    return None
 
 
 def case_row(report: Report, case: kernel_cases.Case) -> dict[str, Any]:
@@ -297,6 +334,8 @@ def case_row(report: Report, case: kernel_cases.Case) -> dict[str, Any]:
             )
             row[f"{name}: share of floor"] = floor / ms
         row[f"{name}: GiB beside its operands"] = peak_gib(run, device, beyond=True)
+    if device.type == "cuda" and (verdict := case_bar(case.group, row)) is not None:
+        row["bar"] = verdict
     return row
 
 

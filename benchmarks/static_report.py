@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -118,80 +118,52 @@ class Facts:
 def cases(arch: int) -> Iterator[Case]:
     """Everything that may be launched on an architecture."""
     dtypes = [torch.bfloat16, torch.float16, torch.float32] if arch >= 80 else [torch.float16, torch.float32]
-    for dtype in dtypes if arch >= 80 else []:  # below, Triton does not use tensor cores, and torch multiplies
-        yield from product_cases(dtype, arch)
-    for dtype in dtypes:
+    if arch >= 80:  # below, Triton does not use tensor cores, and torch multiplies
+        for dtype, precision in [(dtype, "ieee") for dtype in dtypes] + [(torch.float32, "tf32")]:
+            for shape, tokens in (("few", 16), ("some", 128), ("many", 8192)):
+                yield from product_cases(arch, dtype, precision, shape, tokens)
+    for dtype in dtypes if arch < 80 else (torch.bfloat16, torch.float32):
         yield from adamw_cases(dtype)
         yield from other_cases(dtype)
 
 
-def product_cases(dtype: torch.dtype, arch: int) -> Iterator[Case]:
-    """The three products in each shape class: on whole tiles, with edges, on rows that are not aligned, with a list
-    of tiles."""
-    name = NUMBERS[dtype]
-    for shape, tokens in (("few", 16), ("some", 128), ("many", 8192)):
-        for edges, n, k, t in (
-            ("", 4096, 4096, tokens),
-            (", edges", 4000, 11024, tokens - 3),
-            (", ragged", 4001, 11001, tokens - 3),
-        ):
-            if edges == ", ragged" and shape != "many":
-                continue  # one config for all
-            x, dy, weight = (empty(*size, dtype=dtype) for size in ((t, k), (t, n), (n, k)))
-            words, bias = empty(n, common.cdiv(k, 32), dtype=torch.int32), empty(n, dtype=dtype)
-            wide, whole = edges != ", ragged", edges == ""
-            what = f"{name}, {shape} tokens{edges}"
-            forward = partial(masked_linear.masked_linear, x, weight, words, bias, False)
-            backward = partial(masked_linear.masked_linear_dx, dy, weight, words, False)
-            gradient = partial(masked_linear.masked_linear_dw, dy, x, words)
-            settings: dict[str, Any] = {"dtype": dtype, "product": True, "wide": wide}
-            for skip in (False, True):
-                listed = what + (", list of tiles" if skip else "")
-                default = shape == "many" and whole and dtype == torch.bfloat16
-                for direction, run in (("forward", forward), ("dx", backward)):
-                    yield Case(
-                        "product_kernel", f"{direction}, {listed}", with_lines(run, skip), default=default, **settings
-                    )
-            yield Case("gradient_kernel", f"dW, {what}", gradient, default=default, **settings)
-            layouts = [("fp32", "fp32"), ("master", "fp32"), ("stochastic", "bf16")] if whole else [("fp32", "fp32")]
-            for layout in layouts:
-                step = partial(gradient_step, dy, x, *layout)
-                settled = f"{layout[0]} weights, {layout[1]} moments, {what}"
-                yield Case("gradient_step_kernel", settled, step, default=default and "fp32" in layout, **settings)
-                for config in (
-                    configs.candidates("gradient step", shape, arch) if whole and dtype != torch.float32 else []
-                ):
-                    yield Case("gradient_step_kernel", f"{settled}, candidate", step, config=config, **settings)
-            if not whole:
-                continue
-            if dtype == torch.float32:
-                yield Case(
-                    "product_kernel",
-                    f"forward, tf32, {shape} tokens",
-                    with_lines(forward, False),
-                    precision="tf32",
-                    **settings,
-                )
-                yield Case(
-                    "product_kernel",
-                    f"dx, tf32, {shape} tokens",
-                    with_lines(backward, False),
-                    precision="tf32",
-                    **settings,
-                )
-                yield Case("gradient_kernel", f"dW, tf32, {shape} tokens", gradient, precision="tf32", **settings)
-                continue
-            for config in configs.candidates("product", shape, arch):
-                for direction, run in (("forward", forward), ("dx", backward)):
-                    yield Case(
-                        "product_kernel",
-                        f"{direction}, {what}, candidate",
-                        with_lines(run, False),
-                        config=config,
-                        **settings,
-                    )
-            for config in configs.candidates("gradient", shape, arch):
-                yield Case("gradient_kernel", f"dW, {what}, candidate", gradient, config=config, **settings)
+def product_cases(arch: int, dtype: torch.dtype, precision: str, shape: str, tokens: int) -> Iterator[Case]:
+    """The products of one shape class: whole tiles, edges, unaligned rows; with a list of tiles; every candidate.
+
+    float16 has bfloat16's configs, so that it is compiled for many tokens alone; candidates for bfloat16 alone.
+    """
+    kind = precision if dtype == torch.float32 else NUMBERS[dtype]
+    if kind in ("ieee", "fp16") and shape != "many":
+        return
+    sizes = {"": (4096, 4096, tokens)}
+    if kind != "fp16":
+        sizes[", edges"] = (4000, 11024, tokens - 3)
+    if shape == "many":
+        sizes[", ragged"] = (4001, 11001, tokens - 3)  # one config for all
+    for suffix, (n, k, t) in sizes.items():
+        x, dy, weight = (empty(*size, dtype=dtype) for size in ((t, k), (t, n), (n, k)))
+        words, bias = empty(n, common.cdiv(k, 32), dtype=torch.int32), empty(n, dtype=dtype)
+        forward = partial(masked_linear.masked_linear, x, weight, words, bias, False)
+        backward = partial(masked_linear.masked_linear_dx, dy, weight, words, False)
+        gradient = partial(masked_linear.masked_linear_dw, dy, x, words)
+        runs = [  # kernel, key of its configs, variant, how it is called
+            ("product_kernel", "product", "forward", with_lines(forward, False)),
+            ("product_kernel", "product", "dx", with_lines(backward, False)),
+            ("product_kernel", "", "forward, list of tiles", with_lines(forward, True)),
+            ("product_kernel", "", "dx, list of tiles", with_lines(backward, True)),
+            ("gradient_kernel", "gradient", "dW", gradient),
+        ]
+        for weights, moments in (("fp32", "fp32"), ("master", "fp32"), ("stochastic", "bf16"))[: 1 if suffix else 3]:
+            step = partial(gradient_step, dy, x, weights, moments)
+            runs.append(("gradient_step_kernel", "gradient step", f"{weights} weights, {moments} moments", step))
+        for kernel, key, variant, run in runs:
+            case = Case(
+                kernel, f"{variant}, {kind}, {shape} tokens{suffix}", run, dtype, product=True, precision=precision,
+                wide=suffix != ", ragged", default=(kind, shape, suffix) == ("bf16", "many", ""),
+            )  # fmt: skip
+            yield case
+            for config in configs.candidates(key, shape, arch) if key and (kind, suffix) == ("bf16", "") else []:
+                yield replace(case, variant=f"{case.variant}, candidate", config=config, default=False)
 
 
 def gradient_step(dy: Tensor, x: Tensor, weights: str, moments: str) -> None:

@@ -62,3 +62,29 @@ def test_the_report_leaves_files_even_when_cut_off(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "none" / "gpu_report.json").read_text(encoding="utf-8"))
     assert content["floors"]
     assert len(content["skipped"]) > 20
+
+
+def test_bars_are_read_from_rows() -> None:
+    row = {"torch, no mask in the product: ms": 0.9, "torch, mask multiplied: ms": 1.2, "ours, Triton: ms": 1.0}
+    assert gpu_report.case_bar("linear dx", row) == "met"
+    assert gpu_report.case_bar("linear dx", row | {"ours, Triton: ms": 1.1}) == "missed"
+    assert gpu_report.case_bar("linear dW", row) is None
+    assert gpu_report.case_bar("AdamW", {"ours: share of copy": 0.84}) == "missed"
+    assert gpu_report.case_bar("masks", {"ours: ms": 1.0, "torch: ms": 5.0}) == "met"
+    assert (
+        gpu_report.case_bar("dW + AdamW", {"ours, in one: ms": 1.1, "torch's product, then the step: ms": 1.0}) == "met"
+    )
+
+
+def test_a_case_that_fails_leaves_the_others(tmp_path: Path) -> None:
+    report = gpu_report.Report(tmp_path, 1.0, torch.device("cpu"), "toy")
+
+    def fails() -> dict[str, Any]:
+        raise RuntimeError("the kernel does not compile")
+
+    report.run("masks", "broken", fails)
+    report.run("masks", "whole", lambda: {"ms": 1.0})
+    rows = json.loads((tmp_path / "gpu_report.json").read_text(encoding="utf-8"))["sections"]["masks"]
+    assert rows["broken"]["failed"] == "RuntimeError: the kernel does not compile"
+    assert rows["whole"]["ms"] == 1.0
+    assert report.wrong == 1
