@@ -153,7 +153,8 @@ def product_cases(arch: int, dtype: torch.dtype, precision: str, shape: str, tok
             ("product_kernel", "", "dx, list of tiles", with_lines(backward, True)),
             ("gradient_kernel", "gradient", "dW", gradient),
         ]
-        for weights, moments in (("fp32", "fp32"), ("master", "fp32"), ("stochastic", "bf16"))[: 1 if suffix else 3]:
+        layouts = [("fp32", "fp32"), ("master", "fp32"), ("stochastic", "bf16")]
+        for weights, moments in layouts[:1] if suffix or dtype == torch.float32 else layouts:
             step = partial(gradient_step, dy, x, weights, moments)
             runs.append(("gradient_step_kernel", "gradient step", f"{weights} weights, {moments} moments", step))
         for kernel, key, variant, run in runs:
@@ -350,6 +351,7 @@ def main() -> int:
             if given.only in f"{case.kernel}: {case.variant}" and (case.default or not given.default):
                 found.append(facts_of(case, arch))
                 print(verdict(found[-1]), flush=True)
+        write(found, given.out)
     bad = [facts for facts in found if facts.failures]
     print(f"{len(found)} compiled, {len(bad)} failed; written to {write(found, given.out)}")
     return int(bool(bad) or not found)
