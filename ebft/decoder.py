@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedModel
 
 from ebft.errors import EBFTError
+from ebft.glue import fuse_glue_
 from ebft.matrices import Matrix, find_matrices
 from ebft.shapes import shapes_only, without_values
 
@@ -71,14 +72,21 @@ class Decoder:
             ``store_block``.
         device: where working blocks live and run.
         compute: dtype of the matrix products (autocast); weights and hidden states of working blocks are float32.
+        fuse_glue: run norms, rotary embedding and SwiGLU of working blocks in liger-kernel (a GPU alone).
 
     Raises:
         EBFTError: the model has no stack of blocks, or a later token changes earlier outputs (not a decoder).
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device, compute: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device: torch.device,
+        compute: torch.dtype = torch.float32,
+        fuse_glue: bool = False,
+    ) -> None:
         self.model = model.eval()
-        self.device, self.compute = device, compute
+        self.device, self.compute, self._fuse_glue = device, compute, fuse_glue
         self._path, self._stored_blocks = find_blocks(model)
         self.names = [f"{self._path}.{i}" for i in range(len(self._stored_blocks))]
         self.matrices: list[list[Matrix]] = [find_matrices(block) for block in self._stored_blocks]
@@ -99,7 +107,10 @@ class Decoder:
 
     def working_block(self, index: int) -> nn.Module:
         """A copy of block ``index`` to work on: on the device, float32, evaluation mode, no gradients."""
-        return _cast_parameters(self.copy_of_block(index), self.device).requires_grad_(False)
+        block = _cast_parameters(self.copy_of_block(index), self.device).requires_grad_(False)
+        if self._fuse_glue:
+            fuse_glue_(block)
+        return block
 
     def copy_of_block(self, index: int) -> nn.Module:
         """A copy of block ``index`` as it is stored."""

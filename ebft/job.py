@@ -17,6 +17,7 @@ from ebft.checkpoint import DEFAULT_MODEL, OutputFolder, load_model, load_tokeni
 from ebft.config import EBFTConfig
 from ebft.decoder import Decoder
 from ebft.errors import EBFTError
+from ebft.glue import liger_missing
 from ebft.pruning import Criterion, Masker, make_masker
 from ebft.reconstruct import BlockReconstructor
 from ebft.report import Reporter
@@ -84,10 +85,11 @@ def prepare_job(
     reporter.say(f"loading {_name_of(source)}")
     student = source if isinstance(source, PreTrainedModel) else _load(config, source)
     check_lengths(config, student.config)
-    decoder = Decoder(student, device, compute)
+    fuse_glue = config.fused and device.type == "cuda" and liger_missing() is None
+    decoder = Decoder(student, device, compute, fuse_glue)
     dense = decoder
     if teacher is not None or config.teacher is not None:
-        dense = Decoder(teacher or _load(config, config.teacher), device, compute)
+        dense = Decoder(teacher or _load(config, config.teacher), device, compute, fuse_glue)
         _check_teacher(decoder, dense)
     _check_masks(config, masker, decoder, recovers_towards_itself=recovers and dense is decoder)
 
@@ -102,6 +104,10 @@ def prepare_job(
         if needs_calibration:
             calibration = _calibrate(config, tokenizer, text)
             reporter.say(f"calibration: {calibration.use}")
+    if config.fused and device.type == "cuda":
+        reporter.say(
+            f"norms, rotary embedding and SwiGLU: {liger_missing() or 'in liger-kernel where the family is known'}"
+        )
     reporter.say(f"{choices[0]}; products in {str(compute).removeprefix('torch.')}")
     clock.lap("load")
     return Job(

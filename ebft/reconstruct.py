@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ebft.config import EBFTConfig
 from ebft.decoder import BlockCall
 from ebft.matrices import router_paths
-from ebft_kernels import MaskedAdamW, PackedMask
+from ebft_kernels import MaskedAdamW, PackedMask, reconstruction_loss_and_gradient
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
@@ -141,14 +141,15 @@ class BlockReconstructor:
         forward: Forward,
     ) -> tuple[Tensor, Tensor]:
         """One step on a batch; the loss before it and the gradient norm before clipping, on the device."""
-        loss = F.mse_loss(forward(block, x), y)
-        scaler.scale(loss).backward()
+        output = forward(block, x)
+        loss, gradient = reconstruction_loss_and_gradient(output, y)
+        output.backward(scaler.scale(gradient))
         scaler.unscale_(optimizer)
         norm = optimizer.clip_grad_norm_(self._config.clip or float("inf"))
         scaler.step(optimizer)  # a sync point with float16 only, where a step may be skipped
         scaler.update()
         optimizer.zero_grad()
-        return loss.detach(), norm
+        return loss, norm
 
     @torch.no_grad()
     def _error(self, block: nn.Module, inputs: Tensor, targets: Tensor, forward: Forward) -> Tensor:

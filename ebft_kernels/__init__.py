@@ -2,7 +2,13 @@
 
 from ebft_kernels.compressed import CompressedLinear
 from ebft_kernels.dispatch import Choice, explain, use_impl
-from ebft_kernels.functional import masked_adamw_step, masked_grad_norm, masked_linear
+from ebft_kernels.functional import (
+    masked_adamw_step,
+    masked_grad_norm,
+    masked_linear,
+    reconstruction_loss,
+    reconstruction_loss_and_gradient,
+)
 from ebft_kernels.mask import PackedMask, load_masks, masks_of, save_masks
 from ebft_kernels.nn import MaskedLinear, mask_linears_
 from ebft_kernels.optim import MaskedAdamW
@@ -20,6 +26,8 @@ __all__ = [
     "masked_grad_norm",
     "masked_linear",
     "masks_of",
+    "reconstruction_loss",
+    "reconstruction_loss_and_gradient",
     "save_masks",
     "use_impl",
 ]

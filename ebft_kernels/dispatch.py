@@ -1,12 +1,18 @@
 """Which kernel runs an op: the one file that knows all back ends.
 
-An op has one kernel for each implementation: ``torch`` always, ``native`` (csrc/) and ``triton`` where they exist. The first
-that can run on what it is given is taken; the reason is what ``explain`` says.
+An op has one kernel for each implementation: ``torch`` always, ``native`` (csrc/) and ``triton`` (_triton/) where
+they exist. The first that can run on what it is given is taken; the reason is what ``explain`` says. The products of
+a masked linear layer are another matter, because torch's are hard to beat: Triton's take their place only where they
+were measured to be faster.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,10 +22,28 @@ import torch
 from torch import Tensor
 
 from ebft_kernels._extension import native_reason
+from ebft_kernels._triton import configs
 from ebft_kernels.ops import LIBRARY, NATIVE, SCHEMAS, TORCH_KERNELS
 
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
 NATIVE_ON_CUDA = ("compressed_linear", "masked_adamw_step")  # csrc/cuda/
+PRODUCTS = ("masked_linear", "masked_linear_dx", "masked_linear_dw")
+# What is worth a word where it runs in torch on a GPU.
+FUSED = ("masked_adamw_step", "masked_grad_norm", "masked_dw_adamw_step", "reconstruction_loss", "zero_pruned")
+MULTIPLY = (*PRODUCTS, "masked_dw_adamw_step")
+TRITON = {  # op -> file of _triton/ that has its launcher
+    "pack_mask": "masks",
+    "unpack_mask": "masks",
+    "nm_mask": "masks",
+    "is_nm": "masks",
+    "row_offsets": "masks",
+    "zero_pruned": "masks",
+    **dict.fromkeys(PRODUCTS, "masked_linear"),
+    "reconstruction_loss": "loss",
+    "masked_grad_norm": "grad_norm",
+    "masked_adamw_step": "masked_adamw",
+    "masked_dw_adamw_step": "masked_dw_adamw",
+}
 _LOG = logging.getLogger("ebft_kernels")
 
 
@@ -65,12 +89,25 @@ class use_impl:
     def __enter__(self) -> use_impl:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         use_impl._current = self._before
 
 
-def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Choice:
+def explain(
+    op: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    tokens: int = 8192,
+    zeroed: bool = True,
+) -> Choice:
     """What would run ``op`` (``"masked_linear"``, ``"masked_adamw_step"`` …) on ``device`` now, and why.
+
+    Args:
+        dtype: of the op's tensors.
+        tokens, zeroed: of a masked linear layer's products: rows of x, and whether the weight is known to hold zeros.
 
     Raises:
         ValueError: there is no such op.
@@ -78,36 +115,83 @@ def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
     """
     if op not in SCHEMAS:
         raise ValueError(f"explain got op {op!r}; expected one of {', '.join(SCHEMAS)}")
-    return _choose(op, torch.device(device), (torch.empty(0, dtype=dtype),))
+    return _choose(op, torch.device(device), (torch.empty(0, dtype=dtype),), tokens, zeroed)
 
 
-def _choose(op: str, device: torch.device, args: tuple[Any, ...]) -> Choice:
+def _choose(op: str, device: torch.device, args: tuple[Any, ...], tokens: int = 0, zeroed: bool = False) -> Choice:
     forced = use_impl._current
     if forced == "torch":
         return Choice(op, "torch", "use_impl('torch') asks for it")
-    missing = {"triton": _triton_missing(op, device), "native": _native_missing(op, device, args)}
+    dtype = _dtype(args)
+    missing = {"triton": _triton_missing(op, device, dtype), "native": _native_missing(op, device, dtype, args)}
     if forced != "auto":
         if missing[forced] is not None:
             raise RuntimeError(f"use_impl({forced!r}) cannot run {op} on {device.type}: {missing[forced]}")
         return Choice(op, forced, f"use_impl({forced!r}) asks for it")
+    if op in PRODUCTS and missing["triton"] is None:
+        return _faster_product(op, device, dtype, tokens, zeroed and op != "masked_linear_dw")
     for impl, why in missing.items():
         if why is None:
             return Choice(op, impl, f"the fused kernel for {device.type}")
-    return Choice(op, "torch", missing["native" if device.type == "cpu" else "triton"] or "", fallback=op in NATIVE)
+    first = "native" if device.type == "cpu" else "triton"
+    return Choice(op, "torch", missing[first] or "", fallback=op in (NATIVE if first == "native" else FUSED))
 
 
-def _triton_missing(op: str, device: torch.device) -> str | None:
+def _faster_product(op: str, device: torch.device, dtype: torch.dtype, tokens: int, zeroed: bool) -> Choice:
+    """cuBLAS on the zeroed weight, the mask multiply and cuBLAS, or the masked Triton product: by measured times."""
+    name, shape = torch.cuda.get_device_name(device), configs.shape_class(tokens)
+    rival = "cuBLAS on the zeroed weight" if zeroed else "the mask multiply and cuBLAS"
+    times = configs.measured().get(name, {}).get("products", {}).get(f"{op}/{shape}/{dtype.itemsize}")
+    if times is None:
+        return Choice(op, "torch", f"{rival}: nothing has been measured on {name} (python -m benchmarks.tune)")
+    ours, theirs = times["triton"], times["zeroed" if zeroed else "multiply"]
+    measured = f"for {shape} tokens {name} takes {ours:.3g} ms in Triton and {theirs:.3g} ms with {rival}"
+    return Choice(op, "triton" if ours < theirs else "torch", measured)
+
+
+def _triton_missing(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton cannot run ``op``; None where it can."""
-    return f"there is no Triton kernel for {device.type} in this version"
+    if op not in TRITON:
+        return f"there is no Triton kernel for {op}"
+    if dtype == torch.float64:
+        return "the Triton kernels do not take float64"
+    if device.type not in ("cuda", "cpu"):
+        return f"there is no Triton kernel for {device.type}"
+    if device.type == "cpu":
+        if use_impl._current != "triton" or os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton kernels need a GPU (TRITON_INTERPRET=1 runs them on a CPU, to test them)"
+        if op in MULTIPLY and dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+        return _triton_absent()
+    return _triton_absent() or _too_old(device, op, dtype)
 
 
-def _native_missing(op: str, device: torch.device, args: tuple[Any, ...]) -> str | None:
+@functools.cache
+def _triton_absent() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+@functools.cache
+def _too_old(device: torch.device, op: str, dtype: torch.dtype) -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no GPU here"
+    capability = torch.cuda.get_device_capability(device)
+    if op in MULTIPLY and capability < (8, 0):
+        return "Triton's products use tensor cores from compute capability 8.0 on"
+    least = (8, 0) if dtype == torch.bfloat16 else (7, 5)
+    given = f"{dtype} on compute capability {capability[0]}.{capability[1]}"
+    return None if capability >= least else f"the Triton kernels do not run {given}; they need {least[0]}.{least[1]}"
+
+
+def _native_missing(op: str, device: torch.device, dtype: torch.dtype, args: tuple[Any, ...]) -> str | None:
     """Why the native library cannot run ``op``; None where it can. Builds the library if it is not there yet."""
-    if op not in NATIVE:
+    if op in PRODUCTS:
         return f"torch's own product is the best there is on {device.type}"
+    if op not in NATIVE:
+        return f"there is no native kernel for {op}"
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and op not in NATIVE_ON_CUDA):
         return f"there is no native kernel for {device.type}"
-    if any(t.dtype == torch.float64 for t in _tensors(args)):
+    if dtype == torch.float64:
         return "the native kernels do not take float64"
     if op == "masked_adamw_step" and not all(t.is_contiguous() for t in _tensors(args)):
         return "the native kernel takes contiguous tensors"
@@ -135,10 +219,15 @@ def _install(op: str) -> None:
         kernels["native"] = getattr(torch.ops.ebft_kernels, op).native
 
     def kernel(*args: Any) -> Any:
-        choice = _choose(op, next(_tensors(args)).device, args)
+        first = next(_tensors(args))
+        tokens = first.shape[:-1].numel() if op in PRODUCTS else 0
+        zeroed = op in ("masked_linear", "masked_linear_dx") and bool(args[-1])
+        choice = _choose(op, first.device, args, tokens, zeroed)
         if choice.fallback and use_impl._current == "auto" and choice.reason not in _announced:
             _announced.add(choice.reason)
             _LOG.warning("%s", choice)
+        if choice.impl == "triton" and "triton" not in kernels:  # triton is imported when it is first wanted
+            kernels["triton"] = getattr(importlib.import_module(f"ebft_kernels._triton.{TRITON[op]}"), op)
         return kernels[choice.impl](*args)
 
     LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
@@ -151,6 +240,13 @@ def _tensors(args: Any) -> Iterator[Tensor]:
             yield arg
         elif isinstance(arg, list | tuple):
             yield from (item for item in arg if isinstance(item, Tensor))
+
+
+def _dtype(args: Any) -> torch.dtype:
+    """float64 where any of an op's tensors is that (a scalar does not count), otherwise the first one's."""
+    tensors = list(_tensors(args))
+    double = any(tensor.dtype == torch.float64 for tensor in tensors if tensor.ndim)
+    return torch.float64 if double else tensors[0].dtype
 
 
 for _op in SCHEMAS:

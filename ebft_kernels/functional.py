@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ebft_kernels.mask import MaskLike, PackedMask, as_packed
 from ebft_kernels.reference import QUANTIZED_BLOCK
+from ebft_kernels.updates import Updater, updater_of
 
 _OPS = torch.ops.ebft_kernels
 
@@ -18,7 +21,8 @@ def masked_linear(
 ) -> Tensor:
     """y = x (M * W)^T + b, differentiable in x, weight and bias to any order.
 
-    The weight's gradient is exactly zero where pruned. Under autocast the operands are cast as ``F.linear``'s are.
+    The weight's gradient is exactly zero where pruned. Under autocast the operands are cast as ``F.linear``'s are. A
+    weight of ``MaskedAdamW(update_in_backward=True)`` gets no gradient: the backward pass updates it.
 
     Args:
         x: float (..., K), any leading shape.
@@ -42,16 +46,99 @@ def masked_linear(
     words = _words(mask, weight, "masked_linear")
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta tensors have none
+    master, updater = weight, None if torch.compiler.is_compiling() else updater_of(weight)
     if autocast and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        weight = weight.detach().to(dtype) if updater is not None else weight.to(dtype)
     for name, operand in (("weight", weight), ("bias", bias)):
         if operand is not None and (operand.dtype != x.dtype or operand.device != x.device):
             given = f"{operand.dtype} on {operand.device}"
             raise ValueError(
                 f"masked_linear got {name} {given} and x {x.dtype} on {x.device}; expected the same of both"
             )
+    if updater is not None and torch.is_grad_enabled() and master.requires_grad:
+        return _UpdatedInBackward.apply(x, master, weight.detach(), words, bias, zeroed, updater)
     return _OPS.masked_linear(x, weight, words, bias, zeroed)
+
+
+class _UpdatedInBackward(torch.autograd.Function):
+    """``masked_linear`` whose backward pass hands the weight's gradient, unmade, to the weight's updater."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        master: Tensor,
+        weight: Tensor,
+        words: Tensor,
+        bias: Tensor | None,
+        zeroed: bool,
+        updater: Updater,
+    ) -> Tensor:
+        """``master`` is the parameter, ``weight`` the same in the dtype of the product."""
+        ctx.save_for_backward(x, words)
+        ctx.master, ctx.version = master, master._version
+        ctx.zeroed, ctx.updater = zeroed, updater
+        return _OPS.masked_linear(x, weight, words, bias, zeroed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The input gradient uses the weight as it was; then it is updated."""
+        (x, words), master = ctx.saved_tensors, ctx.master
+        if master._version != ctx.version:
+            raise RuntimeError(
+                f"masked_linear got a weight {tuple(master.shape)} that changed between its forward and backward pass; "
+                "expected a weight that is updated in the backward pass to be used once a step"
+            )
+        need_bias = ctx.needs_input_grad[4]
+        dx = _OPS.masked_linear_dx(dy, master.to(dy.dtype), words, ctx.zeroed) if ctx.needs_input_grad[0] else None
+        ctx.updater.update(master, dy, x)
+        return dx, None, None, None, dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None, None, None
+
+
+def reconstruction_loss(output: Tensor, target: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Mean squared error of a block's outputs, differentiable to any order; its gradient is made in the same pass.
+
+        mean(((output - residual) - target)^2)
+
+    With ``residual`` (the block's inputs) what is compared is the residual branch: ``target`` is what the dense block
+    adds to its inputs. A 16-bit stream with channels of size 1e3 cannot hold outputs to less than 4, but can hold the
+    branch.
+
+    Args:
+        output, target, residual: float tensors of one shape, in whatever dtypes; differences and sums are float32
+        (float64).
+
+    Returns:
+        A scalar, float32 (float64), on their device.
+
+    Raises:
+        ValueError: their shapes or devices differ.
+    """
+    return _loss_and_gradient(output, target, residual)[0]
+
+
+@torch.no_grad()
+def reconstruction_loss_and_gradient(
+    output: Tensor, target: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``reconstruction_loss`` and its gradient with respect to ``output``, in its shape, float32 (float64).
+
+    ``output.backward(gradient)`` saves the pass that multiplies the gradient by the loss's own.
+    """
+    return _loss_and_gradient(output, target, residual)
+
+
+def _loss_and_gradient(output: Tensor, target: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    for name, other in (("target", target), ("residual", residual)):
+        if other is not None and (other.shape != output.shape or other.device != output.device):
+            raise ValueError(
+                f"reconstruction_loss got a {name} {tuple(other.shape)} on {other.device} and an output "
+                f"{tuple(output.shape)} on {output.device}; expected the same of both"
+            )
+    return _OPS.reconstruction_loss(output, target, residual)
 
 
 def masked_grad_norm(grads: Sequence[Tensor], masks: Sequence[MaskLike | None]) -> Tensor:
@@ -134,6 +221,50 @@ def masked_adamw_step(
         _check_states(param, m, v, m_scale, v_scale, master, compact=rows.numel() > 0)
     _OPS.masked_adamw_step(
         *lists, words, offsets, grad_scale, lr, *betas, eps, weight_decay, step, stochastic, seed, ids, zero_grads
+    )
+
+
+def masked_dw_adamw_step(
+    dy: Tensor,
+    x: Tensor,
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    mask: MaskLike,
+    *,
+    lr: float,
+    step: int,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    exp_avg_scale: Tensor,
+    exp_avg_sq_scale: Tensor,
+    master: Tensor,
+    row_offsets: Tensor,
+    stochastic: bool = False,
+    seed: int = 0,
+    param_id: int = 0,
+) -> None:
+    """``masked_adamw_step`` of one parameter (N, K) on the gradient dy^T x, which need never be written.
+
+    Args:
+        dy, x: (..., N) and (..., K), of one dtype; the parameter's may be another, as under autocast.
+        row_offsets, exp_avg_scale, exp_avg_sq_scale, master: empty tensors where the layout has none.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit each other.
+    """
+    rows = (dy.shape[:-1].numel(), x.shape[:-1].numel())
+    if param.shape != (dy.shape[-1], x.shape[-1]) or rows[0] != rows[1] or dy.dtype != x.dtype or step < 1:
+        raise ValueError(
+            f"masked_dw_adamw_step got dy {dy.dtype} {tuple(dy.shape)} and x {x.dtype} {tuple(x.shape)} for a parameter"
+            f" {tuple(param.shape)} and step {step}; expected (..., N), (..., K), (N, K), one dtype, and step >= 1"
+        )
+    words = _words(mask, param, "masked_dw_adamw_step")
+    _check_states(param, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master, compact=row_offsets.numel() > 0)
+    states = (exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master)
+    _OPS.masked_dw_adamw_step(
+        dy, x, param, *states, words, row_offsets, lr, *betas, eps, weight_decay, step, stochastic, seed, param_id
     )
 
 

@@ -18,6 +18,7 @@ from ebft_kernels import reference
 from ebft_kernels.reference import SCALE_GROUP, WORD_BITS
 
 NAMESPACE = "ebft_kernels"
+_OPS = torch.ops.ebft_kernels
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd formula would not be told either
@@ -27,13 +28,16 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
     "nm_mask": "(Tensor scores, int n, int m) -> Tensor",
     "is_nm": "(Tensor words, SymInt width, int n, int m) -> Tensor",
     "row_offsets": "(Tensor words) -> Tensor",
+    "zero_pruned": "(Tensor tensor, Tensor words) -> Tensor",
     "masked_linear": "(Tensor x, Tensor weight, Tensor words, Tensor? bias, bool zeroed) -> Tensor",
     "masked_linear_dx": "(Tensor dy, Tensor weight, Tensor words, bool zeroed) -> Tensor",
     "masked_linear_dw": "(Tensor dy, Tensor x, Tensor words) -> Tensor",
     "compressed_linear": (
-        "(Tensor x, Tensor words, Tensor values, Tensor row_offsets, Tensor? scales, Tensor? bias, SymInt width) -> Tensor"
+        "(Tensor x, Tensor words, Tensor values, Tensor row_offsets, Tensor? scales, Tensor? bias, SymInt width) "
+        "-> Tensor"
     ),
     "decompress": "(Tensor words, Tensor values, Tensor row_offsets, Tensor? scales, SymInt width) -> Tensor",
+    "reconstruction_loss": "(Tensor output, Tensor target, Tensor? residual) -> (Tensor loss, Tensor gradient)",
     "masked_grad_norm": "(Tensor[] grads, Tensor[] words) -> Tensor",
     "masked_adamw_step": (
         "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
@@ -41,8 +45,18 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
         "Tensor[] row_offsets, Tensor? grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, "
         "SymInt step, bool stochastic, int seed, int[] param_ids, bool zero_grads) -> ()"
     ),
+    "masked_dw_adamw_step": (
+        "(Tensor dy, Tensor x, Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) exp_avg_scale, "
+        "Tensor(e!) exp_avg_sq_scale, Tensor(f!) master, Tensor words, Tensor row_offsets, float lr, float beta1, "
+        "float beta2, float eps, float weight_decay, SymInt step, bool stochastic, int seed, int param_id) -> ()"
+    ),
 }
-NATIVE = tuple(name for name in SCHEMAS if not name.startswith("masked_linear"))  # what csrc/ has kernels for
+# What csrc/ has kernels for.
+NATIVE = tuple(
+    name
+    for name in SCHEMAS
+    if not name.startswith(("masked_linear", "masked_dw", "reconstruction_loss", "zero_pruned"))
+)
 
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
@@ -106,15 +120,15 @@ def is_nm(words: Tensor, width: int, n: int, m: int) -> Tensor:
 
 
 def masked_linear(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None = None, zeroed: bool = False) -> Tensor:
-    return F.linear(x, weight if zeroed else zero_pruned(weight, words), bias)
+    return F.linear(x, weight if zeroed else _OPS.zero_pruned(weight, words), bias)
 
 
 def masked_linear_dx(dy: Tensor, weight: Tensor, words: Tensor, zeroed: bool = False) -> Tensor:
-    return dy @ (weight if zeroed else zero_pruned(weight, words))
+    return dy @ (weight if zeroed else _OPS.zero_pruned(weight, words))
 
 
 def masked_linear_dw(dy: Tensor, x: Tensor, words: Tensor) -> Tensor:
-    return zero_pruned(dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]), words)
+    return _OPS.zero_pruned(dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]), words)
 
 
 def decompress(words: Tensor, values: Tensor, row_offsets: Tensor, scales: Tensor | None, width: int) -> Tensor:
@@ -138,8 +152,18 @@ def compressed_linear(
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
+def reconstruction_loss(output: Tensor, target: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    output = reference.wide(output)
+    if residual is not None:
+        output = output - residual.to(output.dtype)
+    target = target.to(output.dtype)
+    mean = 1  # the reduction's number
+    gradient = torch.ops.aten.mse_loss_backward(output.new_ones(()), output, target, mean)
+    return F.mse_loss(output, target), gradient
+
+
 def masked_grad_norm(grads: list[Tensor], words: list[Tensor]) -> Tensor:
-    wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+    wide = _wide(grads[0])
     norms = []
     for grad, mask in zip(grads, words, strict=True):  # one at a time: a masked copy is as large as the gradient
         kept = zero_pruned(grad, mask) if mask.numel() else grad
@@ -199,6 +223,14 @@ def masked_adamw_step(
             grads[n].zero_()
 
 
+def masked_dw_adamw_step(dy: Tensor, x: Tensor, param: Tensor, *rest: Any) -> None:
+    *states, words, row_offsets, lr, beta1, beta2, eps, weight_decay, step, stochastic, seed, param_id = rest
+    grad = _OPS.masked_linear_dw(dy, x, words).to(param.dtype)
+    lists = ([of] for of in (param, grad, *states, words, row_offsets))
+    settings = (lr, beta1, beta2, eps, weight_decay, step, stochastic, seed, [param_id], False)
+    _OPS.masked_adamw_step(*lists, None, *settings)
+
+
 def _fused_step(
     param: Tensor,
     grad: Tensor,
@@ -246,13 +278,16 @@ def _fused_step(
 
 
 def zero_pruned(tensor: Tensor, words: Tensor) -> Tensor:
-    """A copy of ``tensor`` (..., K) with +0 where ``words`` prune."""
     return (_as_int(tensor) & _kept_bits(words, tensor)).view(tensor.dtype)
 
 
 def _kept_bits(words: Tensor, like: Tensor) -> Tensor:
     """Integers as wide as ``like``'s elements: all ones where kept, 0 where pruned."""
     return unpack_mask(words, like.shape[-1]).to(_INTEGERS[like.element_size()]).neg_()
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _as_int(tensor: Tensor) -> Tensor:
@@ -284,6 +319,7 @@ FAKES = {
     "topk_mask": _fake_words,
     "nm_mask": _fake_words,
     "unpack_mask": lambda words, width: words.new_empty((*words.shape[:-1], width), dtype=torch.bool),
+    "zero_pruned": lambda tensor, words: tensor.new_empty(tensor.shape),
     "is_nm": lambda words, width, n, m: words.new_empty((), dtype=torch.bool),
     "masked_linear": lambda x, weight, words, bias=None, zeroed=False: x.new_empty((*x.shape[:-1], weight.shape[0])),
     "masked_linear_dx": lambda dy, weight, words, zeroed=False: dy.new_empty((*dy.shape[:-1], weight.shape[1])),
@@ -292,11 +328,14 @@ FAKES = {
     "decompress": lambda words, values, row_offsets, scales, width: values.new_empty(
         (words.shape[0], width), dtype=torch.float32 if scales is not None else values.dtype
     ),
-    "masked_grad_norm": lambda grads, words: grads[0].new_empty(
-        (), dtype=torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+    "reconstruction_loss": lambda output, target, residual=None: (
+        output.new_empty((), dtype=_wide(output)),
+        torch.empty_like(output, dtype=_wide(output)),
     ),
+    "masked_grad_norm": lambda grads, words: grads[0].new_empty((), dtype=_wide(grads[0])),
     "row_offsets": lambda words: words.new_empty((words.shape[:-1].numel() + 1,), dtype=torch.int64),
     "masked_adamw_step": lambda *args, **kwargs: None,
+    "masked_dw_adamw_step": lambda *args, **kwargs: None,
 }
 for _name, _fake in FAKES.items():
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=LIBRARY)
@@ -305,8 +344,6 @@ for _name, _fake in FAKES.items():
 # --- autograd -----------------------------------------------------------------------------------------------------
 # The three products are each other's derivatives, so gradients of any order need no further op:
 #     y = x (M W)^T,   dx = dy (M W),   dW = M (dy^T x).
-
-_OPS = torch.ops.ebft_kernels
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -368,7 +405,28 @@ def _compressed_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return (dy @ weight if ctx.needs_input_grad[0] else None, None, None, None, None, db, None)
 
 
+def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    result, target, residual = inputs
+    ctx.set_materialize_grads(False)  # nobody asks for the gradient's own gradient, as a rule
+    ctx.save_for_backward(output[1])
+    ctx.dtypes = (result.dtype, target.dtype, None if residual is None else residual.dtype)
+
+
+def _loss_backward(ctx: Any, dloss: Tensor | None, dgradient: Tensor | None) -> tuple[Any, ...]:
+    (gradient,) = ctx.saved_tensors
+    total = None if dloss is None else gradient * dloss
+    if dgradient is not None:  # of second order
+        second = dgradient * (2 / max(1, gradient.numel()))
+        total = second if total is None else total + second
+    signs = (1, -1, -1)
+    return tuple(
+        (total if sign == 1 else -total).to(dtype) if need and total is not None else None
+        for sign, dtype, need in zip(signs, ctx.dtypes, ctx.needs_input_grad, strict=True)
+    )
+
+
 for _name, _setup, _backward in (
+    ("reconstruction_loss", _loss_setup, _loss_backward),
     ("masked_linear", _linear_setup, _linear_backward),
     ("masked_linear_dx", _dx_setup, _dx_backward),
     ("masked_linear_dw", _dw_setup, _dw_backward),

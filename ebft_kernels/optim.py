@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebft_kernels.functional import masked_adamw_step, masked_grad_norm
+from ebft_kernels import updates
+from ebft_kernels.functional import masked_adamw_step, masked_dw_adamw_step, masked_grad_norm
 from ebft_kernels.mask import MaskLike, PackedMask, as_packed, masks_of
 from ebft_kernels.reference import dequantize, quantize
 from ebft_kernels.zeroed import known_words, mark_zeroed
@@ -35,6 +36,13 @@ class MaskedAdamW(torch.optim.Optimizer):
     ``moments``: ``"fp32"`` 8 bytes, ``"bf16"`` 4, ``"int8"`` 2.03 (blocks of 256 with a scale; docs/layouts.md). With
     ``compact`` all of these are kept for surviving weights only. float32 parameters among 16-bit ones stay float32.
 
+    With ``update_in_backward`` a masked matrix that ``masked_linear`` multiplies is updated as soon as the backward
+    pass can make its gradient, which is never kept, on a GPU not even written; ``.grad`` stays None, ``step()``
+    updates the rest. The input gradient uses the old weight. Refused, each in one sentence: more than one gradient
+    before a step (accumulation, a parameter used twice), data parallelism, clipping by the global norm, and
+    ``GradScaler``. If a backward pass fails half way, the next one fails too, until ``load_state_dict`` brings back a
+    whole state. Under ``torch.compile`` gradients are made as usual.
+
     Args:
         params: parameters or parameter groups.
         lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
@@ -42,10 +50,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         weights, moments, compact: the layout above; every combination is valid.
         seed: of the stochastic rounding, which depends on it, the step, the parameter's number and the place alone.
         zero_grads: set gradients to 0 in the pass of the step, for loops that keep them allocated.
+        update_in_backward: update masked matrices during the backward pass.
 
     Raises:
         ValueError: a setting is out of range, or a mask has another shape or belongs to no parameter given.
         TypeError: a parameter's dtype does not go with ``weights``.
+        RuntimeError: ``update_in_backward`` among several data-parallel processes.
     """
 
     _grad_scale: Tensor | None = None  # of the next step: the clip factor, on the device
@@ -64,6 +74,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         compact: bool = False,
         seed: int = 0,
         zero_grads: bool = False,
+        update_in_backward: bool = False,
     ) -> None:
         for name, value, most in (
             ("lr", lr, None), ("eps", eps, None), ("weight_decay", weight_decay, None),
@@ -78,6 +89,13 @@ class MaskedAdamW(torch.optim.Optimizer):
                 raise ValueError(f"MaskedAdamW got {name} = {given!r}; expected one of {', '.join(allowed)}")
         self._weights, self._moments, self._compact = weights, moments, compact
         self._seed, self._zero_grads = seed, zero_grads
+        self._in_backward = update_in_backward
+        self._updated: list[Tensor] = []  # in backward, since the last step
+        if update_in_backward and (processes := _processes()) > 1:
+            raise RuntimeError(
+                f"MaskedAdamW(update_in_backward=True) got {processes} data-parallel processes; expected one, because "
+                "gradients are used before they could be summed"
+            )
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         for param, mask in (masks or {}).items():
             self.set_mask_(param, mask)
@@ -129,6 +147,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         dense = {key: self._dense(param, key) for key in ("master", *_MOMENTS) if key in state}
         packed.zero_pruned_(param)
         state["mask"] = packed.words
+        self._enter(param)
         if self._compact:
             state["row_offsets"] = packed.row_offsets()
         for key, value in dense.items():
@@ -144,6 +163,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         Returns:
             The norm before, a scalar on the gradients' device (no synchronisation).
         """
+        if self._in_backward:
+            raise RuntimeError(
+                "MaskedAdamW(update_in_backward=True) cannot clip by the global norm, which is known only when all "
+                "gradients are; expected a loop without clip_grad_norm_"
+            )
         with_grad = [p for p in self._params() if p.grad is not None]
         if not with_grad:
             return torch.zeros(())
@@ -161,7 +185,13 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        numbers = {p: number for number, p in enumerate(self._params())}
+        if any(p.grad is not None for p in self._updated):
+            raise RuntimeError(
+                "MaskedAdamW(update_in_backward=True) got .grad of a weight that the backward pass has updated; "
+                "expected it to be used by masked_linear alone"
+            )
+        self._updated = []
+        numbers = self._numbers()
         for group in self.param_groups:
             with_grad = [p for p in group["params"] if p.grad is not None]
             for p in with_grad:
@@ -170,35 +200,25 @@ class MaskedAdamW(torch.optim.Optimizer):
                 with_grad, lambda p: (self.state[p]["step"], str(p.device), str(p.dtype))
             ):
                 states = [self.state[p] for p in params]
-                lists = {
-                    name: [
-                        state.get(key, torch.empty(0, device=p.device)) for p, state in zip(params, states, strict=True)
-                    ]
-                    for name, key in (
-                        ("exp_avg_scales", "exp_avg_scale"),
-                        ("exp_avg_sq_scales", "exp_avg_sq_scale"),
-                        ("masters", "master"),
-                    )
+                extras: dict[str, Any] = {
+                    f"{key}s": [_stored(state, key, p) for p, state in zip(params, states, strict=True)]
+                    for key in _EXTRAS
                 }
-                no_rows = torch.empty(0, dtype=torch.int64, device=params[0].device)
                 masked_adamw_step(
                     params,
                     [_contiguous(p.grad) for p in params],
                     [state["exp_avg"] for state in states],
                     [state["exp_avg_sq"] for state in states],
                     [self.mask_of(p) for p in params],
-                    lr=float(group["lr"]),
                     step=step,
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
                     grad_scale=self._grad_scale,
-                    row_offsets=[state.get("row_offsets", no_rows) for state in states],
-                    stochastic=self._weights == "stochastic" and params[0].dtype == torch.bfloat16,
+                    row_offsets=[_row_offsets(state, p) for p, state in zip(params, states, strict=True)],
                     seed=self._seed,
+                    stochastic=self._stochastic(params[0]),
                     param_ids=[numbers[p] for p in params],
                     zero_grads=self._zero_grads,
-                    **lists,
+                    **_settings(group),
+                    **extras,
                 )
                 for p in params:
                     if "mask" in self.state[p]:
@@ -206,9 +226,67 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._grad_scale = None
         return loss
 
+    @torch.no_grad()
+    def update(self, weight: Tensor, dy: Tensor, x: Tensor) -> None:
+        """The step of ``weight`` (N, K) for the gradient dy^T x; the backward pass calls it
+        (``update_in_backward``)."""
+        if any(weight is p for p in self._updated):
+            raise RuntimeError(
+                f"MaskedAdamW(update_in_backward=True) got a second gradient of a weight {tuple(weight.shape)} before "
+                "step(); expected one: no accumulation, no weight twice, no backward pass again after one that failed"
+            )
+        self._updated.append(weight)  # before it is touched: if this fails, it must not be done again
+        self._begin(weight)
+        state, mask = self.state[weight], self.mask_of(weight)
+        assert mask is not None
+        group = next(group for group in self.param_groups if any(weight is p for p in group["params"]))
+        masked_dw_adamw_step(
+            dy,
+            x,
+            weight,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            mask,
+            step=state["step"],
+            row_offsets=_row_offsets(state, weight),
+            seed=self._seed,
+            stochastic=self._stochastic(weight),
+            param_id=self._numbers()[weight],
+            **_settings(group),
+            **{key: _stored(state, key, weight) for key in _EXTRAS},
+        )
+        mark_zeroed(weight, state["mask"])
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What ``GradScaler.step`` asks first."""
+        if self._in_backward:
+            raise RuntimeError(
+                "MaskedAdamW(update_in_backward=True) cannot scale the loss, because gradients are used before they "
+                "are unscaled; expected no GradScaler"
+            )
+        return False
+
+    def _enter(self, param: Tensor) -> None:
+        if self._in_backward and param.ndim == 2:
+            updates.enter(param, self)
+
+    def _numbers(self) -> dict[Tensor, int]:
+        return {p: number for number, p in enumerate(self._params())}
+
+    def _stochastic(self, param: Tensor) -> bool:
+        return self._weights == "stochastic" and param.dtype == torch.bfloat16
+
     def __getstate__(self) -> dict[str, Any]:
-        layout = {name: getattr(self, name) for name in ("_weights", "_moments", "_compact", "_seed", "_zero_grads")}
+        layout = {name: getattr(self, name) for name in _LAYOUT}
         return {**super().__getstate__(), **layout}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._updated = []
+        for param in self._params():
+            if "mask" in self.state.get(param, {}):
+                self._enter(param)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer``'s; a clip factor that no step has used goes with the gradients."""
@@ -262,6 +340,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: the states have another layout (weights, moments, compact) than this optimizer.
         """
+        self._updated = []
         before = {p: self.mask_of(p) for p in self._params()}
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         super().load_state_dict(
@@ -282,6 +361,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             self.state[param] = state = saved
             if mask is not None:
                 state["mask"] = mask.words
+                self._enter(param)
                 mask.zero_pruned_(param)
                 mark_zeroed(param, mask.words)
             if plain and "exp_avg" in state:  # dense, and in whatever dtype
@@ -311,6 +391,28 @@ class MaskedAdamW(torch.optim.Optimizer):
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_EXTRAS = ("exp_avg_scale", "exp_avg_sq_scale", "master")  # states that not every layout has
+_LAYOUT = ("_weights", "_moments", "_compact", "_seed", "_zero_grads", "_in_backward")
+
+
+def _stored(state: dict[str, Any], key: str, param: Tensor) -> Tensor:
+    """A state, or an empty tensor where this layout has none."""
+    return state.get(key, torch.empty(0, device=param.device))
+
+
+def _row_offsets(state: dict[str, Any], param: Tensor) -> Tensor:
+    return state.get("row_offsets", torch.empty(0, dtype=torch.int64, device=param.device))
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What a step takes from its parameter group."""
+    return {"lr": float(group["lr"]), **{key: group[key] for key in ("betas", "eps", "weight_decay")}}
+
+
+def _processes() -> int:
+    """How many share the work."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _wide(param: Tensor) -> torch.dtype:

@@ -6,6 +6,8 @@ choose (ties, what happens to pruned entries, NaN). Arithmetic is float64 for fl
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,11 @@ def is_nm(words: Tensor, width: int, n: int, m: int) -> Tensor:
 def masked_weight(weight: Tensor, words: Tensor) -> Tensor:
     """M * W with exact zeros where pruned, whatever stands there (NaN and infinity too)."""
     return weight.masked_fill(~unpack_mask(words, weight.shape[-1]), 0.0)
+
+
+def zero_pruned(tensor: Tensor, words: Tensor) -> Tensor:
+    """A copy of ``tensor`` (..., K), contiguous, with exact zeros where pruned."""
+    return masked_weight(tensor, words).contiguous()
 
 
 def masked_linear(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -136,6 +143,19 @@ def compressed_linear(
     """y = x W^T + b in wide arithmetic, (..., K) -> (..., N) in x's dtype."""
     y = wide(x) @ decompress(words, values, row_offsets, scales, width).to(wide(x).dtype).T
     return (y if bias is None else y + wide(bias)).to(x.dtype)
+
+
+# --- reconstruction loss --------------------------------------------------------------------------------------------
+
+
+def reconstruction_loss(output: Tensor, target: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The mean of d^2, d = (output - residual) - target, a scalar; and its gradient 2 d / n with respect to ``output``.
+
+    All of one shape, in whatever dtypes; loss and gradient in wide arithmetic.
+    """
+    branch = wide(output) if residual is None else wide(output) - residual.to(wide(output).dtype)
+    difference = branch - target.to(branch.dtype)
+    return difference.square().mean(), difference * (2 / max(1, difference.numel()))
 
 
 # --- masked AdamW -------------------------------------------------------------------------------------------------
@@ -234,6 +254,38 @@ def masked_adamw_step(
         param.copy_(full.view_as(param))
         if zero_grads:
             grad.zero_()
+
+
+def masked_dw_adamw_step(
+    dy: Tensor,
+    x: Tensor,
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_scale: Tensor,
+    exp_avg_sq_scale: Tensor,
+    master: Tensor,
+    words: Tensor,
+    row_offsets: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    stochastic: bool,
+    seed: int,
+    param_id: int,
+) -> None:
+    """``masked_linear_dw`` of dy (..., N) and x (..., K), and with it ``masked_adamw_step`` on one parameter (N, K).
+
+    The gradient is not rounded between the two. A back end that writes it may round it to the parameter's dtype.
+    """
+    grad = masked_linear_dw(wide(dy), wide(x), words)
+    states = (exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master)
+    arguments: list[Any] = [[of] for of in (param, grad, *states, words, row_offsets)]
+    arguments += [None, lr, beta1, beta2, eps, weight_decay, step, stochastic, seed, [param_id], False]
+    masked_adamw_step(*arguments)
 
 
 def _load_moment(code: Tensor, scale: Tensor) -> Tensor:

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 from torch.nn import functional as F
 
-from ebft_kernels import PackedMask, masked_adamw_step, masked_grad_norm, masked_linear, reference
+from ebft_kernels import (
+    PackedMask,
+    masked_adamw_step,
+    masked_grad_norm,
+    masked_linear,
+    reconstruction_loss,
+    reference,
+)
 from ebft_kernels.ops import SCHEMAS
 from ebft_kernels.testing import (
     ADAMW_LAYOUTS,
@@ -46,7 +53,19 @@ def op_examples():
         "row_offsets": ((words,), {}),
         "compressed_linear": ((x, *compressed, bias, 37), {}),
         "decompress": ((*compressed, 37), {}),
+        "zero_pruned": ((weight.detach(), words), {}),
+        "reconstruction_loss": ((dy.detach().requires_grad_(), torch.randn(2, 3, 5), torch.randn(2, 3, 5)), {}),
         "masked_grad_norm": (([torch.randn(5, 37), torch.randn(4)], [words, none]), {}),
+        "masked_dw_adamw_step": (
+            (
+                torch.randn(2, 3, 7),
+                torch.randn(2, 3, 33),
+                *(of[0] for n, of in enumerate(states) if n != 1),
+                *step[:8],
+                0,
+            ),
+            {},
+        ),
         "masked_adamw_step": ((*states, torch.tensor(0.5), *step), {}),
     }
 
@@ -177,6 +196,39 @@ def test_masked_linear_refuses_mixed_dtypes_and_float_masks():
         masked_linear(x, torch.randn(3, 4).half(), mask)
     with pytest.raises(ValueError, match=r"got torch\.float32 \(3, 4\); expected torch\.bool"):
         masked_linear(x, torch.randn(3, 4), mask.float())
+
+
+# --- reconstruction loss ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reconstruction_loss_is_mean_squared_error(dtype, branch):
+    output = (torch.randn(3, 5, 7) * 100).to(dtype).requires_grad_()
+    target, residual = torch.randn(3, 5, 7), torch.randn(3, 5, 7) if branch else None
+    loss = reconstruction_loss(output, target, residual)
+    (gradient,) = torch.autograd.grad(loss, output)
+    shifted = output.detach().float() - (residual if branch else 0)
+    assert loss.dtype == torch.float32
+    assert gradient.dtype == dtype
+    assert torch.equal(loss.detach(), F.mse_loss(shifted, target))  # the loop's numbers do not change
+    torch.testing.assert_close(gradient, (2 / 105 * (shifted - target)).to(dtype))
+    truth = reference.reconstruction_loss(output.double(), target, residual)
+    torch.testing.assert_close(loss.double(), truth[0], rtol=1e-6, atol=0)
+
+
+def test_the_gradient_of_a_scaled_loss_does_not_underflow_in_float16():
+    output = torch.full((1000, 1000), 1e-3, dtype=torch.float16, requires_grad=True)
+    (reconstruction_loss(output, torch.zeros(1000, 1000)) * 2.0**16).backward()
+    torch.testing.assert_close(output.grad.double(), torch.full((1000, 1000), 2e-9 * 2**16).double(), rtol=1e-2, atol=0)
+
+
+def test_reconstruction_loss_has_gradients_of_second_order():
+    tensors = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(reconstruction_loss, tensors)
+    assert torch.autograd.gradgradcheck(reconstruction_loss, tensors)
+    with pytest.raises(ValueError, match=r"got a target \(4,\) on cpu and an output \(3, 4\)"):
+        reconstruction_loss(tensors[0], torch.randn(4))
 
 
 # --- masked AdamW -------------------------------------------------------------------------------------------------

@@ -1,0 +1,74 @@
+"""RMSNorm, rotary embedding and SwiGLU of a block from liger-kernel (``pip install ebft[liger]``), on a GPU.
+
+Between the products of a block lies glue that plain torch runs as many small kernels. liger-kernel has these fused, and
+nothing of it is rewritten here: in a block of a known family its functions take the places of the block's own;
+parameters and all else stay.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial, wraps
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+from unittest import mock
+
+from torch import Tensor, nn
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # whose norm, rotary embedding and MLP are Llama's
+ROTARY = "apply_rotary_pos_emb"
+
+
+def liger_missing() -> str | None:
+    """Why there is no liger-kernel; None where there is."""
+    return None if find_spec("liger_kernel") else "liger-kernel is not installed (pip install ebft[liger])"
+
+
+def fuse_glue_(block: nn.Module) -> tuple[str, ...]:
+    """Let liger-kernel run what it can of ``block``, in place; gives the names of that, none in other families."""
+    liger = import_module("liger_kernel.transformers.functional")
+    fused = set()
+    for module in block.modules():
+        family = next((family for family in FAMILIES if type(module).__name__.startswith(family)), None)
+        kind = type(module).__name__.removeprefix(family or "")
+        if family is None:
+            continue
+        if kind == "RMSNorm":
+            module.forward = partial(_norm, module, liger.liger_rms_norm)
+            fused.add("RMSNorm")
+        elif kind == "MLP" and "SiLU" in type(module.act_fn).__name__:
+            module.forward = partial(_swiglu, module, liger.liger_swiglu)
+            fused.add("SwiGLU")
+        elif kind == "Attention":
+            module.forward = _with_rotary(module, liger.liger_rope)
+            fused.add("rotary embedding")
+    return tuple(sorted(fused))
+
+
+def _norm(norm: nn.Module, rms_norm: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+    return rms_norm(hidden, norm.weight, norm.variance_epsilon, in_place=False)
+
+
+def _swiglu(mlp: Any, swiglu: Callable[[Tensor, Tensor], Tensor], hidden: Tensor) -> Tensor:
+    return mlp.down_proj(swiglu(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
+
+
+def _with_rotary(attention: nn.Module, rope: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+    """The attention's own forward, with ``rope`` in the place of the function that its model file calls."""
+    own, file = attention.forward, sys.modules[type(attention).__module__]
+
+    @wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with mock.patch.object(file, ROTARY, _rotary(rope)):
+            return own(*args, **kwargs)
+
+    return forward
+
+
+def _rotary(rope: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        return rope(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+
+    return rotate
