@@ -1,7 +1,7 @@
 """Everything is in pyproject.toml; this file is where the native code of csrc/ joins the build.
 
-With torch at hand (``pip install --no-build-isolation .``) the library is built now; without, its sources go into the wheel and it
-is built at first use (ebft_kernels/_extension.py). A failing compiler never fails the install.
+With torch at hand (``pip install --no-build-isolation .``) the library is built now; without, its sources go into the
+wheel and it is built at first use (ebft_kernels/_extension.py). A failing compiler never fails the install.
 """
 
 import runpy
@@ -21,6 +21,7 @@ class BuildWithSources(build_py):
     """Puts csrc/ into the package, for a build at first use."""
 
     def run(self) -> None:
+        """Build, and copy."""
         super().run()
         if not self.editable_mode:
             shutil.copytree(ROOT / "csrc", Path(self.build_lib) / "ebft_kernels" / "csrc", dirs_exist_ok=True)
@@ -65,4 +66,7 @@ def native_build() -> dict:
 
 
 arguments = native_build()
-setup(ext_modules=arguments.get("ext_modules", []), cmdclass={"build_py": BuildWithSources, **arguments.get("cmdclass", {})})
+setup(
+    ext_modules=arguments.get("ext_modules", []),
+    cmdclass={"build_py": BuildWithSources, **arguments.get("cmdclass", {})},
+)

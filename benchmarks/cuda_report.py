@@ -1,4 +1,4 @@
-"""What nvcc says of csrc/cuda: every kernel for every architecture, its registers, spills and shared memory; no GPU needed.
+"""What nvcc says of csrc/cuda: for every architecture, each kernel's registers, spills and shared memory; no GPU needed.
 
     python -m benchmarks.cuda_report                  # writes results/static/cuda.json and cuda.md
     python -m benchmarks.cuda_report --arch 80 90
@@ -88,13 +88,28 @@ def main() -> int:
             spilled = [row["kernel"] for row in facts if row["spill_bytes"] or row["stack"]]
             failed += bool(spilled)
             most = max(row["registers"] for row in facts)
-            verdict = f"spills in {', '.join(spilled)}" if spilled else f"{len(facts)} kernels, at most {most} registers, no spills"
+            verdict = (
+                f"spills in {', '.join(spilled)}"
+                if spilled
+                else f"{len(facts)} kernels, at most {most} registers, no spills"
+            )
             print(f"{'FAILS' if spilled else 'ok   '}  {file.name} sm_{architecture}: {verdict}", flush=True)
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
+    version = (
+        subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
+        .stdout.strip()
+        .splitlines()[-1]
+    )
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "cuda.json").write_text(json.dumps({"nvcc": version, "kernels": rows}, indent=1) + "\n", encoding="utf-8")
+    (given.out / "cuda.json").write_text(
+        json.dumps({"nvcc": version, "kernels": rows}, indent=1) + "\n", encoding="utf-8"
+    )
     columns = ("file", "kernel", "sm", "registers", "stack", "spill_bytes", "shared_bytes")
-    table = [f"# csrc/cuda, as compiled by {version}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    table = [
+        f"# csrc/cuda, as compiled by {version}",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + " --- |" * len(columns),
+    ]
     table += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows]
     (given.out / "cuda.md").write_text("\n".join(table) + "\n", encoding="utf-8")
     return int(failed > 0)

@@ -1,6 +1,6 @@
 """Whole runs of ``python -m ebft.run``: with ``--fused``, and with the native library turned off, taking turns.
 
-    python -m benchmarks.fused_run [--rounds 3] [-- any flags of ebft.run]
+python -m benchmarks.fused_run [--rounds 3] [-- any flags of ebft.run]
 """
 
 from __future__ import annotations

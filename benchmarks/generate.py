@@ -3,8 +3,9 @@
     python -m benchmarks.generate                      # SmolLM2-135M, 50 and 70 %
     python -m benchmarks.generate --model ./pruned     # a pruned model of yours
 
-Every contender runs in a process of its own, contenders take turns, and each runs with one thread and with all; the better median
-counts. Resident memory is the process's own (anonymous) after generation, less that before the model was loaded.
+Every contender runs in a process of its own, contenders take turns, and each runs with one thread and with all; the
+better median counts. Resident memory is the process's own (anonymous) after generation, less that before the model was
+loaded.
 """
 
 from __future__ import annotations

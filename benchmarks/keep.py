@@ -1,6 +1,6 @@
 """Keeps what pytest-benchmark measured as a result file: medians, without the thousands of single times.
 
-    make bench && python -m benchmarks.keep .benchmarks/latest.json adamw --only test_adamw
+make bench && python -m benchmarks.keep .benchmarks/latest.json adamw --only test_adamw
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""One optimizer step on a pruned matrix: ours, in every layout, against ``torch.optim.AdamW`` followed by the mask multiply.
+"""One optimizer step on a pruned matrix: ours, in every layout, against ``torch.optim.AdamW`` and the mask multiply.
 
-The bytes that a step must move, for a weight: parameter read and written, gradient read, each stored state read and written, and
-the mask bit. ``GB/s`` is these bytes over the median; ``test_copy_bandwidth`` measures what the machine can do.
+The bytes that a step must move, for a weight: parameter read and written, gradient read, each stored state read and
+written, and the mask bit. ``GB/s`` is these bytes over the median; ``test_copy_bandwidth`` measures what the machine
+can do (a copy reads what it overwrites, too, which is not counted).
 """
 
 from __future__ import annotations
@@ -87,14 +88,12 @@ def test_ebft(
     (weight, mask), (expected, _) = make_problem(shape, device), make_problem(shape, device)
     truth = torch_step("torch fused", expected, mask)
     weight = in_layout(weight, weights)
-    optimizer = MaskedAdamW(
-        [weight], masks={weight: mask}, weights=weights, moments=moments, compact=compact, **RECIPE
-    )
+    optimizer = MaskedAdamW([weight], masks={weight: mask}, weights=weights, moments=moments, compact=compact, **RECIPE)
     for _ in range(2):
         optimizer.step()
         truth()
     moved = (weight.float() - expected)[mask].abs().max()
-    # bfloat16 is off by half a last place at the start, and by half (to nearest) or one (stochastically) with every step.
+    # bfloat16 is off by half a last place at the start; by half (to nearest) or one (stochastically) with every step.
     roundings = {"fp32": 2**-22, "master": 2 * 2**-8, "stochastic": 2**-8 + 2 * 2**-7}[weights]
     allowed = roundings * float(expected.detach().abs().max())
     assert moved <= allowed + 2 * RECIPE["lr"] * AGREES[moments]

@@ -1,7 +1,7 @@
 """A pruned linear layer without its zeros against ``F.linear`` on the dense-stored one, on few rows.
 
-Between calls the layers are changed, among copies that together do not fit any cache: as in a model, weights come from memory.
-Both run with one thread and with all; the better of the two is what counts.
+Between calls the layers are changed, among copies that together do not fit any cache: as in a model, weights come from
+memory. Both run with one thread and with all; the better of the two is what counts.
 """
 
 from __future__ import annotations
@@ -77,7 +77,13 @@ shapes = pytest.mark.parametrize("shape", [(4096, 4096), (11008, 4096)], ids=lam
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @shapes
 def test_dense(
-    benchmark: Any, full: bool, device: torch.device, threads: int, batch: int, dtype: torch.dtype, shape: tuple[int, int]
+    benchmark: Any,
+    full: bool,
+    device: torch.device,
+    threads: int,
+    batch: int,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
 ) -> None:
     shape = shape if full else (48, 96)
     weights = dense_weights(shape, dtype, device, full)

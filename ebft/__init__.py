@@ -7,4 +7,13 @@ from ebft.pipeline import RunResult, run_ebft
 from ebft.reconstruct import BlockReconstructor, BlockResult
 from ebft.version import __version__
 
-__all__ = ["BlockReconstructor", "BlockResult", "EBFTConfig", "EBFTError", "RunResult", "__version__", "load_compressed", "run_ebft"]
+__all__ = [
+    "BlockReconstructor",
+    "BlockResult",
+    "EBFTConfig",
+    "EBFTError",
+    "RunResult",
+    "__version__",
+    "load_compressed",
+    "run_ebft",
+]

@@ -152,7 +152,7 @@ def _first_line(error: Exception) -> str:
 
 
 class OutputFolder:
-    """The folder that a run (or ``ebft.compress``) writes: everything goes to ``OUT.partial`` beside it, which becomes ``OUT`` at the end.
+    """The folder that a run or ``ebft.compress`` writes: all goes to ``OUT.partial``, which in the end becomes ``OUT``.
 
     Making one checks that ``OUT`` can be had; entering it begins, in place of what an earlier run left in
     ``OUT.partial``. A run that fails leaves ``OUT.partial`` if it had finished a block. Only ``commit`` touches

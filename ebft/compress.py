@@ -1,4 +1,4 @@
-"""``python -m ebft.compress MODEL OUT``: a pruned model stored without its zeros. Exit code 0, or 2 with one sentence."""
+"""``python -m ebft.compress MODEL OUT``: stores a pruned model without its zeros. Exit code 0, or 2 and a sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ebft.compress", description=__doc__, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="folder or hub id of a pruned model")
     parser.add_argument("output", metavar="OUT", help="folder to write")
-    parser.add_argument("--values", choices=("fp32", "bf16", "fp16", "int8"), help="how survivors are stored (default: as they are)")
+    parser.add_argument(
+        "--values", choices=("fp32", "bf16", "fp16", "int8"), help="how survivors are stored (default: as they are)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if an earlier call made it")
     given = parser.parse_args(argv)
     try:
@@ -23,10 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EBFTError as error:
         print(f"ebft: {error}", file=sys.stderr)
         return 2
-    share = saved["bytes"] / max(1, saved["dense_bytes"])
+    dense, small = saved["dense_bytes"] / 2**20, saved["bytes"] / 2**20
     print(
-        f"{len(saved['layers'])} layers: {saved['dense_bytes'] / 2**20:.1f} MiB of weights in {saved['bytes'] / 2**20:.1f} MiB "
-        f"({share:.2f}); load it with ebft.load_compressed({given.output!r})"
+        f"{len(saved['layers'])} layers: {dense:.1f} MiB of weights in {small:.1f} MiB "
+        f"({small / max(dense, 1e-9):.2f}); load it with ebft.load_compressed({given.output!r})"
     )
     return 0
 

@@ -1,7 +1,8 @@
 """Sparse models that are small: block linears stored, and run, without their zeros.
 
-A compressed folder is a Hugging Face folder whose safetensors hold, in place of ``X.weight``, ``X.bitmap`` (mask words), ``X.values``
-(kept weights, row by row) and with 8-bit values ``X.scales`` (docs/layouts.md); ``compressed.json`` lists the layers.
+A compressed folder is a Hugging Face folder whose safetensors hold, in place of ``X.weight``, ``X.bitmap`` (words),
+``X.values`` (kept weights, row by row) and with 8-bit values ``X.scales`` (docs/layouts.md); ``compressed.json`` lists
+the layers.
 """
 
 from __future__ import annotations
@@ -110,22 +111,29 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
-    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    _, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     lacking = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if lacking or unexpected:
-        raise EBFTError(f"{folder} does not fit its {INDEX}: {(lacking or unexpected)[0]} is {'missing' if lacking else 'not expected'}")
+        raise EBFTError(
+            f"{folder} does not fit its {INDEX}: {(lacking or unexpected)[0]} is "
+            f"{'missing' if lacking else 'not expected'}"
+        )
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 
 def _make_buffers_real(model: PreTrainedModel) -> None:
-    """Give buffers that no checkpoint holds (rotary tables, embedding scales) their values, as ``from_pretrained`` does."""
+    """Give buffers that no checkpoint holds (rotary tables …) their values, as ``from_pretrained`` does."""
     for module in model.modules():
         if isinstance(module, CompressedLinear):
             continue
-        meta = {name: module._buffers[name] for name in module._non_persistent_buffers_set if module._buffers[name] is not None}
+        meta = {
+            name: module._buffers[name]
+            for name in module._non_persistent_buffers_set
+            if module._buffers[name] is not None
+        }
         for name, buffer in meta.items():
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
         if meta:

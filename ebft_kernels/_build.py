@@ -1,11 +1,11 @@
-"""What the native library is built from: shared by setup.py and the build at first use. Imports torch only when asked."""
+"""What the native library is built from, for setup.py and the build at first use. Imports torch only when asked."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-# No contraction: results are those of the reference, bit for bit. No strict aliasing: floats are also seen as their bits.
+# No contraction: results are those of the reference, bit for bit. No strict aliasing: floats are also seen as bits.
 _ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
 _OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for is a plain loop without it
 CFLAGS = ["-O3", "-std=c++20", *_OPENMP, *_ARITHMETIC, "-Wall", "-Wextra"]

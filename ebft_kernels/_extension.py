@@ -1,8 +1,8 @@
 """The native library of csrc/: found, or built just in time; and the reason where there is none.
 
-It comes from one of three places: built at install (``pip install --no-build-isolation .`` with torch at hand), built at
-first use where there is a compiler (cached for this torch, this CPU and these sources; ``EBFT_CACHE`` moves the cache), or
-nowhere, and then everything runs without it. ``EBFT_NATIVE=0`` turns it off.
+It comes from one of three places: built at install (``pip install --no-build-isolation .`` with torch at hand), built
+at first use where there is a compiler (cached for this torch, this CPU and these sources; ``EBFT_CACHE`` moves the
+cache), or nowhere, and then everything runs without it. ``EBFT_NATIVE=0`` turns it off.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def _build(folder: Path, compiler: str) -> str | None:
         return _load(library)
     print(f"ebft_kernels: building the native kernels, once (about a minute) into {cache}", file=sys.stderr, flush=True)
     began = time.perf_counter()
-    work = cache / f"build-{os.getpid()}"  # every process in a folder of its own; the last to finish replaces the others'
+    work = (
+        cache / f"build-{os.getpid()}"
+    )  # every process in a folder of its own; the last to finish replaces the others'
     try:
         try:
             _compile(folder, work, library.stem, cuda=cuda_compiler() is not None)
@@ -86,7 +88,9 @@ def _compile(folder: Path, work: Path, name: str, *, cuda: bool) -> None:
     from torch.utils import cpp_extension  # imports setuptools: only when there is something to build
 
     work.mkdir(parents=True, exist_ok=True)
-    logging.getLogger(cpp_extension.__name__).setLevel(logging.ERROR)  # its warnings on a broken compiler are tracebacks
+    logging.getLogger(cpp_extension.__name__).setLevel(
+        logging.ERROR
+    )  # its warnings on a broken compiler are tracebacks
     with _tools_on_path():
         cpp_extension.load(
             name,
@@ -112,7 +116,10 @@ def _tools_on_path() -> Iterator[None]:
 
 
 def _cache_folder(folder: Path, compiler: str) -> Path:
-    base = os.environ.get("EBFT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebft_kernels"
+    base = (
+        os.environ.get("EBFT_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebft_kernels"
+    )
     fingerprint = hashlib.sha256(f"{compiler} {CFLAGS} {_cpu()} {cuda_compiler()} {NVCC_FLAGS}".encode())
     for file in sorted(path for path in folder.rglob("*") if path.suffix in (".cpp", ".cu", ".cuh", ".h")):
         fingerprint.update(file.name.encode() + file.read_bytes())

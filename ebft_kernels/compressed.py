@@ -18,9 +18,9 @@ VALUES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 class CompressedLinear(nn.Module):
     """y = x W^T + b for a pruned W (N, K), kept as one bit a weight and the surviving values (inference).
 
-    The state dict holds ``bitmap`` (int32 words, docs/layouts.md), ``values`` (1-D, row by row), ``scales`` with 8-bit values, and
-    ``bias``. Up to 16 rows of x a fused kernel expands the weight in registers; above, it is expanded once for the call.
-    Gradients flow to x and bias, not to the values.
+    The state dict holds ``bitmap`` (int32 words, docs/layouts.md), ``values`` (1-D, row by row), ``scales`` with 8-bit
+    values, and ``bias``. Up to 16 rows of x a fused kernel expands the weight in registers; above, it is expanded once
+    for the call. Gradients flow to x and bias, not to the values.
 
     Args:
         in_features, out_features: K and N.
@@ -55,12 +55,16 @@ class CompressedLinear(nn.Module):
         self.register_buffer("values", torch.zeros(kept, dtype=kind, device=device))
         scales = torch.zeros(out_features, groups, dtype=torch.float32, device=device) if values == "int8" else None
         self.register_buffer("scales", scales)
-        self.register_buffer("row_offsets", torch.zeros(out_features + 1, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer(
+            "row_offsets", torch.zeros(out_features + 1, dtype=torch.int64, device=device), persistent=False
+        )
         default = torch.get_default_dtype() if values == "int8" else kind
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype or default)) if bias else None
 
     @classmethod
-    def from_masked(cls, layer: nn.Linear, mask: MaskLike | None = None, *, values: str | None = None) -> CompressedLinear:
+    def from_masked(
+        cls, layer: nn.Linear, mask: MaskLike | None = None, *, values: str | None = None
+    ) -> CompressedLinear:
         """The layer without its zeros.
 
         Args:
@@ -69,8 +73,12 @@ class CompressedLinear(nn.Module):
             values: how survivors are stored; by default in the weight's dtype, and ``to_linear`` is lossless.
         """
         own = getattr(layer, "mask", None)
-        packed = as_packed(mask) if mask is not None else own if own is not None else PackedMask.from_nonzero(layer.weight)
-        return cls.from_weight(layer.weight.detach(), packed, None if layer.bias is None else layer.bias.detach(), values=values)
+        packed = (
+            as_packed(mask) if mask is not None else own if own is not None else PackedMask.from_nonzero(layer.weight)
+        )
+        return cls.from_weight(
+            layer.weight.detach(), packed, None if layer.bias is None else layer.bias.detach(), values=values
+        )
 
     @classmethod
     def from_weight(
@@ -79,13 +87,19 @@ class CompressedLinear(nn.Module):
         """As ``from_masked``, from a weight (N, K), its mask and a bias (N,)."""
         packed = as_packed(mask).to(weight.device)
         if packed.shape != weight.shape or weight.ndim != 2:
-            raise ValueError(f"CompressedLinear got a mask {tuple(packed.shape)} for a weight {tuple(weight.shape)}; expected (N, K)")
+            raise ValueError(
+                f"CompressedLinear got a mask {tuple(packed.shape)} for a weight {tuple(weight.shape)}; expected (N, K)"
+            )
         if values is None:
             values = next((name for name, dtype in VALUES.items() if dtype == weight.dtype), None)
             if values is None:
-                raise ValueError(f"CompressedLinear got a weight of {weight.dtype}; expected float32, bfloat16 or float16")
+                raise ValueError(
+                    f"CompressedLinear got a weight of {weight.dtype}; expected float32, bfloat16 or float16"
+                )
         survivors, scales = reference.compress(weight, packed.words, int8=values == "int8")
-        layer = cls(weight.shape[1], weight.shape[0], survivors.numel(), bias is not None, values, weight.device, weight.dtype)
+        layer = cls(
+            weight.shape[1], weight.shape[0], survivors.numel(), bias is not None, values, weight.device, weight.dtype
+        )
         with torch.no_grad():
             layer.bitmap.copy_(packed.words)
             layer.values.copy_(survivors)
@@ -104,8 +118,8 @@ class CompressedLinear(nn.Module):
         self.row_offsets = _OPS.row_offsets(self.bitmap)
         if int(self.row_offsets[-1]) != self.values.numel():
             raise ValueError(
-                f"CompressedLinear got {self.values.numel()} values for a bitmap that keeps {int(self.row_offsets[-1])}; "
-                "expected as many"
+                f"CompressedLinear got {self.values.numel()} values for a bitmap that keeps "
+                f"{int(self.row_offsets[-1])}; expected as many"
             )
         return self
 

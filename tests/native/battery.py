@@ -33,9 +33,9 @@ def check_adamw(layout, dtype, steps=3, scale=0.25, seed=0):
         reference.masked_adamw_step(*truth, grad_scale, *rest)
     for name, got, true in zip(("w", "g", "m", "v", "ms", "vs", "master"), mine, truth, strict=False):
         for n, (a, b) in enumerate(zip(got, true, strict=True)):
-            assert torch.equal(a, b) or (a.isnan() == b.isnan()).all() and torch.equal(a.nan_to_num(), b.nan_to_num()), (
-                f"{layout} {dtype}: {name}[{n}] {tuple(a.shape)} differs by {(a.float() - b.float()).abs().max()}"
-            )
+            assert torch.equal(a, b) or (
+                (a.isnan() == b.isnan()).all() and torch.equal(a.nan_to_num(), b.nan_to_num())
+            ), f"{layout} {dtype}: {name}[{n}] {tuple(a.shape)} differs by {(a.float() - b.float()).abs().max()}"
 
 
 def check_masks(rows, width, seed, dtype=torch.float32):
@@ -46,7 +46,9 @@ def check_masks(rows, width, seed, dtype=torch.float32):
         assert torch.equal(words, reference.pack_mask(mask)), (kind, rows, width)
         assert torch.equal(OPS.unpack_mask.native(words, width), mask), (kind, rows, width)
         assert torch.equal(OPS.row_offsets.native(words), reference.row_offsets(words))
-    scores = torch.randint(-4, 5, (rows, width), generator=generator).to(dtype) * torch.randn(1, generator=generator).to(dtype)
+    scores = torch.randint(-4, 5, (rows, width), generator=generator).to(dtype) * torch.randn(
+        1, generator=generator
+    ).to(dtype)
     scores[torch.rand(rows, width, generator=generator) > 0.95] = float("nan")
     scores[torch.rand(rows, width, generator=generator) > 0.95] = -float("inf")
     for k in {0, 1, width // 2, width}:
@@ -68,7 +70,10 @@ def check_compressed(rows, width, batch, values, x_dtype, kind="random", seed=0)
     words = reference.pack_mask(mask)
     survivors, scales = reference.compress(weight, words, values == "int8")
     offsets = reference.row_offsets(words)
-    x, bias = torch.randn(batch, width, generator=generator).to(x_dtype), torch.randn(rows, generator=generator).to(x_dtype)
+    x, bias = (
+        torch.randn(batch, width, generator=generator).to(x_dtype),
+        torch.randn(rows, generator=generator).to(x_dtype),
+    )
     got = OPS.compressed_linear.native(x, words, survivors, offsets, scales, bias, width)
     dense = OPS.decompress.native(words, survivors, offsets, scales, width)
     assert torch.equal(dense, reference.decompress(words, survivors, offsets, scales, width))
@@ -78,7 +83,14 @@ def check_compressed(rows, width, batch, values, x_dtype, kind="random", seed=0)
     magnitude = float(truth.abs().max()) if truth.numel() else 0.0
     assert got.dtype == x_dtype
     assert got.shape == truth.shape
-    assert error <= 2 * torchs + 4 * torch.finfo(x_dtype).eps * magnitude + 1e-6, (rows, width, batch, values, x_dtype, kind)
+    assert error <= 2 * torchs + 4 * torch.finfo(x_dtype).eps * magnitude + 1e-6, (
+        rows,
+        width,
+        batch,
+        values,
+        x_dtype,
+        kind,
+    )
 
 
 def check_grad_norm():

@@ -1,4 +1,4 @@
-"""The device code compiles for a GPU, without torch, and spills nothing; all architectures: ``python -m benchmarks.cuda_report``."""
+"""The device code compiles without torch and spills nothing; for all GPUs: ``python -m benchmarks.cuda_report``."""
 
 import shutil
 
