@@ -1,4 +1,4 @@
-"""What nvcc says of csrc/cuda: for every architecture, each kernel's registers, spills and shared memory; no GPU needed.
+"""What nvcc says of csrc/cuda: each kernel's registers, spills and shared memory on every architecture; no GPU needed.
 
     python -m benchmarks.cuda_report                  # writes results/static/cuda.json and cuda.md
     python -m benchmarks.cuda_report --arch 80 90
