@@ -52,9 +52,9 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for sparsity in [None] if given.model else given.sparsity:
+        for sparsity in ["as given"] if given.model else given.sparsity:
             folder = Path(scratch) / f"{sparsity}"
-            dense = Path(given.model) if given.model else pruned(sparsity, folder / "dense")
+            dense = Path(given.model) if given.model else pruned(float(sparsity), folder / "dense")
             folders = {"dense": dense, "compressed": folder / "bf16", "compressed int8": folder / "int8"}
             saved = save_compressed(str(bfloat16(dense, folder / "stored")), str(folders["compressed"]))
             save_compressed(str(folder / "stored"), str(folders["compressed int8"]), values="int8")

@@ -215,8 +215,12 @@ _announced: set[str] = set()  # reasons for falling back to torch that have been
 def _install(op: str) -> None:
     """Make the chooser the op's kernel on every device."""
     kernels: dict[str, Callable[..., Any]] = {"torch": TORCH_KERNELS[op]}
+    overloads = getattr(torch.ops.ebft_kernels, op)
     if op in NATIVE:
-        kernels["native"] = getattr(torch.ops.ebft_kernels, op).native
+        kernels["native"] = overloads.native
+    written = [
+        n for n, arg in enumerate(overloads.default._schema.arguments) if arg.alias_info and arg.alias_info.is_write
+    ]
 
     def kernel(*args: Any) -> Any:
         first = next(_tensors(args))
@@ -228,7 +232,11 @@ def _install(op: str) -> None:
             _LOG.warning("%s", choice)
         if choice.impl == "triton" and "triton" not in kernels:  # triton is imported when it is first wanted
             kernels["triton"] = getattr(importlib.import_module(f"ebft_kernels._triton.{TRITON[op]}"), op)
-        return kernels[choice.impl](*args)
+        result = kernels[choice.impl](*args)
+        if choice.fused and written:  # torch's own operations count themselves; writing through a pointer does not
+            changed = _tensors([args[n] for n in written])
+            torch.autograd.graph.increment_version([tensor for tensor in changed if not tensor.is_inference()])
+        return result
 
     LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
 

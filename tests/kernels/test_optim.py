@@ -418,3 +418,20 @@ def test_a_module_that_moves_and_loads_keeps_what_is_known():
     layer(torch.randn(2, 20)).sum().backward()
     optimizer.step()
     assert is_zeroed(layer.weight, layer.mask_words)
+
+
+def test_a_step_counts_as_a_change_of_weights_and_states():
+    """Autograd and MaskedLinear go by version counters, whichever kernel writes."""
+    weight = nn.Parameter(torch.randn(4, 8))
+    mask = torch.rand(4, 8) > 0.5
+    optimizer = MaskedAdamW([weight], masks={weight: mask})
+    weight.grad = torch.randn(4, 8)
+    optimizer.step()
+    states = [weight, *(optimizer.state[weight][key] for key in ("exp_avg", "exp_avg_sq"))]
+    before = [tensor._version for tensor in states]
+    optimizer.step()
+    assert all(tensor._version > version for tensor, version in zip(states, before, strict=True))
+    y = (weight * weight).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()

@@ -155,6 +155,7 @@ def test_a_frozen_weight_and_evaluation_are_left_alone():
 
 @pytest.mark.parametrize(("weights", "moments", "compact"), ADAMW_LAYOUTS)
 def test_the_op_against_the_reference(weights, moments, compact):
+    torch.manual_seed(0)
     lists = adamw_lists(weights, moments, compact)
     for number in (0, 3, 4, 5, 6):  # the matrices
         states = [of[number] for n, of in enumerate(lists) if n != 1]
@@ -165,10 +166,14 @@ def test_the_op_against_the_reference(weights, moments, compact):
         torch.ops.ebft_kernels.masked_dw_adamw_step(dy, x, *mine, *settings)
         reference.masked_dw_adamw_step(dy, x, *truth, *settings)
         unit = torch.finfo(mine[0].dtype).eps  # torch's kernel rounds the gradient to the parameter's dtype
-        for got, true in zip(mine[:6], truth[:6], strict=True):
-            codes = got.dtype in (torch.int8, torch.uint8)
-            atol = 1.0 if codes else 2 * unit * float(true.abs().max() if true.numel() else 0) + 1e-6
-            torch.testing.assert_close(got.float(), true.float(), rtol=max(1e-5, 2 * unit), atol=atol)
+        if moments == "int8":  # what the codes stand for: where a gradient is rounded, a small moment may get another
+            for lists_of in (mine, truth):
+                for n in (1, 2):
+                    lists_of[n] = reference.dequantize(lists_of[n].flatten(), lists_of[n + 2])
+        for n, (got, true) in enumerate(zip(mine[:6], truth[:6], strict=True)):
+            largest = float(true.abs().max() if true.numel() else 0)
+            rtol = 0.15 if moments == "int8" and n in (1, 2) else max(1e-5, 2 * unit)
+            torch.testing.assert_close(got.float(), true.float(), rtol=rtol, atol=2 * unit * largest + 1e-6)
         assert_exact_zeros(mine[0], PackedMask(states[6], states[0].shape).dense())
 
 
