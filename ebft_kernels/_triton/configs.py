@@ -59,7 +59,7 @@ REASONED: dict[str, dict[str, dict[int, Config]]] = {
         "many": {0: _product(64, 64, 32, 4, 2), 80: _product(128, 128, 64, 8, 3), 86: _product(128, 128, 32, 8, 3),
                  90: _product(128, 128, 64, 8, 3)},
         "ragged": {0: _product(64, 64, 32, 4, 2)},
-        "ieee": {0: _product(64, 32, 32, 4, 2)},
+        "ieee": {0: _product(64, 32, 32, 4, 2), 90: _product(32, 32, 32, 4, 2)},
     },
     "gradient": {
         "few": {0: _gradient(64, 64, 16, 4, 2)},
