@@ -146,7 +146,7 @@ def product_cases(arch: int, dtype: torch.dtype, precision: str, shape: str, tok
         forward = partial(masked_linear.masked_linear, x, weight, words, bias, False)
         backward = partial(masked_linear.masked_linear_dx, dy, weight, words, False)
         gradient = partial(masked_linear.masked_linear_dw, dy, x, words)
-        runs = [  # kernel, key of its configs, variant, how it is called
+        runs: list[tuple[str, str, str, Callable[[], Any]]] = [  # kernel, key of its configs, variant, how it is called
             ("product_kernel", "product", "forward", with_lines(forward, False)),
             ("product_kernel", "product", "dx", with_lines(backward, False)),
             ("product_kernel", "", "forward, list of tiles", with_lines(forward, True)),
