@@ -167,7 +167,7 @@ def measure_floors(report: Report) -> None:
 
 def right_products(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """The masked linear layer and its gradients on the ugly shapes, in Triton where it can be had."""
-    count, impl = 0, "triton" if kernel_cases.has_triton("masked_linear", device, dtype) else "torch"
+    count, impl = 0, "triton" if kernel_cases.has("triton", "masked_linear", device, dtype) else "torch"
     for contiguous in (True, False):
         for name, case in linear_cases(dtype, device, contiguous):
             x, weight, bias = (t.clone().requires_grad_() for t in (case.x, case.weight, case.bias))
@@ -308,6 +308,8 @@ def case_bar(group: str, row: dict[str, Any]) -> str | None:
         return _verdict(row["ours: share of copy"] >= 0.85)
     if group == "dW + AdamW":
         return _verdict(ms["ours, in one"] <= 1.15 * ms["torch's product, then the step"])
+    if group.startswith("compressed linear"):
+        return _verdict((1.3 if "50%" in group else 2.0) * ms["ours"] <= ms["F.linear"])
     if group == "masks":
         return _verdict(5 * ms["ours"] <= ms["torch"])
     if group in ("linear forward", "linear dx") and "ours, Triton" in ms:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebft_kernels import MaskedAdamW, PackedMask, explain, reconstruction_loss_and_gradient, use_impl
+from ebft_kernels import CompressedLinear, MaskedAdamW, PackedMask, explain, reconstruction_loss_and_gradient, use_impl
 from ebft_kernels.testing import ADAMW_LAYOUTS
 
 OPS = torch.ops.ebft_kernels
@@ -76,6 +76,12 @@ def cases(size: str, device: torch.device, dtype: torch.dtype, compiled: bool) -
                         f"linear {product}", f"{shape}, {tokens} tokens, sparsity {sparsity}",
                         partial(linear, product, shape, tokens, sparsity, device, dtype, compiled),
                     )  # fmt: skip
+    for rows in (1, 4, 8):
+        for sparsity in (0.5, 0.7):
+            yield Case(
+                f"compressed linear at {sparsity:.0%}", f"{shapes[1]}, {rows} rows",
+                partial(compressed, shapes[1], rows, sparsity, device, dtype),
+            )  # fmt: skip
     for name, make in (
         ("pack", pack),
         ("unpack", unpack),
@@ -120,10 +126,10 @@ def forced(impl: str, run: Contender) -> Contender:
     return inside
 
 
-def has_triton(op: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton can run ``op`` here."""
+def has(impl: str, op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether an implementation can run ``op`` here."""
     try:
-        with use_impl("triton"):
+        with use_impl(impl):
             explain(op, device, dtype)
     except RuntimeError:
         return False
@@ -166,7 +172,7 @@ def linear(
         contenders["torch.compile, no mask in the product"] = torch.compile(plain)
         contenders["torch.compile, mask multiplied"] = torch.compile(multiplied)
     contenders["ours, as chosen"] = ours
-    if has_triton("masked_linear", device, dtype):
+    if has("triton", "masked_linear", device, dtype):
         contenders["ours, Triton"] = forced("triton", ours)
 
     def validate() -> None:
@@ -179,6 +185,30 @@ def linear(
 
     moved = (x.nbytes + dy.nbytes + dense.nbytes) + words.nbytes
     return Prepared(contenders, validate, 2.0 * tokens * n * k, dict.fromkeys(contenders, float(moved)))
+
+
+def compressed(
+    shape: tuple[int, int], rows: int, sparsity: float, device: torch.device, dtype: torch.dtype
+) -> Prepared:
+    """A layer without its zeros on few rows of x, against ``F.linear`` on the dense-stored one."""
+    weight = randn(*shape, device=device, dtype=dtype) * mask_of(shape, sparsity, device)
+    layer = CompressedLinear.from_weight(weight, weight != 0)
+    x = randn(rows, shape[1], device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def ours() -> Tensor:
+        return layer(x)
+
+    def validate() -> None:
+        truth = x.double() @ weight.double().T
+        error, torchs = ((y.double() - truth).abs().max() for y in (ours(), F.linear(x, weight)))
+        assert error <= 1.5 * torchs + 1e-6, f"errs by {error}, torch by {torchs}"
+
+    moved = x.nbytes + rows * shape[0] * dtype.itemsize
+    least = {"F.linear": float(moved + weight.nbytes), "ours": float(moved + layer.nbytes())}
+    return Prepared(
+        {"F.linear": lambda: F.linear(x, weight), "ours": ours}, validate, 2.0 * rows * weight.numel(), least
+    )
 
 
 # --- AdamW ----------------------------------------------------------------------------------------------------------
@@ -210,6 +240,9 @@ def adamw(
         theirs.mul_(factor)
 
     contenders: dict[str, Contender] = {"torch.optim.AdamW(fused=True) + mask, fp32": torch_step, "ours": ours.step}
+    in_cuda = device.type == "cuda" and compact and moments == "fp32" and weights != "stochastic"
+    if in_cuda and has("native", "masked_adamw_step", device, dtype):
+        contenders["ours, CUDA C++"] = forced("native", ours.step)
     if moments == "int8" and find_spec("torchao"):
         from torchao.optim import AdamW8bit
 

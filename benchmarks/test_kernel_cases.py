@@ -70,6 +70,7 @@ def test_bars_are_read_from_rows() -> None:
     assert gpu_report.case_bar("linear dx", row | {"ours, Triton: ms": 1.1}) == "missed"
     assert gpu_report.case_bar("linear dW", row) is None
     assert gpu_report.case_bar("AdamW", {"ours: share of copy": 0.84}) == "missed"
+    assert gpu_report.case_bar("compressed linear at 70%", {"ours: ms": 1.0, "F.linear: ms": 1.9}) == "missed"
     assert gpu_report.case_bar("masks", {"ours: ms": 1.0, "torch: ms": 5.0}) == "met"
     assert (
         gpu_report.case_bar("dW + AdamW", {"ours, in one: ms": 1.1, "torch's product, then the step: ms": 1.0}) == "met"
