@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -32,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--turns", type=int, default=7)
     given = parser.parse_args()
     sizes = {"samples": given.samples, "seqlen": given.seqlen, "windows": "packed"}
     config = EBFTConfig.preset("paper", sparsity=0.6, epochs=2, eval="", device="cpu", **sizes)
@@ -45,14 +48,15 @@ def main() -> None:
         size = decoder.stored_block(0).get_parameter(matrix.name).abs()
         masks[matrix.name] = PackedMask.from_topk(size, round(matrix.inputs * (1 - config.sparsity)))
 
-    def ours() -> None:
+    def ours() -> float:
         block = decoder.working_block(0)
         for name, mask in masks.items():
             mask.zero_pruned_(block.get_parameter(name))
         states = streams.inputs.states, streams.targets.states
-        BlockReconstructor(config, CPU).fit(block, *states, masks=masks, forward=partial(decoder.run_block, 0))
+        forward = partial(decoder.run_block, 0)
+        return BlockReconstructor(config, CPU).fit(block, *states, masks=masks, forward=forward).seconds
 
-    def baseline() -> None:
+    def baseline() -> float:
         block = copy.deepcopy(model.model.layers[0])
         _, kwargs = first_inputs(model, ids, config.batch_size)
         for name, mask in masks.items():
@@ -60,15 +64,25 @@ def main() -> None:
             linear = block.get_submodule(path)
             assert isinstance(linear, nn.Linear)
             replace(block, path, MultipliedLinear(linear, mask.dense().float()))
+        began = time.perf_counter()
         tune(block, streams.inputs.states, streams.targets.states, kwargs, config, 0)
+        return time.perf_counter() - began
+
+    seconds: dict[str, list[float]] = {"ebft": [], "baseline": []}
+    for _ in range(given.turns):
+        seconds["ebft"].append(ours())
+        seconds["baseline"].append(baseline())
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    print(f"medians of {given.turns} turns each: {medians}")
 
     rows = {name: _profile(run) for name, run in (("ebft", ours), ("baseline", baseline))}
     for name, table in rows.items():
         print(name, *(f"{row['share']:7.2%}  {row['op']}" for row in table[:12]), sep="\n    ")
-    print("written to", write_result("profile_step", {"settings": vars(given), "share_of_cpu_time": rows}))
+    content = {"settings": vars(given), "median_tuning_seconds": medians, "tuning_seconds": seconds}
+    print("written to", write_result("profile_step", {**content, "share_of_cpu_time": rows}))
 
 
-def _profile(run: Callable[[], None]) -> list[dict[str, Any]]:
+def _profile(run: Callable[[], float]) -> list[dict[str, Any]]:
     run()  # warm up
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
