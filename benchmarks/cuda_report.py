@@ -60,10 +60,12 @@ def compile_facts(file: Path, architecture: int) -> list[dict[str, Any]]:
 
 
 def _readable(mangled: str) -> str:
-    if shutil.which("cu++filt") is None:
+    filt = shutil.which("c++filt")
+    if filt is None:
         return mangled
-    name = subprocess.run(["cu++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    return re.sub(r"ebft::cuda::|<unnamed>::|\(anonymous namespace\)::|\(int\)|^void |\([^<]*\)$", "", name).strip()
+    name = subprocess.run([filt, mangled], capture_output=True, text=True, check=True).stdout.strip()
+    # Without namespaces, of which one is named by nvcc's hash of the file, and without arguments.
+    return re.sub(r"ebft::cuda::|_GLOBAL__N__\w+::|^void |\([^()]*\)$", "", name)
 
 
 def main() -> int:
