@@ -65,7 +65,7 @@ def _readable(mangled: str) -> str:
         return mangled
     name = subprocess.run([filt, mangled], capture_output=True, text=True, check=True).stdout.strip()
     # Without namespaces, of which one is named by nvcc's hash of the file, and without arguments.
-    return re.sub(r"ebft::cuda::|_GLOBAL__N__\w+::|^void |\([^()]*\)$", "", name)
+    return re.sub(r"ebft::cuda::|_GLOBAL__N__\w+::|\(anonymous namespace\)::|^void |\([^()]*\)$", "", name)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Tuning one block by ``ebft`` and by the straightforward loop: seconds in turns, and where they go by torch's profiler.
+"""Tuning one block by ``ebft`` and by the straightforward loop: seconds in turns, and where torch's profiler sees them.
 
 python -m benchmarks.profile_step
 """
