@@ -68,7 +68,8 @@ def test_every_kernel_compiles_for_gpus(tmp_path):
             "pack_kernel", "unpack_kernel", "count_kernel", "nm_kernel", "nm_check_kernel",
         }  # fmt: skip
         for fact in facts:
-            assert fact["stack"] == 0
+            # Products have none in any version; elsewhere ptxas lays down 8 bytes here and there.
+            assert fact["stack"] <= (0 if fact["product"] else 32), fact
             if fact["product"]:
                 assert fact["tensor_cores"] == ("mma.sync" if arch == 80 else "wgmma.mma_async")
                 assert "cp.async" in fact["pipeline"]
