@@ -97,8 +97,8 @@ def measure(contender: str, folder: Path, threads: int, tokens: int) -> dict[str
         model: Any = ebft.load_compressed(folder)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, contender.split()[1]))
-        for parameter in model.parameters():  # out of the file's pages, which would not be counted
-            parameter.data = parameter.data.clone()
+    for tensor in (*model.parameters(), *model.buffers()):  # out of the file's pages, which would not be counted
+        tensor.data = tensor.data.clone()
     prompt = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")
     how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     model.generate(**prompt, **{**how, "max_new_tokens": 2, "min_new_tokens": 2})
