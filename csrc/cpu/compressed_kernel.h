@@ -230,7 +230,7 @@ template <Value V, bool Dots, int Batch>
 bool multiply_last(const Compressed& w, int64_t row, const float* x, int64_t x_stride, float* to, int64_t to_stride, char* room) {
   const int64_t from = w.row_offsets[row], count = w.row_offsets[row + 1] - from, size = size_of<V>();
   if (from < 0 || count < 0 || count > w.width || from + count > w.total) return false;
-  memcpy(room, static_cast<const char*>(w.values) + from * size, size_t(count * size));
+  if (count > 0) memcpy(room, static_cast<const char*>(w.values) + from * size, size_t(count * size));
   memset(room + count * size, 0, size_t((most_read(w) - count) * size));
   const int64_t offsets[2] = {0, count};
   Compressed alone = w;

@@ -20,7 +20,7 @@ export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktra
 LD_PRELOAD="$preload" "$python" -c 'from ebft_kernels._extension import native_reason; assert native_reason() is None, native_reason()'
 for path in best avx2 plain; do
   echo "sanitized: the $path path"
-  LD_PRELOAD="$preload" EBFT_CPU=$path "$python" -m pytest -q -p no:cacheprovider tests/native/test_native.py \
+  LD_PRELOAD="$preload" EBFT_CPU=$path "$python" -m pytest -q -s -p no:cacheprovider tests/native/test_native.py \
     -k "not process and not compiler and not turned_off and not plain_path and not at_install"
 done
 echo "no report from the sanitizers"
