@@ -22,16 +22,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import block_loops, kernel_cases
 from benchmarks.machine import machine_info
-from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, explain, masked_grad_norm, masked_linear, reference
+from ebft_kernels import (
+    MaskedAdamW,
+    MaskedLinear,
+    PackedMask,
+    explain,
+    masked_grad_norm,
+    masked_linear,
+    reference,
+    use_impl,
+)
 from ebft_kernels.dispatch import TRITON
 from ebft_kernels.testing import (
     ADAMW_LAYOUTS,
     adamw_lists,
     assert_exact_zeros,
-    assert_no_worse_than_torch,
+    check_linear,
     linear_cases,
 )
 
@@ -170,26 +180,14 @@ def right_products(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     count, impl = 0, "triton" if kernel_cases.has("triton", "masked_linear", device, dtype) else "torch"
     for contiguous in (True, False):
         for name, case in linear_cases(dtype, device, contiguous):
-            x, weight, bias = (t.clone().requires_grad_() for t in (case.x, case.weight, case.bias))
             packed = PackedMask.from_dense(case.mask)
 
-            def run(x: Any = x, weight: Any = weight, bias: Any = bias, packed: Any = packed, dy: Any = case.dy) -> Any:
-                y = masked_linear(x, weight, packed, bias)
-                return (y, *torch.autograd.grad(y, (x, weight, bias), dy))
+            def run(x: Tensor, weight: Tensor, bias: Tensor, packed: PackedMask = packed) -> Tensor:
+                return masked_linear(x, weight, packed, bias)
 
             for _ in range(2):  # the second time with lists of non-empty tiles
-                got = kernel_cases.forced(impl, run)()
-            plain = kernel_cases.forced("torch", run)()
-            x64, w64, dy64 = (t.double() for t in (case.x, case.weight, case.dy))
-            truth = (
-                reference.masked_linear(x64, w64, packed.words, case.bias.double()),
-                reference.masked_linear_dx(dy64, w64, packed.words),
-                reference.masked_linear_dw(dy64, x64, packed.words),
-                dy64.reshape(-1, dy64.shape[-1]).sum(0),
-            )
-            for what, mine, torchs, true in zip(("y", "dx", "dW", "db"), got, plain, truth, strict=True):
-                assert_no_worse_than_torch(mine, torchs, true, what=f"{name}: {what}")
-            assert_exact_zeros(got[2], case.mask, name)
+                with use_impl(impl):
+                    check_linear(run, case, name)
             count += 1
     return {"right": f"{count} cases in {impl}"}
 

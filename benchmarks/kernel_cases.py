@@ -216,6 +216,13 @@ def compressed(
 WIDTH = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 256}  # bytes of a stored moment
 
 
+def must_move(weights: str, moments: str, compact: bool, sparsity: float) -> float:
+    """Bytes a weight: parameter read and written, gradient read, the mask bit, stored states read and written."""
+    stored = 1 - sparsity if compact else 1.0
+    states = 4 * WIDTH[moments] + (8 if weights == "master" else 0)
+    return 3 * (4 if weights == "fp32" else 2) + 1 / 8 + stored * states
+
+
 def adamw(
     shape: tuple[int, int], device: torch.device, weights: str, moments: str, compact: bool, sparsity: float = 0.5
 ) -> Prepared:
@@ -266,10 +273,7 @@ def adamw(
         )
         assert torch.count_nonzero(mine[~mask]) == 0
 
-    stored = 1 - sparsity if compact else 1.0
-    states = 4 * WIDTH[moments] + (8 if weights == "master" else 0)  # moments and master, read and written
-    each = 3 * dtype.itemsize + 1 / 8 + stored * states
-    numel = shape[0] * shape[1]
+    each, numel = must_move(weights, moments, compact, sparsity), shape[0] * shape[1]
     return Prepared(
         contenders, validate, bytes={"ours": numel * each, "torch.optim.AdamW(fused=True) + mask, fp32": numel * 28.125}
     )

@@ -1,8 +1,7 @@
 """One optimizer step on a pruned matrix: ours, in every layout, against ``torch.optim.AdamW`` and the mask multiply.
 
-The bytes that a step must move, for a weight: parameter read and written, gradient read, each stored state read and
-written, and the mask bit. ``GB/s`` is these bytes over the median; ``test_copy_bandwidth`` measures what the machine
-can do (a copy reads what it overwrites, too, which is not counted).
+``GB/s`` is the bytes that a step must move over the median; ``test_copy_bandwidth`` measures what the machine can do (a
+copy reads what it overwrites, too, which is not counted).
 """
 
 from __future__ import annotations
@@ -14,18 +13,13 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.kernel_cases import must_move
 from ebft_kernels import MaskedAdamW, explain
+from ebft_kernels.testing import ADAMW_LAYOUTS
 
 RECIPE: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 SPARSITY = 0.7
 TORCH = ("torch fused", "torch fused, bool mask", "torch foreach", "torch loop")
-LAYOUTS = [
-    (weights, moments, compact)
-    for weights in ("fp32", "master", "stochastic")
-    for moments in ("fp32", "bf16", "int8")
-    for compact in (False, True)
-]
-WIDTH = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 256}  # bytes of a stored moment
 AGREES = {"fp32": 1e-5, "bf16": 2e-2, "int8": 0.5}  # with torch's float32 steps: the worst weight, in learning rates
 
 
@@ -60,13 +54,6 @@ def in_layout(weight: nn.Parameter, weights: str) -> nn.Parameter:
     return small
 
 
-def must_move(weights: str, moments: str, compact: bool) -> float:
-    """Bytes a weight."""
-    stored = 1 - SPARSITY if compact else 1.0
-    states = 4 * WIDTH[moments] + (8 if weights == "master" else 0)  # two moments and the master, read and written
-    return 3 * (4 if weights == "fp32" else 2) + 1 / 8 + stored * states
-
-
 @pytest.fixture
 def shape(full: bool) -> tuple[int, int]:
     return (4096, 11008) if full else (64, 96)
@@ -81,7 +68,7 @@ def test_torch(benchmark: Any, shape: tuple[int, int], device: torch.device, con
     measure(benchmark, step, shape, 28 + 1 / 8)
 
 
-@pytest.mark.parametrize(("weights", "moments", "compact"), LAYOUTS)
+@pytest.mark.parametrize(("weights", "moments", "compact"), ADAMW_LAYOUTS)
 def test_ebft(
     benchmark: Any, shape: tuple[int, int], device: torch.device, weights: str, moments: str, compact: bool
 ) -> None:
@@ -99,7 +86,7 @@ def test_ebft(
     assert moved <= allowed + 2 * RECIPE["lr"] * AGREES[moments]
     assert torch.count_nonzero(weight[~mask]) == 0
     benchmark.extra_info["implementation"] = str(explain("masked_adamw_step", device, weight.dtype))
-    measure(benchmark, optimizer.step, shape, must_move(weights, moments, compact))
+    measure(benchmark, optimizer.step, shape, must_move(weights, moments, compact, SPARSITY))
 
 
 def measure(benchmark: Any, step: Callable[[], Any], shape: tuple[int, int], bytes_a_weight: float) -> None:

@@ -13,7 +13,6 @@ from functools import partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
-from unittest import mock
 
 from torch import Tensor, nn
 
@@ -61,8 +60,12 @@ def _with_rotary(attention: nn.Module, rope: Callable[..., tuple[Tensor, Tensor]
 
     @wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with mock.patch.object(file, ROTARY, _rotary(rope)):
+        files = getattr(file, ROTARY)
+        setattr(file, ROTARY, _rotary(rope))
+        try:
             return own(*args, **kwargs)
+        finally:
+            setattr(file, ROTARY, files)
 
     return forward
 

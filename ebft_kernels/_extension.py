@@ -88,10 +88,7 @@ def _compile(folder: Path, work: Path, name: str, *, cuda: bool) -> None:
     from torch.utils import cpp_extension  # imports setuptools: only when there is something to build
 
     work.mkdir(parents=True, exist_ok=True)
-    logging.getLogger(cpp_extension.__name__).setLevel(
-        logging.ERROR
-    )  # its warnings on a broken compiler are tracebacks
-    with _tools_on_path():
+    with _tools_on_path(), _quiet(cpp_extension.__name__):  # its warnings on a broken compiler are tracebacks
         cpp_extension.load(
             name,
             [str(file) for file in (*cpp_sources(folder), *(cuda_sources(folder) if cuda else ()))],
@@ -102,6 +99,18 @@ def _compile(folder: Path, work: Path, name: str, *, cuda: bool) -> None:
             is_python_module=False,
             with_cuda=cuda,
         )
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Errors alone from a logger."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager

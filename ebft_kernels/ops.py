@@ -70,8 +70,8 @@ def words_in(width: int) -> int:
 
 
 # --- the kernels in torch -----------------------------------------------------------------------------------------
-# Masks are applied to floats by a bitwise AND with 0 or ~0: exact zeros over NaN and infinity, and on a CPU twenty
-# times as fast as masked_fill (docs/measured.md).
+# Masks are applied to floats by a bitwise AND with 0 or ~0: exact zeros over NaN and infinity, and on a CPU
+# much faster than masked_fill (docs/measured.md).
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -176,51 +176,21 @@ def row_offsets(words: Tensor) -> Tensor:
     return F.pad(counts.cumsum(0), (1, 0))
 
 
-def masked_adamw_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    exp_avg_scales: list[Tensor],
-    exp_avg_sq_scales: list[Tensor],
-    masters: list[Tensor],
-    words: list[Tensor],
-    row_offsets: list[Tensor],
-    grad_scale: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    stochastic: bool,
-    seed: int,
-    param_ids: list[int],
-    zero_grads: bool,
-) -> None:
-    for n, param in enumerate(params):
-        settings = (lr, beta1, beta2, eps, weight_decay, step)
-        packed = any(states[n].numel() for states in (exp_avg_scales, masters, row_offsets))
-        plain = param.dtype in (torch.float32, torch.float64) and exp_avgs[n].dtype == param.dtype
+def masked_adamw_step(*args: Any) -> None:
+    """Arguments as in the schema: lists of tensors, the gradient scale, settings."""
+    lists, (grad_scale, *settings, stochastic, seed, param_ids, zero_grads) = args[:9], args[9:]
+    for n, number in enumerate(param_ids):
+        param, grad, exp_avg, exp_avg_sq, exp_avg_scale, _, master, words, rows = one = [of[n] for of in lists]
+        packed = any(state.numel() for state in (exp_avg_scale, master, rows))
+        plain = param.dtype in (torch.float32, torch.float64) and exp_avg.dtype == param.dtype
         if packed or stochastic or not plain:
-            lists = (
-                params,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                exp_avg_scales,
-                exp_avg_sq_scales,
-                masters,
-                words,
-                row_offsets,
-            )
-            one: Any = [[of[n]] for of in lists]
-            rest: Any = (grad_scale, *settings, stochastic, seed, [param_ids[n]], zero_grads)
-            reference.masked_adamw_step(*one, *rest)
+            alone: Any = [[tensor] for tensor in one]
+            alone += [grad_scale, *settings, stochastic, seed, [number], zero_grads]
+            reference.masked_adamw_step(*alone)
             continue
-        _fused_step(param, grads[n], exp_avgs[n], exp_avg_sqs[n], words[n], grad_scale, *settings)
+        _fused_step(param, grad, exp_avg, exp_avg_sq, words, grad_scale, *settings)
         if zero_grads:
-            grads[n].zero_()
+            grad.zero_()
 
 
 def masked_dw_adamw_step(dy: Tensor, x: Tensor, param: Tensor, *rest: Any) -> None:

@@ -238,7 +238,7 @@ def masked_adamw_step(
         w = w * (1 - lr * weight_decay)
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
-        # Rounded correctly by way of float64: torch's float32 root on a CPU is off by a bit in one of five values.
+        # Rounded correctly by way of float64: torch's float32 root on a CPU may be off by a bit.
         root = v.double().sqrt().to(v.dtype)
         w = w - step_size * m / (root * correction + eps)
 

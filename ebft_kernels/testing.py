@@ -7,14 +7,21 @@ errs in the same dtype, plus a small constant; so a tolerance is never a number 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ebft_kernels.optim import MOMENTS, WEIGHTS
-from ebft_kernels.reference import pack_mask, quantize, row_offsets
+from ebft_kernels.reference import (
+    masked_linear,
+    masked_linear_dw,
+    masked_linear_dx,
+    pack_mask,
+    quantize,
+    row_offsets,
+)
 
 # (tokens, outputs N, inputs K): no multiple of a tile, K no multiple of 8 or 32, one word, one weight, no tokens
 UGLY_SHAPES = [
@@ -134,6 +141,32 @@ def adamw_lists(
 def _codes(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     codes, scales = quantize(values.flatten(), signed)
     return codes.view(values.shape), scales
+
+
+def check_linear(run: Callable[[Tensor, Tensor, Tensor], Tensor], case: LinearCase, what: str = "") -> None:
+    """A masked linear layer, ``run(x, weight, bias)``, and its gradients against the reference in float64.
+
+    They may err no more than torch's own product of the multiplied weight; the weight gradient is exactly 0 where
+    pruned.
+    """
+
+    def with_gradients(layer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (case.x, case.weight, case.bias)]
+        y = layer(*leaves)
+        return (y, *torch.autograd.grad(y, leaves, case.dy))
+
+    got = with_gradients(run)
+    plain = with_gradients(lambda x, weight, bias: torch.nn.functional.linear(x, weight * case.mask, bias))
+    x, weight, dy, words = case.x.double(), case.weight.double(), case.dy.double(), pack_mask(case.mask)
+    truth = (
+        masked_linear(x, weight, words, case.bias.double()),
+        masked_linear_dx(dy, weight, words),
+        masked_linear_dw(dy, x, words),
+        dy.reshape(-1, dy.shape[-1]).sum(0),
+    )
+    for part, mine, torchs, true in zip(("y", "dx", "dW", "db"), got, plain, truth, strict=True):
+        assert_no_worse_than_torch(mine, torchs, true, what=f"{what}: {part}")
+    assert_exact_zeros(got[2], case.mask, what)
 
 
 def assert_no_worse_than_torch(

@@ -28,7 +28,7 @@ from ebft_kernels._triton import common
 from ebft_kernels._triton.adamw_math import new_moments, new_weight, stored_weight
 from ebft_kernels._triton.common import cdiv, expand_words, grouped_tile, narrowed
 from ebft_kernels._triton.masked_adamw import hyperparameters
-from ebft_kernels._triton.masked_linear import config_of, gradient_tile, precision
+from ebft_kernels._triton.masked_linear import config_of, gradient_tile, precision, tile_words
 
 _OPS = torch.ops.ebft_kernels
 
@@ -53,10 +53,7 @@ def gradient_step_kernel(
     n, k = n_tile * BN + tl.arange(0, BN), k_tile * BK + tl.arange(0, BK)
 
     # 2. Does the tile keep anything?
-    word = k_tile * (BK // 32) + tl.arange(0, BK // 32)
-    inside = (n < N)[:, None] & (word < words_stride)[None, :]
-    words = tl.load(words_ptr + n[:, None].to(tl.int64) * words_stride + word[None, :], mask=inside, other=0)
-    some_kept = tl.max(tl.max((words != 0).to(tl.int32), axis=1), axis=0)
+    words, some_kept = tile_words(words_ptr, n, k_tile, N, words_stride, BK)
 
     # 3. Loop over the tokens; over none where nothing is kept.
     acc = gradient_tile(

@@ -115,6 +115,15 @@ def gradient_tile(
 
 
 @triton.jit
+def tile_words(words_ptr, n, k_tile, N, words_stride, BK: tl.constexpr):
+    """The mask words (rows n, BK / 32) of a tile of the weight, and 1 if the tile keeps anything, otherwise 0."""
+    word = k_tile * (BK // 32) + tl.arange(0, BK // 32)
+    inside = (n < N)[:, None] & (word < words_stride)[None, :]
+    words = tl.load(words_ptr + n[:, None].to(tl.int64) * words_stride + word[None, :], mask=inside, other=0)
+    return words, tl.max(tl.max((words != 0).to(tl.int32), axis=1), axis=0)
+
+
+@triton.jit
 def gradient_kernel(
     dy_ptr, x_ptr, words_ptr, dw_ptr,
     N, K, T, words_stride, dy_stride_t, dy_stride_n, x_stride_t, x_stride_k,
@@ -127,10 +136,7 @@ def gradient_kernel(
     n, k = n_tile * BN + tl.arange(0, BN), k_tile * BK + tl.arange(0, BK)
 
     # 2. The tile's mask.
-    word = k_tile * (BK // 32) + tl.arange(0, BK // 32)
-    inside = (n < N)[:, None] & (word < words_stride)[None, :]
-    words = tl.load(words_ptr + n[:, None].to(tl.int64) * words_stride + word[None, :], mask=inside, other=0)
-    some_kept = tl.max(tl.max((words != 0).to(tl.int32), axis=1), axis=0)
+    words, some_kept = tile_words(words_ptr, n, k_tile, N, words_stride, BK)
 
     # 3. Loop over the tokens; over none where nothing is kept.
     acc = gradient_tile(

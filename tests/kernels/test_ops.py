@@ -20,7 +20,7 @@ from ebft_kernels.testing import (
     ADAMW_LAYOUTS,
     adamw_lists,
     assert_exact_zeros,
-    assert_no_worse_than_torch,
+    check_linear,
     linear_cases,
 )
 
@@ -133,25 +133,7 @@ def test_is_nm_sees_a_single_group_too_full():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_masked_linear_and_its_gradients(dtype, contiguous):
     for name, case in linear_cases(dtype, contiguous=contiguous):
-        x, weight, bias = (t.clone().requires_grad_() for t in (case.x, case.weight, case.bias))
-        y = masked_linear(x, weight, case.mask, bias)
-        got = (y, *torch.autograd.grad(y, (x, weight, bias), case.dy))
-
-        tx, tweight, tbias = (t.clone().requires_grad_() for t in (case.x, case.weight, case.bias))
-        ty = F.linear(tx, tweight * case.mask, tbias)
-        plain = (ty, *torch.autograd.grad(ty, (tx, tweight, tbias), case.dy))
-
-        x64, w64, dy64 = case.x.double(), case.weight.double(), case.dy.double()
-        words = reference.pack_mask(case.mask)
-        truth = (
-            reference.masked_linear(x64, w64, words, case.bias.double()),
-            reference.masked_linear_dx(dy64, w64, words),
-            reference.masked_linear_dw(dy64, x64, words),
-            dy64.reshape(-1, dy64.shape[-1]).sum(0),
-        )
-        for what, mine, torchs, true in zip(("y", "dx", "dw", "db"), got, plain, truth, strict=True):
-            assert_no_worse_than_torch(mine, torchs, true, what=f"{name}: {what}")
-        assert_exact_zeros(got[2], case.mask, name)
+        check_linear(lambda x, weight, bias, mask=case.mask: masked_linear(x, weight, mask, bias), case, name)
 
 
 def test_what_stands_in_pruned_places_does_not_matter():

@@ -31,11 +31,12 @@ def test_everything_agrees_with_the_reference():
     battery.everything()
 
 
-def test_the_plain_path_agrees_too():
-    """What runs on a CPU without AVX2."""
+@pytest.mark.parametrize("path", ["plain", "avx2"])
+def test_what_lesser_cpus_run_agrees_too(path):
+    """Without AVX2, and without AVX-512."""
     done = subprocess.run(
         [sys.executable, str(HERE / "battery.py")],
-        env={**os.environ, "EBFT_CPU": "plain", "PYTHONPATH": str(HERE.parent.parent)},
+        env={**os.environ, "EBFT_CPU": path, "PYTHONPATH": str(HERE.parent.parent)},
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
