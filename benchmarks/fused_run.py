@@ -1,4 +1,5 @@
-"""Whole runs of ``python -m ebft.run``: with ``--fused``, and with the native library turned off, taking turns.
+"""Whole runs of ``python -m ebft.run``: with ``--fused``, and with the native library turned off, taking turns; who
+goes first changes from round to round.
 
 python -m benchmarks.fused_run [--rounds 3] [-- any flags of ebft.run]
 """
@@ -34,7 +35,8 @@ def main() -> None:
     flags = given.flags or DEFAULT
     rows: list[dict[str, Any]] = []
     for number in range(given.rounds):
-        for contender, (extra, environment) in CONTENDERS.items():
+        for contender in sorted(CONTENDERS, reverse=bool(number % 2)):
+            extra, environment = CONTENDERS[contender]
             with tempfile.TemporaryDirectory() as scratch:
                 output = Path(scratch) / "out"
                 command = [sys.executable, "-m", "ebft.run", *flags, *extra, "--output", str(output)]
@@ -47,6 +49,7 @@ def main() -> None:
                     "contender": contender,
                     "seconds": summary["seconds"],
                     "tuning_seconds": sum(block["tuning_seconds"] for block in blocks),
+                    "stage_seconds": summary["stage_seconds"],
                     "perplexity": summary["perplexity"],
                 }
             )

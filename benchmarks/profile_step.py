@@ -1,4 +1,5 @@
-"""Tuning one block by ``ebft`` and by the straightforward loop: seconds in turns, and where torch's profiler sees them.
+"""Tuning one block by ``ebft``, once more without fused kernels, and by the straightforward loop: seconds in turns, and
+where torch's profiler sees them.
 
 python -m benchmarks.profile_step
 """
@@ -24,13 +25,13 @@ from ebft.calibration import calibration_tokens
 from ebft.checkpoint import load_model, load_tokenizer
 from ebft.decoder import Decoder
 from ebft.stream import Streams
-from ebft_kernels import PackedMask
+from ebft_kernels import PackedMask, use_impl
 
 CPU = torch.device("cpu")
 
 
 def main() -> None:
-    """Profile both loops on the first block of the default model and write the result file."""
+    """Time the loops on the first block of the default model, profile them and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=256)
@@ -56,6 +57,10 @@ def main() -> None:
         forward = partial(decoder.run_block, 0)
         return BlockReconstructor(config, CPU).fit(block, *states, masks=masks, forward=forward).seconds
 
+    def unfused() -> float:
+        with use_impl("torch"):
+            return ours()
+
     def baseline() -> float:
         block = copy.deepcopy(model.model.layers[0])
         _, kwargs = first_inputs(model, ids, config.batch_size)
@@ -68,14 +73,15 @@ def main() -> None:
         tune(block, streams.inputs.states, streams.targets.states, kwargs, config, 0)
         return time.perf_counter() - began
 
-    seconds: dict[str, list[float]] = {"ebft": [], "baseline": []}
-    for _ in range(given.turns):
-        seconds["ebft"].append(ours())
-        seconds["baseline"].append(baseline())
+    runs = {"ebft": ours, "ebft, torch kernels": unfused, "baseline": baseline}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(given.turns):
+        for name in sorted(runs, reverse=bool(turn % 2)):  # there and back, so that drift falls on all alike
+            seconds[name].append(runs[name]())
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     print(f"medians of {given.turns} turns each: {medians}")
 
-    rows = {name: _profile(run) for name, run in (("ebft", ours), ("baseline", baseline))}
+    rows = {name: _profile(run) for name, run in runs.items()}
     for name, table in rows.items():
         print(name, *(f"{row['share']:7.2%}  {row['op']}" for row in table[:12]), sep="\n    ")
     content = {"settings": vars(given), "median_tuning_seconds": medians, "tuning_seconds": seconds}

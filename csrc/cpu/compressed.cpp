@@ -78,7 +78,7 @@ at::Tensor compressed_linear(const at::Tensor& x, const at::Tensor& words, const
                     x.device(), "; expected floats on the CPU");
   const auto* bits = static_cast<const uint32_t*>(words.const_data_ptr());
   const int64_t stride = words_in(width);
-  const int64_t rows = words.size(0), batch = x.numel() / width, x_stride = (width + kMostChunk - 1) / kMostChunk * kMostChunk;
+  const int64_t rows = words.size(0), batch = x.numel() / width, x_stride = (width + kChunkInputs - 1) / kChunkInputs * kChunkInputs;
   if (bias) TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows, op, " got bias ", shape_of(*bias), "; expected (", rows, ")");
 
   const bool dots = value == Value::kBfloat16 && x.scalar_type() == at::kBFloat16 && has_bfloat16_dots();

@@ -9,7 +9,7 @@ enum class Value { kFloat, kBfloat16, kHalf, kInt8 };
 
 inline constexpr int64_t kScaleGroup = 128;  // inputs of a row that share the scale of int8 values
 
-inline constexpr int64_t kMostChunk = 32, kMostOverread = 32;  // inputs that a kernel takes at a time, values that it loads
+inline constexpr int64_t kChunkInputs = 32, kMostOverread = 32;  // inputs that a kernel takes at a time, values that it may load
 
 struct Compressed {
   const uint8_t* mask;         // bytes of the words, rows `mask_stride` bytes apart

@@ -1,8 +1,8 @@
 // y = x W^T for a compressed W and a few rows of x: expand in registers, multiply, add. Included by every_isa.h.
 //
-// A step takes a chunk of inputs, two vectors of floats `first` and `second`: 2 x 8, or with AVX-512 2 x 16. bfloat16 values are
-// expanded in 16-bit lanes, and become floats by a shift (the even inputs) or a mask (the odd ones): `arrange` puts x in that order.
-// With kDots, x is bfloat16 too, two inputs in the place of a float, and AVX-512 multiplies pairs.
+// A step takes the inputs of one mask word in kParts vectors of floats: 4 x 8, or with AVX-512 2 x 16. bfloat16 values are expanded in
+// 16-bit lanes, two vectors' worth at a time, and become floats by a shift (the even inputs) or a mask (the odd ones): `arrange` puts x
+// in that order. With kDots, x is bfloat16 too, two inputs in the place of a float, and AVX-512 multiplies pairs.
 
 #if EBFT_AVX512
 struct Wide {
@@ -13,7 +13,6 @@ inline Wide wide_load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Wide wide_set(float x) { return {_mm512_set1_ps(x)}; }
 inline Wide multiply_add(Wide a, Wide b, Wide sum) { return {_mm512_fmadd_ps(a.v, b.v, sum.v)}; }
 inline void wide_store(float* p, Wide a) { _mm512_storeu_ps(p, a.v); }
-using Bits = uint32_t;  // of a chunk
 #else
 using Wide = F8;
 inline Wide wide_zero() { return set(0); }
@@ -25,15 +24,15 @@ inline Wide multiply_add(Wide a, Wide b, Wide sum) { return {_mm256_fmadd_ps(a.v
 inline Wide multiply_add(Wide a, Wide b, Wide sum) { return a * b + sum; }
 #endif
 inline void wide_store(float* p, Wide a) { store(p, a); }
-using Bits = uint16_t;
 #endif
 
-inline constexpr int kLanesWide = int(sizeof(Wide) / sizeof(float)), kChunk = 2 * kLanesWide;
+inline constexpr int kLanesWide = int(sizeof(Wide) / sizeof(float)), kParts = int(kChunkInputs) / kLanesWide;
 
 // x of `width` inputs, and zeros up to a whole chunk, as a kernel for values of kind `value` takes it.
 void arrange(const float* x, float* to, int64_t width, Value value, bool dots) {
+  const int64_t padded = (width + kChunkInputs - 1) / kChunkInputs * kChunkInputs;
   if (dots) {
-    for (int64_t i = 0; i < (width + kChunk - 1) / kChunk * kChunk; ++i) {
+    for (int64_t i = 0; i < padded; ++i) {
       uint32_t bits = 0;
       if (i < width) memcpy(&bits, x + i, 4);
       reinterpret_cast<uint16_t*>(to)[i] = uint16_t(bits >> 16);
@@ -41,15 +40,15 @@ void arrange(const float* x, float* to, int64_t width, Value value, bool dots) {
     return;
   }
   const bool apart = value == Value::kBfloat16;
-  for (int64_t start = 0; start < width; start += kChunk)
-    for (int64_t i = 0; i < kChunk; ++i) {
+  for (int64_t start = 0; start < padded; start += 2 * kLanesWide)
+    for (int64_t i = 0; i < 2 * kLanesWide; ++i) {
       const int64_t from = start + (!apart ? i : i < kLanesWide ? 2 * i : 2 * (i - kLanesWide) + 1);
       to[start + i] = from < width ? x[from] : 0.0f;
     }
 }
 
-struct Pair {
-  Wide first, second;
+struct Weights {
+  Wide part[kParts];
 };
 
 // --- the weights of a chunk, whose kept ones start at p, as floats; absent ones 0 ------------------------------------------
@@ -63,28 +62,26 @@ inline __m512i load_whole(const void* p) {
   return all;
 }
 
-inline __m512i expand16(const uint16_t* p, Bits bits) { return _mm512_maskz_expand_epi16(bits, load_whole(p)); }
+inline __m512i expand16(const char* p, uint32_t bits) { return _mm512_maskz_expand_epi16(bits, load_whole(p)); }
 
-template <Value V> inline Pair expand(const void* values, int64_t at, Bits bits) {
+template <Value V> inline Weights expand(const char* p, uint32_t bits) {
   if constexpr (V == Value::kBfloat16) {
-    const __m512i lanes = expand16(static_cast<const uint16_t*>(values) + at, bits);
-    return {{_mm512_castsi512_ps(_mm512_slli_epi32(lanes, 16))},
-            {_mm512_castsi512_ps(_mm512_and_si512(lanes, _mm512_set1_epi32(int32_t(0xFFFF0000))))}};
+    const __m512i lanes = expand16(p, bits);
+    return {{{_mm512_castsi512_ps(_mm512_slli_epi32(lanes, 16))},
+             {_mm512_castsi512_ps(_mm512_and_si512(lanes, _mm512_set1_epi32(int32_t(0xFFFF0000))))}}};
   } else if constexpr (V == Value::kHalf) {
-    const __m512i lanes = expand16(static_cast<const uint16_t*>(values) + at, bits);
-    return {{_mm512_cvtph_ps(_mm512_castsi512_si256(lanes))}, {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(lanes, 1))}};
+    const __m512i lanes = expand16(p, bits);
+    return {{{_mm512_cvtph_ps(_mm512_castsi512_si256(lanes))}, {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(lanes, 1))}}};
   } else if constexpr (V == Value::kFloat) {
-    const auto* p = static_cast<const float*>(values) + at;
     const auto low = __mmask16(bits), high = __mmask16(bits >> 16);
-    return {{_mm512_maskz_expand_ps(low, _mm512_castsi512_ps(load_whole(p)))},
-            {_mm512_maskz_expand_ps(high, _mm512_castsi512_ps(load_whole(p + __builtin_popcount(low))))}};
+    return {{{_mm512_maskz_expand_ps(low, _mm512_castsi512_ps(load_whole(p)))},
+             {_mm512_maskz_expand_ps(high, _mm512_castsi512_ps(load_whole(p + 4 * __builtin_popcount(low))))}}};
   } else {
-    const auto* p = static_cast<const int8_t*>(values) + at;
     __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     asm("" : "+v"(all));
     const __m256i lanes = _mm256_maskz_expand_epi8(bits, all);
-    return {{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(lanes)))},
-            {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(lanes, 1)))}};
+    return {{{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(lanes)))},
+             {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(lanes, 1)))}}};
   }
 }
 
@@ -111,55 +108,68 @@ inline __m256i both(const void* first, const void* second) {
                                  _mm_loadu_si128(static_cast<const __m128i*>(second)), 1);
 }
 
-inline __m256i expand16(const uint16_t* p, uint32_t low, uint32_t high) {
-  return _mm256_shuffle_epi8(both(p, p + kLanes.count[low]), both(kShuffle.of16[low], kShuffle.of16[high]));
-}
-
-template <Value V> inline Pair expand(const void* values, int64_t at, Bits bits) {
-  const uint32_t low = bits & 0xFF, high = bits >> 8;
-  if constexpr (V == Value::kBfloat16) {
-    const __m256i lanes = expand16(static_cast<const uint16_t*>(values) + at, low, high);
-    return {{_mm256_castsi256_ps(_mm256_slli_epi32(lanes, 16))},
-            {_mm256_castsi256_ps(_mm256_and_si256(lanes, _mm256_set1_epi32(int32_t(0xFFFF0000))))}};
-  } else if constexpr (V == Value::kHalf) {
-    const __m256i lanes = expand16(static_cast<const uint16_t*>(values) + at, low, high);
-    return {{_mm256_cvtph_ps(_mm256_castsi256_si128(lanes))}, {_mm256_cvtph_ps(_mm256_extracti128_si256(lanes, 1))}};
-  } else if constexpr (V == Value::kFloat) {
-    const auto* p = static_cast<const float*>(values) + at;
-    return {spread(load(p), low), spread(load(p + kLanes.count[low]), high)};
+template <Value V> inline Weights expand(const char* p, uint32_t bits) {
+  const uint32_t byte[4] = {bits & 0xFF, bits >> 8 & 0xFF, bits >> 16 & 0xFF, bits >> 24};
+  // How many values come before those of a byte; by counting, which takes fewer instructions than a table.
+  const size_t before[4] = {0, size_t(__builtin_popcount(byte[0])), size_t(__builtin_popcount(bits & 0xFFFF)),
+                            size_t(__builtin_popcount(bits & 0xFFFFFF))};
+  Weights weights;
+  if constexpr (V == Value::kBfloat16 || V == Value::kHalf) {
+    for (int i = 0; i < 4; i += 2) {
+      const __m256i lanes = _mm256_shuffle_epi8(both(p + 2 * before[i], p + 2 * before[i + 1]),
+                                                both(kShuffle.of16[byte[i]], kShuffle.of16[byte[i + 1]]));
+      if constexpr (V == Value::kBfloat16) {
+        weights.part[i] = {_mm256_castsi256_ps(_mm256_slli_epi32(lanes, 16))};
+        weights.part[i + 1] = {_mm256_castsi256_ps(_mm256_and_si256(lanes, _mm256_set1_epi32(int32_t(0xFFFF0000))))};
+      } else {
+        weights.part[i] = {_mm256_cvtph_ps(_mm256_castsi256_si128(lanes))};
+        weights.part[i + 1] = {_mm256_cvtph_ps(_mm256_extracti128_si256(lanes, 1))};
+      }
+    }
   } else {
-    const auto* p = static_cast<const uint8_t*>(values) + at;
-    return {spread(to_float(load_i8(p)), low), spread(to_float(load_i8(p + kLanes.count[low])), high)};
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (V == Value::kFloat) weights.part[i] = spread(load(reinterpret_cast<const float*>(p) + before[i]), byte[i]);
+      else weights.part[i] = spread(to_float(load_i8(reinterpret_cast<const uint8_t*>(p) + before[i])), byte[i]);
+    }
   }
+  return weights;
 }
 
 #else
 
-template <Value V> inline Pair expand(const void* values, int64_t at, Bits bits) {
+template <Value V> inline Weights expand(const char* p, uint32_t bits) {
   constexpr bool kApart = V == Value::kBfloat16;
-  float lanes[16];
-  for (int i = 0; i < 16; ++i) {
+  float lanes[kChunkInputs];
+  for (int i = 0; i < kChunkInputs; ++i) {
     float value = 0;
     if (bits >> i & 1) {
       if constexpr (V == Value::kFloat) {
-        value = static_cast<const float*>(values)[at];
+        memcpy(&value, p, 4);
       } else if constexpr (V == Value::kInt8) {
-        value = static_cast<const int8_t*>(values)[at];
-      } else if constexpr (V == Value::kBfloat16) {
-        const uint32_t word = uint32_t(static_cast<const uint16_t*>(values)[at]) << 16;
-        memcpy(&value, &word, 4);
+        value = *reinterpret_cast<const int8_t*>(p);
       } else {
-        uint16_t one[8] = {static_cast<const uint16_t*>(values)[at]};
-        value = load_half(one).v[0];
+        uint16_t one[8] = {};
+        memcpy(one, p, 2);
+        if constexpr (V == Value::kBfloat16) {
+          const uint32_t word = uint32_t(one[0]) << 16;
+          memcpy(&value, &word, 4);
+        } else {
+          value = load_half(one).v[0];
+        }
       }
-      ++at;
+      p += V == Value::kFloat ? 4 : V == Value::kInt8 ? 1 : 2;
     }
-    lanes[!kApart ? i : i / 2 + (i % 2 ? 8 : 0)] = value;
+    const int in_pair = i % (2 * kLanesWide);
+    lanes[!kApart ? i : i - in_pair + in_pair / 2 + (in_pair % 2 ? kLanesWide : 0)] = value;
   }
-  return {load(lanes), load(lanes + 8)};
+  Weights weights;
+  for (int i = 0; i < kParts; ++i) weights.part[i] = load(lanes + i * kLanesWide);
+  return weights;
 }
 
 #endif
+
+template <Value V> inline int64_t size_of() { return V == Value::kFloat ? 4 : V == Value::kInt8 ? 1 : 2; }
 
 inline float sum_of(Wide a) {
   float v[kLanesWide];
@@ -173,54 +183,58 @@ inline float sum_of(Wide a) {
 // say; if not, no more than most_read(w) values have been read from the offset of a row on.
 template <Value V, bool Dots, int Rows, int Batch>
 bool multiply(const Compressed& w, int64_t row, const float* x, int64_t x_stride, float* to, int64_t to_stride) {
-  Wide sum[Rows][Batch], group[Rows][Batch];
-  int64_t at[Rows];
-  const uint8_t* mask[Rows];
+  const int64_t* offsets = w.row_offsets + row;
+  const char* values = static_cast<const char*>(w.values);
+  const uint8_t* mask = w.mask + row * w.mask_stride;
+  // A row is too short for the processor to learn how its values run: what the next rows need is asked for while these are worked on.
+  const int64_t ahead = (offsets[Rows] - offsets[0]) * size_of<V>();
+  constexpr bool kScaled = V == Value::kInt8;
+  const int64_t stretch = kScaled ? kScaleGroup : w.width;  // inputs that are added up before anything else is done
+  Wide sum[Rows][Batch];
+  const char* at[Rows];
   for (int r = 0; r < Rows; ++r) {
-    at[r] = w.row_offsets[row + r];
-    mask[r] = w.mask + (row + r) * w.mask_stride;
-    for (int b = 0; b < Batch; ++b) sum[r][b] = group[r][b] = wide_zero();
+    at[r] = values + offsets[r] * size_of<V>();
+    for (int b = 0; b < Batch; ++b) sum[r][b] = wide_zero();
   }
-  for (int64_t first = 0; first < w.width; first += kChunk) {
-    for (int r = 0; r < Rows; ++r) {
-      Bits bits;
-      memcpy(&bits, mask[r] + first / 8, sizeof bits);
+  for (int64_t begin = 0; begin < w.width; begin += stretch) {
+    const int64_t end = begin + stretch < w.width ? begin + stretch : w.width;
+    Wide part[Rows][Batch];
+    for (int r = 0; r < Rows; ++r)
+      for (int b = 0; b < Batch; ++b) part[r][b] = wide_zero();
+    for (int64_t first = begin; first < end; first += kChunkInputs) {
+      if (first % 512 == 0)  // a line of the mask
+        for (int r = 0; r < Rows; ++r) __builtin_prefetch(mask + (Rows + r) * w.mask_stride + first / 8);
+      for (int r = 0; r < Rows; ++r) {
+        uint32_t bits;
+        memcpy(&bits, mask + r * w.mask_stride + first / 8, sizeof bits);
+        __builtin_prefetch(at[r] + ahead);
 #if EBFT_AVX512
-      if constexpr (Dots) {
-        const auto weights = __m512bh(expand16(static_cast<const uint16_t*>(w.values) + at[r], bits));
-        for (int b = 0; b < Batch; ++b)
-          sum[r][b].v = _mm512_dpbf16_ps(sum[r][b].v, weights, __m512bh(_mm512_loadu_si512(x + b * x_stride + first / 2)));
-        at[r] += __builtin_popcount(bits);
-        continue;
-      }
+        if constexpr (Dots) {
+          const auto weights = __m512bh(expand16(at[r], bits));
+          for (int b = 0; b < Batch; ++b)
+            part[r][b].v = _mm512_dpbf16_ps(part[r][b].v, weights, __m512bh(_mm512_loadu_si512(x + b * x_stride + first / 2)));
+          at[r] += __builtin_popcount(bits) * size_of<V>();
+          continue;
+        }
 #endif
-      const Pair weights = expand<V>(w.values, at[r], bits);
-      at[r] += __builtin_popcount(bits);
-      for (int b = 0; b < Batch; ++b) {
-        const float* p = x + b * x_stride + first;
-        Wide& into = V == Value::kInt8 ? group[r][b] : sum[r][b];
-        into = multiply_add(weights.first, wide_load(p), into);
-        into = multiply_add(weights.second, wide_load(p + kLanesWide), into);
+        const Weights weights = expand<V>(at[r], bits);
+        at[r] += __builtin_popcount(bits) * size_of<V>();
+        for (int b = 0; b < Batch; ++b)
+          for (int i = 0; i < kParts; ++i)
+            part[r][b] = multiply_add(weights.part[i], wide_load(x + b * x_stride + first + i * kLanesWide), part[r][b]);
       }
     }
-    if (V == Value::kInt8 && ((first + kChunk) % kScaleGroup == 0 || first + kChunk >= w.width)) {
-      for (int r = 0; r < Rows; ++r) {
-        const Wide scale = wide_set(w.scales[(row + r) * w.scale_stride + first / kScaleGroup]);
-        for (int b = 0; b < Batch; ++b) {
-          sum[r][b] = multiply_add(group[r][b], scale, sum[r][b]);
-          group[r][b] = wide_zero();
-        }
-      }
+    for (int r = 0; r < Rows; ++r) {
+      const Wide scale = wide_set(kScaled ? w.scales[(row + r) * w.scale_stride + begin / kScaleGroup] : 1.0f);
+      for (int b = 0; b < Batch; ++b) sum[r][b] = kScaled ? multiply_add(part[r][b], scale, sum[r][b]) : part[r][b];
     }
   }
   for (int r = 0; r < Rows; ++r)
     for (int b = 0; b < Batch; ++b) to[b * to_stride + r] = sum_of(sum[r][b]);
   bool fits = true;
-  for (int r = 0; r < Rows; ++r) fits &= at[r] == w.row_offsets[row + r + 1];
+  for (int r = 0; r < Rows; ++r) fits &= at[r] == values + offsets[r + 1] * size_of<V>();
   return fits;
 }
-
-template <Value V> inline int64_t size_of() { return V == Value::kFloat ? 4 : V == Value::kInt8 ? 1 : 2; }
 
 // Values that a row's kernel may touch: its mask's words may keep that many, and a load takes kMostOverread.
 inline int64_t most_read(const Compressed& w) { return w.mask_stride * 8 + kMostOverread; }
