@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ebft.devices import DEVICES, HERE
 from ebft.errors import EBFTError
 from ebft.pruning.pattern import Pattern
 
@@ -48,6 +50,25 @@ class EBFTConfig:
     seqlen: int = _setting(1024, "tokens in a calibration sequence")
     epochs: int = _setting(10, "passes over the calibration sequences in each block")
     batch_size: int = _setting(8, "sequences in a step")
+    micro_batch: int | None = _setting(
+        None, "sequences that go through the block at once; a step sums their gradients (default: the batch size)"
+    )
+    recompute: str = _setting(
+        "none",
+        "activations that are made again in the backward pass: those of the block, or of its attention and MLP in turn",
+        choices=("none", "block", "halves"),
+    )
+    weights: str = _setting(
+        "fp32",
+        "matrices while they are tuned: float32, bfloat16 with a float32 master, or bfloat16 rounded stochastically",
+        choices=("fp32", "master", "stochastic"),
+    )
+    moments: str = _setting("fp32", "AdamW's moments: float32, bfloat16 or 8 bits", choices=("fp32", "bf16", "int8"))
+    compact: bool = _setting(False, "keep the optimizer's states of kept weights alone")
+    update_in_backward: bool = _setting(
+        False, "update a matrix as soon as its gradient is made, which is never kept (needs --clip 0)"
+    )
+    compile: bool = _setting(False, "run the block through torch.compile while it is tuned")
     lr: float = _setting(2e-4, "AdamW learning rate, decayed linearly to 0 in each block")
     betas: tuple[float, float] = _setting((0.9, 0.95), "AdamW betas")
     weight_decay: float = _setting(0.1, "AdamW weight decay of the pruned matrices (norms and biases: 0)")
@@ -67,10 +88,22 @@ class EBFTConfig:
     device: str = _setting("auto", "cpu, cuda, cuda:1 …; auto takes the GPU where there is one")
     dtype: str = _setting(
         "auto",
-        "compute type of the matrix products; weights are tuned in float32",
+        "compute type of the matrix products",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     seed: int = _setting(0, "seed of the calibration sample and the batch order")
+    streams: str = _setting(
+        "auto",
+        "where hidden states are kept; auto: host, or disk where --host-memory is too small for that",
+        choices=("auto", "device", "host", "disk"),
+    )
+    stream_dtype: str = _setting(
+        "float32", "type in which hidden states are kept for calibration", choices=("float32", "bfloat16")
+    )
+    gpu_memory: str | None = _setting(
+        None, "GPU memory that the run may take, such as 16GiB: settings that fit are chosen", metavar="SIZE"
+    )
+    host_memory: str | None = _setting(None, "host memory that the run may take, such as 8GiB", metavar="SIZE")
     fused: bool = _setting(False, "demand fused kernels for mask and optimizer; fail where there are none")
     trust_remote_code: bool = _setting(False, "let transformers run code that comes with the model")
 
@@ -98,6 +131,33 @@ class EBFTConfig:
         if not 0 <= self.seed < 2**63:
             raise EBFTError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 - 1")
         self.mask_pattern  # noqa: B018  (parses N:M, so that a wrong one is said now)
+        for name in ("gpu_memory", "host_memory"):
+            if getattr(self, name) is not None:
+                parse_bytes(getattr(self, name), _flag(name))
+        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
+            raise EBFTError(f"--micro-batch is {self.micro_batch}; expected 1 to {self.batch_size}, the --batch-size")
+        if self.compile and self.recompute == "halves":
+            raise EBFTError(
+                "--recompute halves does not go with --compile, which would compile the halves of every block anew; "
+                "expected --recompute none or block"
+            )
+        if self.update_in_backward:
+            self._check_update_in_backward()
+
+    def _check_update_in_backward(self) -> None:
+        """What cannot be had where a gradient is used before the others are known."""
+        if self.clip:
+            raise EBFTError(
+                f"--update-in-backward uses gradients before the norm of all is known, and --clip is {self.clip:g}; "
+                "expected --clip 0"
+            )
+        if self.micro_batch not in (None, self.batch_size):
+            raise EBFTError(
+                f"--update-in-backward uses gradients before they are summed, and --micro-batch is {self.micro_batch}; "
+                f"expected {self.batch_size}, the --batch-size"
+            )
+        if self.compile:
+            raise EBFTError("--update-in-backward does not go with --compile, which makes all gradients first")
 
     @property
     def mask_pattern(self) -> Pattern:
@@ -145,8 +205,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def parse_args(argv: Sequence[str] | None = None) -> tuple[EBFTConfig, bool]:
-    """The run that a command line asks for, and whether only its plan is wanted (``--plan``).
+def parse_args(argv: Sequence[str] | None = None) -> tuple[EBFTConfig, str | None]:
+    """The run that a command line asks for; and where only its plan is wanted (``--plan``), on which device.
 
     Later beats earlier: preset, then ``--config`` file, then flags. With no ``--preset`` it is ``paper`` where a
     model is named and ``demo`` where none is.
@@ -158,7 +218,14 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[EBFTConfig, bool]:
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), help="starting settings (default: paper; no model: demo)")
     parser.add_argument("--config", metavar="FILE.yaml", help="settings from a YAML file, over the preset's")
-    parser.add_argument("--plan", action="store_true", help="print what the run would need, and stop")
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        const=HERE,
+        choices=(HERE, *DEVICES),
+        metavar="|".join((HERE, *DEVICES)),
+        help="print what the run would need on this machine or on a named GPU, and stop",
+    )
     for setting in dataclasses.fields(EBFTConfig):
         _add_flag(parser, setting)
     given = vars(parser.parse_args(argv))
@@ -168,6 +235,17 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[EBFTConfig, bool]:
     preset = preset or from_file
     settings.update({name: value for name, value in given.items() if value is not None})
     return EBFTConfig.preset(preset or ("paper" if settings.get("model") else "demo"), **settings), plan
+
+
+def parse_bytes(text: str, what: str) -> int:
+    """``"8GiB"``, ``"500MB"`` … as a number of bytes; ``EBFTError`` about ``what`` for anything else."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    size = 0 if not match else float(match[1])
+    if match and match[2]:
+        size *= (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1)
+    if int(size) < 1:
+        raise EBFTError(f"{what} is {text!r}; expected a size such as 8GiB or 500MB")
+    return int(size)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -23,6 +23,7 @@ from ebft.decoder import Decoder
 from ebft.errors import EBFTError
 from ebft.evaluate import perplexities
 from ebft.job import FUSED_OPS, Job, prepare_job, summarise
+from ebft.plan import fit_to_budget
 from ebft.pruning import BlockMasks, Criterion, InputObserver, Statistics
 from ebft.reconstruct import BlockResult
 from ebft.report import Reporter, model_card
@@ -78,6 +79,7 @@ def run_ebft(
     """
     config, reporter = config or EBFTConfig(), reporter or Reporter()
     output = OutputFolder(config.output, overwrite=config.overwrite)
+    config = fit_to_budget(config, model, reporter.say)
     job = prepare_job(config, model, tokenizer, teacher, criterion, text, output, reporter)
     with output:
         return _run(job)
@@ -198,8 +200,8 @@ def _recover(
         forward=partial(job.decoder.run_block, index),
         on_step=lambda done, steps: advance(index + done / steps),
     )
-    if not all(math.isfinite(loss) for loss in (*result.losses, result.error_after)):
-        raise _not_finite(job, index, "the loss became NaN or infinity while tuning")
+    if not math.isfinite(result.error_after):
+        raise _not_finite(job, index, "its outputs are NaN or infinity, or too large for a mean square")
     return result
 
 
@@ -242,15 +244,16 @@ def _block_line(job: Job, index: int, masks: BlockMasks, result: BlockResult | N
             "tuning_seconds": result.seconds,
             "losses": result.losses,
             "gradient_norms": result.gradient_norms,
+            "notes": masks.notes + result.notes,
         }
     return line
 
 
 def _block_note(line: dict[str, Any]) -> str:
-    pruned = f"{line['sparsity']:.1%} sparse"
-    if line["loss_before"] is None:
-        return pruned
-    return f"{pruned}, relative error {line['relative_error_before']:.3g} -> {line['relative_error_after']:.3g}"
+    said = f"{line['sparsity']:.1%} sparse"
+    if line["loss_before"] is not None:
+        said += f", relative error {line['relative_error_before']:.3g} -> {line['relative_error_after']:.3g}"
+    return "; ".join([said, *line["notes"]])
 
 
 def _peak_memory(device: torch.device) -> int:

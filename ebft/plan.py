@@ -1,106 +1,480 @@
-"""What a run will need, from config.json alone, before anything is loaded.
+"""What a run will need, from config.json alone, before anything is loaded; and the settings that fit a budget.
 
 The step's memory and work are those of the real step, run on fake tensors (no storage, no arithmetic) under torch's own
-memory tracker and FLOP counter.
+memory tracker and FLOP counter; so are those of the passes before and after. docs/plans.md says what is assumed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ebft.checkpoint import DEFAULT_MODEL, load_config
-from ebft.config import EBFTConfig
-from ebft.decoder import Decoder, find_blocks
+from ebft.config import EBFTConfig, parse_bytes
+from ebft.decoder import BlockCall, Decoder, autocast, find_blocks
+from ebft.devices import DEVICES, HERE, SHARE
 from ebft.errors import EBFTError
+from ebft.evaluate import TOKENS_AT_ONCE
 from ebft.job import check_lengths, choose_device
-from ebft.reconstruct import BlockReconstructor
+from ebft.pruning import InputStatistics, make_masker
+from ebft.reconstruct import BlockReconstructor, halves
 from ebft.report import duration
 from ebft.shapes import shapes_only, without_values
-from ebft_kernels import PackedMask
+from ebft_kernels import PackedMask, reconstruction_loss
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
 _TRACKED = {
     "Parameter": "weights",
     "Gradient": "gradients",
     "Optstate": "optimizer states",
     "Activation": "activations",
 }
+_OTHERS = "batch, temporaries and others"
+
+# What no tensor shows (docs/plans.md has the sources).
+CONTEXT = 512 * _MIB  # of a process on a GPU, outside the allocator: driver, kernels as they are loaded
+WORKSPACES = 64 * _MIB  # cuBLAS: 32 MiB on Hopper, 8 MiB before; as much again for kernels' own
+FRAGMENTS = 0.05  # of what is allocated: the caching allocator's rounding and holes
+AHEAD = 2  # batches that travel to a GPU while one is worked on
+HOST = 1536 * _MIB  # Python, torch, transformers and CUDA's part on the host
+MASK_BYTES = 28  # a weight of the matrix at hand, while its mask is made in torch
+WIKITEXT2 = 350_000  # tokens of its test split, for vocabularies of 32 000; fewer with larger ones
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by row (device, host, disk), FLOPs of the walk over the blocks, and seconds at the measured rate."""
+    """What a run needs, in bytes by row, and whether that can be had.
+
+    Attributes:
+        model: its name.
+        config: the settings, those that were chosen among them.
+        chosen: what was chosen: setting -> value.
+        device: rows of the device's memory while a block is tuned.
+        stages: the device's memory, in all, in the other stages.
+        host: rows of the host's memory. Of a run on a CPU, the device's come on top.
+        disk: rows of the output's file system.
+        flops: of the walk over the blocks.
+        seconds: name of a device -> what that takes there, for the matrix products alone.
+        gpu: whether the device is one.
+        faults: what cannot be had, a sentence each.
+    """
 
     model: str
+    config: EBFTConfig
+    chosen: dict[str, Any]
     device: dict[str, int]
+    stages: dict[str, int]
     host: dict[str, int]
     disk: dict[str, int]
     flops: float
-    seconds: float
-    rate: float
+    seconds: dict[str, float]
+    gpu: bool
+    faults: list[str]
+
+    @property
+    def device_peak(self) -> int:
+        """Bytes on the device at most."""
+        return max(sum(self.device.values()), *self.stages.values())
+
+    @property
+    def host_peak(self) -> int:
+        """Bytes on the host at most, on a CPU with what is counted as the device's."""
+        return sum(self.host.values()) + (0 if self.gpu else self.device_peak)
 
     def __str__(self) -> str:
         lines = [f"plan for {self.model}"]
-        for heading, rows in (
-            ("device, while a block is tuned", self.device),
-            ("host", self.host),
-            ("disk", self.disk),
-        ):
-            lines.append(f"{heading}: {sum(rows.values()) / _GIB:.2f} GiB")
-            lines += [f"    {name:<42} {size / _GIB:9.3f} GiB" for name, size in rows.items()]
-        lines.append(
-            f"blocks: {self.flops / 1e12:.1f} TFLOP, {duration(self.seconds)} at the {self.rate / 1e9:.0f} GFLOP/s "
-            "that a product reaches here now; loading and perplexities come on top"
-        )
-        return "\n".join(lines)
+        lines += [f"settings chosen: {flags(self.chosen)}"] if self.chosen else []
+        lines.append(f"{'GPU' if self.gpu else 'CPU, for the work'}: {_gib(self.device_peak)} at most")
+        lines += _table("while a block is tuned", self.device)
+        lines += [f"  {name:<44} {_gib(size)}" for name, size in self.stages.items()]
+        lines.append(f"host: {_gib(self.host_peak)}{'' if self.gpu else ', the work among it'}")
+        lines += [f"    {name:<42} {_gib(size)}" for name, size in self.host.items()]
+        lines.append(f"disk: {_gib(sum(self.disk.values()))}")
+        lines += [f"    {name:<42} {_gib(size)}" for name, size in self.disk.items()]
+        times = ", ".join(f"{duration(seconds)} on {name}" for name, seconds in self.seconds.items())
+        lines.append(f"blocks: {self.flops / 1e12:.1f} TFLOP, {times}; loading and perplexities come on top")
+        return "\n".join([*lines, *self.faults])
 
 
-def make_plan(config: EBFTConfig) -> Plan:
+def flags(settings: dict[str, Any]) -> str:
+    """Settings as they are said on the command line."""
+    said = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        said.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
+    return " ".join(said)
+
+
+def make_plan(config: EBFTConfig, on: str = HERE, model_config: Any = None) -> Plan:
     """The plan for ``config``: reads the model's configuration, none of its weights.
 
-    Not in the rows: the CUDA context, library workspaces and allocator fragmentation on a GPU; on a CPU device and host
-    are the same memory. ``EBFTError`` if the model or the settings cannot be used.
-    """
-    device, compute = choose_device(config.device, config.dtype)
-    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
-    check_lengths(config, model_config)
-    weights = sum(p.numel() for p in _on_meta(config, model_config).parameters())  # tied ones once
-    decoder = Decoder(_stand_in(config, model_config), torch.device("cpu"))
-    stored = model_config.dtype or torch.float32
-    in_blocks = sum(p.numel() for i in range(len(decoder)) for p in decoder.stored_block(i).parameters())
-    model_bytes, rest = weights * stored.itemsize, weights - in_blocks
-    width = decoder.width()
-    stream = config.samples * config.seqlen * width * 4
+    With ``gpu_memory`` or ``host_memory`` settings are chosen that fit, from those that cost least speed to those that
+    save most; without, and on no named GPU, they are taken as they are.
 
-    step_rows, step_flops, forward_flops = _step(config, decoder, device, compute)
-    passes = 2 + 2 / 16  # dense, recovered, and the error on a sixteenth of the samples before and after
-    steps = config.epochs * config.samples / config.batch_size if config.recover != "none" else 0
-    flops = len(decoder) * (steps * step_flops + passes * config.samples / config.batch_size * forward_flops)
-    rate = _matmul_rate(device, compute)
-    block_bytes = in_blocks // len(decoder) * stored.itemsize
-    return Plan(
-        model=config.model or DEFAULT_MODEL,
-        device=step_rows,
-        host={
-            "model as stored": model_bytes,
-            "embeddings, norm and head in float32": rest * 4,
-            "input and target streams": 2 * stream,
-            "the finished block": block_bytes,
-        },
-        disk={"model": model_bytes, "finished blocks, until the end": block_bytes * len(decoder)},
-        flops=flops,
-        seconds=flops / rate,
-        rate=rate,
-    )
+    Args:
+        on: ``here``, or the name of a GPU, whose memory then is the budget where ``gpu_memory`` gives none. With
+            ``gpu_memory`` on a machine without a GPU the plan is for any that computes in bfloat16.
+        model_config: of a model in memory.
+
+    Raises:
+        EBFTError: the model or the settings cannot be used.
+    """
+    return _Planner(config, on, model_config).fitting()
+
+
+def fit_to_budget(config: EBFTConfig, model: str | PreTrainedModel | None, say: Callable[[str], object]) -> EBFTConfig:
+    """``config`` with what ``gpu_memory`` makes of it; torch's allocator is held to that budget from now on.
+
+    Raises:
+        EBFTError: there is no GPU, or nothing fits.
+    """
+    if config.gpu_memory is None:
+        return config
+    device, _ = choose_device(config.device, config.dtype)
+    if device.type != "cuda":
+        raise EBFTError(
+            f"--gpu-memory is {config.gpu_memory}, and the run is on a CPU; expected a GPU (--plan plans for one)"
+        )
+    known = model.config if isinstance(model, PreTrainedModel) else None
+    named = dataclasses.replace(config, model=model) if isinstance(model, str) else config
+    plan = make_plan(named, model_config=known)
+    if plan.faults:
+        raise EBFTError(plan.faults[0])
+    budget, (_, total) = parse_bytes(config.gpu_memory, "--gpu-memory"), torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(budget - CONTEXT, _MIB) / total), device)
+    say(f"--gpu-memory {config.gpu_memory}: {flags(plan.chosen) or 'the settings as given'}")
+    return dataclasses.replace(config, **plan.chosen)
+
+
+class _Planner:
+    """One model on one device; plans for settings that differ in what a budget may change."""
+
+    def __init__(self, config: EBFTConfig, on: str, model_config: Any) -> None:
+        self.config, self.on = config, on
+        self.gpu, self.compute = _where(config, on)
+        if model_config is None:
+            model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+        check_lengths(config, model_config)
+        self.stored = model_config.dtype or torch.float32
+        self.vocabulary = model_config.get_text_config().vocab_size
+        whole = _on_meta(config, model_config)
+        self.parameters = sum(p.numel() for p in whole.parameters())  # tied ones once
+        self.tied = whole.get_input_embeddings().weight is whole.get_output_embeddings().weight
+        self.decoder = Decoder(_stand_in(config, model_config), torch.device("cpu"))
+        sizes = [sum(p.numel() for p in self.decoder.stored_block(i).parameters()) for i in range(len(self.decoder))]
+        self.index, self.largest, self.in_blocks = sizes.index(max(sizes)), max(sizes), sum(sizes)
+        self.width = self.decoder.width()
+        self.shapes = {
+            m.name: self.decoder.stored_block(self.index).get_parameter(m.name).shape
+            for m in self.decoder.matrices[self.index]
+        }
+        self.gpu_budget = parse_bytes(config.gpu_memory, "--gpu-memory") if config.gpu_memory else None
+        if self.gpu_budget is None and on in DEVICES:
+            self.gpu_budget = DEVICES[on].memory
+        self.host_budget = parse_bytes(config.host_memory, "--host-memory") if config.host_memory else None
+        self.tuning = cache(self._tuning)
+
+    # --- the search -------------------------------------------------------------------------------------------------
+
+    def fitting(self) -> Plan:
+        """The first plan on the ladder that fits; the leanest, with its faults, where none does."""
+        rungs = list(self._ladder())
+        if self.gpu_budget is None and self.host_budget is None:
+            return self.plan(rungs[0])
+        first, last = 0, len(rungs) - 1
+        if not self._fits(rungs[last]):
+            leanest = [rung for rung in (self._in_backward(rungs[last]),) if rung is not None]
+            return self.plan(next((rung for rung in leanest if self._fits(rung)), min(
+                [rungs[last], *leanest], key=lambda rung: sum(self.device(rung).values())
+            )))  # fmt: skip
+        while first < last:  # every rung needs less than those before it
+            middle = (first + last) // 2
+            first, last = (first, middle) if self._fits(rungs[middle]) else (middle + 1, last)
+        return self.plan(rungs[first])
+
+    def _ladder(self) -> Iterator[EBFTConfig]:
+        """Settings that need less and less of the device, each with all that the ones before it save."""
+        config = self.config
+        for place in self._places():
+            yield (config := dataclasses.replace(config, streams=place))
+        if config.recover == "none":
+            return
+
+        def leaner(**changes: Any) -> EBFTConfig:
+            nonlocal config
+            config = dataclasses.replace(config, **changes)
+            return config
+
+        if not config.compact:
+            yield leaner(compact=True)
+        if config.weights == "fp32" and self.compute == torch.bfloat16:
+            yield leaner(weights="master")
+        size = config.micro_batch or config.batch_size
+        while size > 1 and not config.update_in_backward:
+            size //= 2
+            yield leaner(micro_batch=size)
+        if config.recompute != "halves" and self._has_halves and not config.compile:
+            yield leaner(recompute="halves")
+        for moments in {"fp32": ("bf16", "int8"), "bf16": ("int8",), "int8": ()}[config.moments]:
+            yield leaner(moments=moments)
+        if config.weights == "master":
+            yield leaner(weights="stochastic")
+
+    def _in_backward(self, config: EBFTConfig) -> EBFTConfig | None:
+        """The same without gradients, where a step needs neither their norm nor their sum."""
+        if config.clip or config.compile or config.recover == "none" or self.compute == torch.float16:
+            return None
+        return dataclasses.replace(config, micro_batch=None, update_in_backward=True)
+
+    def _places(self) -> list[str]:
+        """Where streams may be, the fastest first."""
+        if self.config.streams != "auto":
+            return [self.config.streams]
+        if not self.gpu:
+            return ["host", "disk"]
+        on_host = sum(self.host(dataclasses.replace(self.config, streams="host")).values())
+        off = "host" if self.host_budget is None or on_host <= self.host_budget else "disk"
+        return ["device", off] if self.gpu_budget is not None else [off]
+
+    @cached_property
+    def _has_halves(self) -> bool:
+        masks = {name: PackedMask.ones((1, 1)) for name in self.shapes}
+        try:
+            return bool(halves(self.decoder.stored_block(self.index), masks))
+        except EBFTError:
+            return False
+
+    def _fits(self, config: EBFTConfig) -> bool:
+        return not self._faults(config)
+
+    def _faults(self, config: EBFTConfig) -> list[str]:
+        device = max(sum(self.device(config).values()), *self.stages(config).values())
+        host = sum(self.host(config).values()) + (0 if self.gpu else device)
+        budgets = (
+            ("--gpu-memory", self.gpu_budget if self.gpu else None, device),
+            ("--host-memory", self.host_budget, host),
+        )
+        return [
+            f"it does not fit: {_gib(needed).strip()} is needed with the leanest settings, and {flag} is "
+            f"{_gib(budget).strip()}"
+            for flag, budget, needed in budgets
+            if budget is not None and needed > budget
+        ]
+
+    def plan(self, config: EBFTConfig) -> Plan:
+        """The whole plan for these settings."""
+        asked, planned = self.config.to_dict(), config.to_dict()
+        flops = self.flops(config)
+        return Plan(
+            model=self.config.model or DEFAULT_MODEL,
+            config=config,
+            chosen={name: value for name, value in planned.items() if value != asked[name]},
+            device=self.device(config),
+            stages=self.stages(config),
+            host=self.host(config),
+            disk=self.disk(config),
+            flops=flops,
+            seconds={name: flops / rate for name, rate in self._rates().items()},
+            gpu=self.gpu,
+            faults=self._faults(config),
+        )
+
+    # --- rows -------------------------------------------------------------------------------------------------------
+
+    def device(self, config: EBFTConfig) -> dict[str, int]:
+        """Bytes on the device while a block is tuned."""
+        rows = dict(self.tuning(dataclasses.replace(config, streams="auto"))) if config.recover != "none" else {}
+        return rows | self._around(config, sum(rows.values()))
+
+    def stages(self, config: EBFTConfig) -> dict[str, int]:
+        """Bytes on the device in each of the other stages, with all that is there beside."""
+        return {name: size + sum(self._around(config, size).values()) for name, size in self._passes.items()}
+
+    def _around(self, config: EBFTConfig, tracked: int) -> dict[str, int]:
+        """What lies on a GPU beside a stage's own tensors."""
+        if not self.gpu:
+            return {}
+        size = getattr(torch, config.stream_dtype).itemsize
+        streams = 2 * config.samples * config.seqlen * self.width * size
+        travelling = AHEAD * 2 * min(config.batch_size, config.samples) * config.seqlen * self.width * size
+        rows = {"streams": streams} if config.streams == "device" else {"batches on their way": travelling}
+        allocated = tracked + sum(rows.values()) + WORKSPACES
+        return rows | {
+            "workspaces": WORKSPACES,
+            "fragmentation": int(FRAGMENTS * allocated),
+            "CUDA context": CONTEXT,
+        }
+
+    def host(self, config: EBFTConfig) -> dict[str, int]:
+        """Bytes on the host."""
+        rest, stored = self.parameters - self.in_blocks, self.stored.itemsize
+        embedding = rest if self.tied else rest - self.vocabulary * self.width
+        rows = {
+            "Python and libraries": HOST,
+            "blocks: read ahead, at hand, finished": 3 * self.largest * stored,
+            "embeddings, in float32 while they are used": embedding * 4,
+        }
+        if config.model is None or Path(config.model).suffix.lower() == ".gguf":
+            rows["the model, which is loaded whole"] = self.parameters * stored
+        if config.recover != "none":
+            rows["the best weights of a block"] = self.largest * (4 if config.weights == "fp32" else 2)
+        if config.streams not in ("device", "disk"):
+            rows["streams"] = self._streams(config)
+        return rows
+
+    def disk(self, config: EBFTConfig) -> dict[str, int]:
+        """Bytes in the output's folder while it is made."""
+        stored = self.stored.itemsize
+        rows = {
+            "model": self.parameters * stored,
+            "masks": self.in_blocks // 8,
+            "finished blocks, until the end": self.in_blocks * stored,
+        }
+        return rows | ({"streams": self._streams(config)} if config.streams == "disk" else {})
+
+    def _streams(self, config: EBFTConfig) -> int:
+        """Hidden states of calibration (two), or of an evaluation text."""
+        calibration = 2 * config.samples * config.seqlen * getattr(torch, config.stream_dtype).itemsize
+        evaluation = WIKITEXT2 * 4 if "wikitext2" in config.eval_texts else 0
+        return max(calibration, evaluation) * self.width
+
+    # --- what the real code does with fake tensors ------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _fakes(self, batch: int, seqlen: int, flash: bool) -> Iterator[tuple[nn.Module, BlockCall]]:
+        """Where tensors are fake: the largest block in float32, and how it is called."""
+        block, call = self.decoder.copy_of_block(self.index).float(), self.decoder.call_for(self.index, batch, seqlen)
+        with shapes_only(kept=1 - self.config.mask_pattern.sparsity, flash=flash):
+            yield block._apply(without_values).requires_grad_(False), call.map_tensors(without_values)
+
+    def _tuning(self, config: EBFTConfig) -> dict[str, int]:
+        """Peak bytes of two steps by row: the first makes the optimizer's states, the second has them."""
+        batch = min(config.batch_size, config.samples)
+        size = min(config.micro_batch or batch, batch)
+        planned = min(batch, 2 * size)  # further parts of a batch are like the second
+        config = dataclasses.replace(config, compile=False)
+        tracker = _Tracker()
+        with self._fakes(size, config.seqlen, flash=self.gpu) as (block, call):
+            x, y = (torch.empty(planned, config.seqlen, self.width) for _ in range(2))
+            masks = {name: PackedMask.from_dense(block.get_parameter(name) != 0) for name in self.shapes}
+
+            def forward(block: nn.Module, hidden: Tensor) -> Tensor:
+                tracker.reset_mod_stats()  # or it takes a second part for a mistake
+                return call(block, hidden, compute=self.compute)
+
+            reconstructor = BlockReconstructor(config, torch.device("cpu"), self.compute)
+            with reconstructor.prepared(block, masks, forward) as tuning:
+                unscaled = torch.amp.GradScaler("cpu", enabled=False)  # a scale is a number, which fakes do not have
+                tuning = dataclasses.replace(tuning, scaler=unscaled)
+                tensors = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+                tracker.track_external(block, tuning.optimizer, x, y, *tensors)
+                with tracker:
+                    for _ in range(2):
+                        reconstructor.step(tuning, x, y)
+        rows = dict.fromkeys((*_TRACKED.values(), _OTHERS), 0)
+        for kind, size in next(iter(tracker.get_tracker_snapshot("peak").values())).items():
+            name = str(getattr(kind, "value", kind))
+            if name != "Total":
+                rows[_TRACKED.get(name, _OTHERS)] += int(size)
+        rows[_OTHERS] += 2 * (batch - planned) * config.seqlen * self.width * 4
+        if config.update_in_backward:  # the op makes it inside, where no tracker looks
+            largest = max(shape.numel() for shape in self.shapes.values() if len(shape) == 2)
+            given = 4 if config.weights == "fp32" else 2
+            rows[_OTHERS] += largest * (self.compute.itemsize + (given if given != self.compute.itemsize else 0))
+        return rows
+
+    @cached_property
+    def _passes(self) -> dict[str, int]:
+        """Peak bytes of the other stages."""
+        config, cpu = self.config, torch.device("cpu")
+        batch = min(config.batch_size, config.samples)
+        needs_inputs = make_masker(config.prune, config.mask_pattern).needs_inputs or config.recover != "none"
+        experts = [m.experts for m in self.decoder.matrices[self.index]]
+        matrix = max(shape.numel() // n for shape, n in zip(self.shapes.values(), experts, strict=True))
+        found = {
+            "masks of a block": self.largest * 4 + sum(s.numel() for s in self.shapes.values()) + MASK_BYTES * matrix
+        }
+        shapes = {"dense pass, with statistics": (batch, config.seqlen)} if needs_inputs else {}
+        if config.eval_texts:
+            shapes["perplexity, a block"] = (max(1, TOKENS_AT_ONCE // config.eval_seqlen), config.eval_seqlen)
+        for name, shape in shapes.items():
+            tracker = _Tracker()
+            with self._fakes(*shape, flash=self.gpu) as (block, call):
+                x = torch.empty(*shape, self.width)
+                tracker.track_external(block, x)
+                with tracker, torch.no_grad(), _Observed():
+                    call(block, x, compute=self.compute)
+            found[name] = _peak(tracker)
+        if config.eval_texts:
+            tracker = _Tracker()
+            with shapes_only():
+                head = torch.empty(self.vocabulary, self.width)
+                hidden, labels = torch.empty(TOKENS_AT_ONCE, self.width), torch.empty(TOKENS_AT_ONCE, dtype=torch.long)
+                tracker.track_external(head, hidden, labels)
+                with tracker, torch.no_grad():
+                    with autocast(cpu, self.compute):
+                        logits = F.linear(hidden, head)
+                    F.cross_entropy(logits.float(), labels, reduction="sum")
+            found["perplexity, final norm and head"] = _peak(tracker)
+        return found
+
+    def flops(self, config: EBFTConfig) -> float:
+        """FLOPs of all passes through all blocks, those of a recomputation among them."""
+        one = dataclasses.replace(config, compile=False, update_in_backward=False, gpu_memory=None)
+        counted = []
+        with self._fakes(1, config.seqlen, flash=False) as (block, call):
+            x, masks = (
+                torch.empty(1, config.seqlen, self.width),
+                {n: PackedMask.ones(s) for n, s in self.shapes.items()},
+            )
+            reconstructor = BlockReconstructor(one, torch.device("cpu"), self.compute)
+            forward = partial(BlockCall.__call__, call, compute=self.compute)
+            for grad in (False, True):
+                counter = FlopCounterMode(display=False)
+                with reconstructor.prepared(block, masks, forward) as tuning, counter, torch.set_grad_enabled(grad):
+                    loss = reconstruction_loss(tuning.forward(x), x)
+                    if grad:
+                        loss.backward()
+                counted.append(counter.get_total_flops())
+        passes = 2 + (self.config.epochs + 1) / 16  # dense, recovered, and the errors on the probe
+        steps = config.epochs if config.recover != "none" else 0
+        return float(len(self.decoder) * config.samples * (steps * counted[1] + passes * counted[0]))
+
+    def _rates(self) -> dict[str, float]:
+        """FLOP/s by name: of the device named, of the one that is here, or of all that are known."""
+        if self.on in DEVICES:
+            return {f"{self.on} at {SHARE:.0%} of its rate": DEVICES[self.on].rate * SHARE}
+        if self.gpu and not torch.cuda.is_available():
+            return {f"{name} at {SHARE:.0%}": known.rate * SHARE for name, known in DEVICES.items()}
+        device, _ = choose_device(self.config.device, self.config.dtype)
+        rate = _matmul_rate(device, self.compute)
+        return {f"this machine at the {rate / 1e9:.0f} GFLOP/s that a product reaches now": rate}
+
+
+def _where(config: EBFTConfig, on: str) -> tuple[bool, torch.dtype]:
+    """Whether the plan is for a GPU, and the dtype of products there."""
+    absent = config.gpu_memory is not None and not torch.cuda.is_available() and config.device in ("auto", "cuda")
+    if on == HERE and not absent:
+        device, compute = choose_device(config.device, config.dtype)
+        return device.type == "cuda", compute
+    dtype = config.dtype if config.dtype != "auto" else DEVICES[on].dtype if on in DEVICES else "bfloat16"
+    return True, getattr(torch, dtype)
 
 
 def _on_meta(config: EBFTConfig, model_config: Any) -> PreTrainedModel:
@@ -125,42 +499,25 @@ def _stand_in(config: EBFTConfig, model_config: Any) -> PreTrainedModel:
     return model
 
 
-def _step(
-    config: EBFTConfig, decoder: Decoder, device: torch.device, compute: torch.dtype
-) -> tuple[dict[str, int], float, float]:
-    """Peak bytes of a step by row, FLOPs of a step, FLOPs of a forward pass, for the largest block."""
-    sizes = [sum(p.numel() for p in decoder.stored_block(i).parameters()) for i in range(len(decoder))]
-    index = sizes.index(max(sizes))
-    example = decoder.enter(torch.zeros(config.batch_size, config.seqlen, dtype=torch.long))
-    cpu = torch.device("cpu")
-    block, call = decoder.copy_of_block(index).float(), decoder.call_for(index, *example.shape[:2])
-    with shapes_only():
-        block._apply(without_values)
-        x, y = without_values(example), without_values(example)
-        masks = {m.name: PackedMask.from_dense(block.get_parameter(m.name) != 0) for m in decoder.matrices[index]}
-        reconstructor = BlockReconstructor(config, cpu, compute)
+class _Observed(TorchFunctionMode):
+    """Inputs of linear layers go into statistics, as they do in the dense pass."""
 
-        call = call.map_tensors(without_values)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            InputStatistics.empty(args[0].shape[-1], args[0].device).add(args[0])
+        return func(*args, **(kwargs or {}))
 
-        forward = partial(call, compute=compute)
-        optimizer, _ = reconstructor.prepare(block, masks)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        tracker, counter, forward_counter = MemTracker(), FlopCounterMode(display=False), FlopCounterMode(display=False)
-        with forward_counter, torch.no_grad():
-            forward(block, x)
-        tracker.track_external(block, optimizer, x, y)
-        with tracker:
-            reconstructor.step(block, optimizer, scaler, x, y, forward)  # the first step makes the optimizer's states
-            tracker.reset_mod_stats()
-            with counter:
-                reconstructor.step(block, optimizer, scaler, x, y, forward)
-        peak = next(iter(tracker.get_tracker_snapshot("peak").values()))
-    rows = dict.fromkeys((*_TRACKED.values(), "batch, temporaries and others"), 0)
-    for kind, size in peak.items():
-        name = str(getattr(kind, "value", kind))
-        if name != "Total":
-            rows[_TRACKED.get(name, "batch, temporaries and others")] += int(size)
-    return rows, float(counter.get_total_flops()), float(forward_counter.get_total_flops())
+
+class _Tracker(MemTracker):
+    """torch's tracker, which hangs hooks on parameters to know their gradients: here on those alone that have any."""
+
+    def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> Any:
+        all_have = all(parameter.requires_grad for parameter in module.parameters())
+        return super()._track_module_params_and_buffers(module, install_grad_hooks and all_have)
+
+
+def _peak(tracker: MemTracker) -> int:
+    return max(int(size["Total"]) for size in tracker.get_tracker_snapshot("peak").values())
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -175,3 +532,14 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
     return 2 * size**3 / sorted(seconds[1:])[1]
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:9.3f} GiB"
+
+
+def _table(heading: str, rows: dict[str, int]) -> list[str]:
+    return [
+        f"  {heading:<44} {_gib(sum(rows.values()))}",
+        *(f"    {name:<42} {_gib(size)}" for name, size in rows.items()),
+    ]

@@ -7,8 +7,10 @@ Pruned weights are held at exactly zero by the optimizer, so the block runs as i
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,11 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ebft.config import EBFTConfig
 from ebft.decoder import BlockCall
+from ebft.errors import EBFTError
 from ebft.matrices import router_paths
-from ebft_kernels import MaskedAdamW, PackedMask, reconstruction_loss_and_gradient
+from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, mask_linears_, reconstruction_loss_and_gradient
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
@@ -31,11 +35,13 @@ class BlockResult:
 
     Attributes:
         losses: the loss (mean squared error) of every step, before that step.
-        gradient_norms: the gradient's L2 norm over kept weights of every step, before clipping.
+        gradient_norms: the gradient's L2 norm over kept weights of every step, before clipping; NaN with
+            ``update_in_backward``, which never has all gradients.
         error_before, error_after: mean squared error on the probe samples.
         branch_energy: mean of (Y - X)^2 on them, how far the targets are from the inputs; error / energy is the
             relative error.
-        seconds: time that the steps took.
+        seconds: time that the steps took, with the errors on the probe between epochs.
+        notes: what is worth a line in the report, a sentence each.
     """
 
     losses: list[float]
@@ -44,19 +50,52 @@ class BlockResult:
     error_after: float
     branch_energy: float
     seconds: float
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A block while it is tuned.
+
+    Attributes:
+        forward: hidden states through the block, recomputed and compiled as the settings say.
+        notes: what happened, for the report.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    optimizer: MaskedAdamW
+    scaler: torch.amp.GradScaler
+    notes: list[str]
 
 
 class BlockReconstructor:
-    """Tunes one block at a time; holds settings only, so one object serves all blocks.
+    """Tunes one block at a time; one object serves all blocks.
 
     Args:
-        config: lr, betas, weight_decay, clip, epochs, batch_size and seed are used.
+        config: the settings from ``epochs`` to ``clip``, and the seed.
         device: where the block lives and the batches go.
         compute: dtype of the matrix products; with float16 the loss is scaled dynamically and clipped after unscaling.
+
+    Attributes:
+        micro_batch: sequences that go through the block at once. Halved, for good, where the GPU's memory runs out.
+
+    Raises:
+        EBFTError: settings do not go with ``compute``.
     """
 
     def __init__(self, config: EBFTConfig, device: torch.device, compute: torch.dtype = torch.float32) -> None:
         self._config, self._device, self._compute = config, device, compute
+        self.micro_batch = config.micro_batch or config.batch_size
+        if config.weights != "fp32" and compute != torch.bfloat16:
+            raise EBFTError(
+                f"--weights {config.weights} keeps matrices in bfloat16, and products are in {_name(compute)}; "
+                "expected --dtype bfloat16 or --weights fp32"
+            )
+        if config.update_in_backward and compute == torch.float16:
+            raise EBFTError(
+                "--update-in-backward uses gradients before they are unscaled, and products in float16 need a loss "
+                "scale; expected --dtype bfloat16 or float32"
+            )
 
     def fit(
         self,
@@ -72,98 +111,251 @@ class BlockReconstructor:
     ) -> BlockResult:
         """Tune ``block`` in place.
 
+        Where tuning ends worse than it began, or no longer in numbers, the best weights seen between epochs are kept.
+
         Args:
             block: float32, on the device; its weights at pruned places are set to zero and stay so.
-            inputs, targets: (samples, seqlen, width), in any memory.
+            inputs, targets: (samples, seqlen, width), float32 or bfloat16, in any memory.
             masks: parameter name -> kept weights, in the parameter's shape; other parameters are tuned freely
                 (routers are not tuned), without weight decay.
             index: number of the block; with the seed and the epoch it determines the batch order.
             forward: (block, hidden) -> hidden; by default ``block(hidden, **kwargs)`` under autocast.
             on_step: called with (steps done, steps in all) after each step.
+
+        Raises:
+            EBFTError: the block has no halves to recompute, or the GPU's memory ran out where nothing can be repeated.
         """
         config = self._config
         forward = forward or partial(BlockCall((), kwargs), compute=self._compute)
-        optimizer, scaler = self.prepare(block, masks)
         probe = slice(0, max(1, len(inputs) // 16))
-        error_before = self._error(block, inputs[probe], targets[probe], forward)
-
         steps = config.epochs * -(-len(inputs) // config.batch_size)
         losses, norms = torch.zeros(steps, device=self._device), torch.zeros(steps, device=self._device)
-        step, began = 0, time.perf_counter()
-        for epoch in range(config.epochs):
-            for batch in batch_order(len(inputs), config.seed, index, epoch).split(config.batch_size):
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * (1 - step / steps)
-                x, y = self._on_device(inputs[batch]), self._on_device(targets[batch])
-                losses[step], norms[step] = self.step(block, optimizer, scaler, x, y, forward)
-                step += 1
-                if on_step:
-                    on_step(step, steps)
-        step_losses, step_norms = losses.tolist(), norms.tolist()  # sync points
-        seconds = time.perf_counter() - began
-        block.requires_grad_(False)
+        with self.prepared(block, masks, forward, index) as tuning:
+            error_before = error = self._error(block, inputs[probe], targets[probe], forward)
+            best = _Best(block, error)
+            step, began = 0, time.perf_counter()
+            for epoch in range(config.epochs):
+                for batch in batch_order(len(inputs), config.seed, index, epoch).split(config.batch_size):
+                    for group in tuning.optimizer.param_groups:
+                        group["lr"] = config.lr * (1 - step / steps)
+                    losses[step], norms[step] = self.step(tuning, self._sent(inputs[batch]), self._sent(targets[batch]))
+                    step += 1
+                    if on_step:
+                        on_step(step, steps)
+                error = self._error(block, inputs[probe], targets[probe], forward)  # the one sync point of an epoch
+                best.see(error)
+                if not math.isfinite(error):
+                    break
+            if not error <= error_before:
+                tuning.notes.append(
+                    f"tuning diverged: the error was {error_before:.3g} before it and {error:.3g} after epoch "
+                    f"{epoch + 1}; the best weights seen, of error {best.error:.3g}, were kept"
+                )
+                error = best.restore()
+            seconds = time.perf_counter() - began
 
         return BlockResult(
-            losses=step_losses,
-            gradient_norms=step_norms,
-            error_before=error_before.item(),
-            error_after=self._error(block, inputs[probe], targets[probe], forward).item(),
-            branch_energy=F.mse_loss(inputs[probe], targets[probe]).item(),
+            losses=losses[:step].tolist(),
+            gradient_norms=norms[:step].tolist(),
+            error_before=error_before,
+            error_after=error,
+            branch_energy=F.mse_loss(inputs[probe].float(), targets[probe].float()).item(),
             seconds=seconds,
+            notes=tuning.notes,
         )
 
-    def prepare(self, block: nn.Module, masks: Mapping[str, PackedMask]) -> tuple[MaskedAdamW, torch.amp.GradScaler]:
-        """The optimizer over what is tuned in ``block`` (which then requires gradients), and the loss scaler."""
+    @contextlib.contextmanager
+    def prepared(
+        self, block: nn.Module, masks: Mapping[str, PackedMask], forward: Forward, index: int = 0
+    ) -> Iterator[Tuning]:
+        """``block`` as the settings want it tuned, while inside; float32 and without gradients again afterwards."""
         config, routers = self._config, router_paths(block)
         tuned = {
             name: parameter.requires_grad_()
             for name, parameter in block.named_parameters()
             if parameter.is_floating_point() and name.rpartition(".")[0] not in routers
         }
-        optimizer = MaskedAdamW(
-            [
-                {"params": [tuned[name] for name in masks], "weight_decay": config.weight_decay},
-                {"params": [tuned[name] for name in tuned if name not in masks], "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            betas=config.betas,
-            masks={tuned[name]: mask for name, mask in masks.items()},
-        )
-        return optimizer, torch.amp.GradScaler(self._device.type, enabled=self._compute == torch.float16)
+        if config.weights != "fp32":
+            for name in masks:
+                tuned[name].data = tuned[name].data.to(torch.bfloat16)
+        with contextlib.ExitStack() as undone_after:
+            if config.update_in_backward:
+                undone_after.enter_context(_masked_layers(block, masks))
+            if config.recompute == "halves":
+                undone_after.enter_context(_recomputed(halves(block, masks)))
+            optimizer = MaskedAdamW(
+                [
+                    {"params": [tuned[name] for name in masks], "weight_decay": config.weight_decay},
+                    {"params": [tuned[name] for name in tuned if name not in masks], "weight_decay": 0.0},
+                ],
+                lr=config.lr,
+                betas=config.betas,
+                masks={tuned[name]: mask for name, mask in masks.items()},
+                weights=config.weights,
+                moments=config.moments,
+                compact=config.compact,
+                update_in_backward=config.update_in_backward,
+                seed=(config.seed * 1_000_003 + index) % 2**63,
+            )
+            through: Callable[[Tensor], Tensor] = partial(forward, torch.compile(block) if config.compile else block)
+            if config.recompute == "block":
+                through = partial(_recompute, through)
+            scaler = torch.amp.GradScaler(self._device.type, enabled=self._compute == torch.float16)
+            yield Tuning(through, optimizer, scaler, notes=[])
+        block.requires_grad_(False)
+        if config.weights != "fp32":
+            for name in masks:
+                tuned[name].data = tuned[name].data.float()
 
-    def step(
-        self,
-        block: nn.Module,
-        optimizer: MaskedAdamW,
-        scaler: torch.amp.GradScaler,
-        x: Tensor,
-        y: Tensor,
-        forward: Forward,
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, tuning: Tuning, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One step on a batch; the loss before it and the gradient norm before clipping, on the device."""
-        output = forward(block, x)
-        loss, gradient = reconstruction_loss_and_gradient(output, y)
-        output.backward(scaler.scale(gradient))
-        scaler.unscale_(optimizer)
-        norm = optimizer.clip_grad_norm_(self._config.clip or float("inf"))
-        scaler.step(optimizer)  # a sync point with float16 only, where a step may be skipped
+        loss = self._gradients(tuning, x, y)
+        optimizer, scaler, norm = tuning.optimizer, tuning.scaler, torch.full((), math.nan, device=self._device)
+        try:
+            scaler.unscale_(optimizer)
+            if not self._config.update_in_backward:
+                norm = optimizer.clip_grad_norm_(self._config.clip or float("inf"))
+            scaler.step(optimizer)  # a sync point with float16 only, where a step may be skipped
+        except torch.OutOfMemoryError:
+            raise EBFTError(
+                "out of GPU memory in the optimizer's step, which may have updated a part of the weights and so is not "
+                f"repeated; expected {_LEANER}"
+            ) from None
         scaler.update()
         optimizer.zero_grad()
         return loss, norm
 
-    @torch.no_grad()
-    def _error(self, block: nn.Module, inputs: Tensor, targets: Tensor, forward: Forward) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        size = self._config.batch_size
-        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
-            total += F.mse_loss(forward(block, self._on_device(x)), self._on_device(y), reduction="sum")
-        return total / targets.numel()
+    def _gradients(self, tuning: Tuning, x: Tensor, y: Tensor) -> Tensor:
+        """Make the gradients of the mean loss over a batch; gives the loss. Out of memory, again with less at once."""
+        while True:
+            size = min(self.micro_batch, len(x))
+            try:
+                parts = zip(x.split(size), y.split(size), strict=True)
+                return torch.stack([_backward(tuning, *part, share=len(part[0]) / len(x)) for part in parts]).sum()
+            except torch.OutOfMemoryError:
+                if self._config.update_in_backward:
+                    raise EBFTError(
+                        "out of GPU memory in a backward pass that updates weights and so is not repeated; expected "
+                        f"{_LEANER}"
+                    ) from None
+                if size == 1:
+                    raise EBFTError(f"out of GPU memory with --micro-batch 1; expected {_LEANER}") from None
+            tuning.optimizer.zero_grad()  # out here the failed attempt's activations are gone
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.micro_batch = size // 2
+            tuning.notes.append(f"out of GPU memory with {size} sequences at once: {size // 2} from here on")
 
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)
+    @torch.no_grad()
+    def _error(self, block: nn.Module, inputs: Tensor, targets: Tensor, forward: Forward) -> float:
+        """Mean squared error. A sync point."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for x, y in zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True):
+            total += F.mse_loss(forward(block, self._sent(x)), self._sent(y), reduction="sum")
+        return total.item() / targets.numel()
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """On the device, in float32 or wider."""
+        sent = tensor.to(self._device, non_blocking=True)
+        return sent.float() if sent.itemsize < 4 else sent
 
 
 def batch_order(samples: int, seed: int, block: int, epoch: int) -> Tensor:
     """A permutation of the samples that depends on (seed, block, epoch) alone, so that a resumed run has the same."""
     generator = torch.Generator().manual_seed(((seed * 1_000_003 + block) * 1_000_003 + epoch) % 2**63)
     return torch.randperm(samples, generator=generator)
+
+
+def halves(block: nn.Module, masks: Mapping[str, PackedMask]) -> list[nn.Module]:
+    """The modules of ``block`` that hold its matrices between them: attention and MLP.
+
+    Raises:
+        EBFTError: matrices lie in ``block`` itself, or all in one module.
+    """
+    paths = [name.split(".") for name in masks]
+    children = dict.fromkeys(path[0] for path in paths)
+    if len(children) < 2 or any(len(path) < 3 for path in paths):
+        raise EBFTError(
+            f"--recompute halves: the matrices of {type(block).__name__} are in {', '.join(children)}; expected two "
+            "modules or more that hold them between them, such as attention and MLP (--recompute block takes any)"
+        )
+    return [block.get_submodule(child) for child in children]
+
+
+_LEANER = "leaner settings, which python -m ebft.run … --plan --gpu-memory SIZE finds"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _backward(tuning: Tuning, x: Tensor, y: Tensor, share: float) -> Tensor:
+    """Add the gradients of a part of a batch, ``share`` of its samples; gives the part's share of the loss."""
+    output = tuning.forward(x)
+    loss, gradient = reconstruction_loss_and_gradient(output, y)
+    if share != 1:
+        loss, gradient = loss * share, gradient.mul_(share)
+    output.backward(tuning.scaler.scale(gradient))
+    return loss
+
+
+def _recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``function``, whose activations are made again in the backward pass; nothing in a block is random."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+@contextlib.contextmanager
+def _recomputed(modules: list[nn.Module]) -> Iterator[None]:
+    """Recompute each of ``modules`` on its own while inside."""
+    before = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = partial(_recompute, module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+@contextlib.contextmanager
+def _masked_layers(block: nn.Module, masks: Mapping[str, PackedMask]) -> Iterator[None]:
+    """The linear layers of ``block`` as masked ones while inside: theirs are the updates in the backward pass."""
+    paths = {name: name.rpartition(".")[0] for name in masks}
+    linears = {name: path for name, path in paths.items() if path and type(block.get_submodule(path)) is nn.Linear}
+    mask_linears_(block, {name: masks[name] for name in linears})
+    try:
+        yield
+    finally:
+        for path in linears.values():
+            parent, _, last = path.rpartition(".")
+            layer = block.get_submodule(path)
+            assert isinstance(layer, MaskedLinear)
+            setattr(block.get_submodule(parent), last, layer.to_linear())
+
+
+class _Best:
+    """The weights with the least error on the probe so far, on the host."""
+
+    def __init__(self, block: nn.Module, error: float) -> None:
+        self._tuned = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        self._kept = [torch.empty_like(p, device="cpu", pin_memory=p.is_cuda, requires_grad=False) for p in self._tuned]
+        self.error = math.inf
+        self.see(error)
+
+    @torch.no_grad()
+    def see(self, error: float) -> None:
+        """Keep the weights as they are now if ``error``, which is theirs, is the least (the first are kept anyway)."""
+        if error <= self.error or math.isinf(self.error):
+            self.error = error
+            for kept, parameter in zip(self._kept, self._tuned, strict=True):
+                kept.copy_(parameter, non_blocking=True)
+
+    @torch.no_grad()
+    def restore(self) -> float:
+        """Bring them back; gives their error."""
+        for kept, parameter in zip(self._kept, self._tuned, strict=True):
+            parameter.copy_(kept)
+        return self.error

@@ -1,4 +1,7 @@
-"""``python -m ebft.run``: the command line. Exit code 0, or 2 with one sentence on standard error."""
+"""``python -m ebft.run``: the command line. Exit code 0, or 2 with one sentence on standard error.
+
+A plan that does not fit says so itself, and gives 2 too.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for (default: ``sys.argv``)."""
     logging.getLogger("ebft_kernels").setLevel(logging.ERROR)  # the report says which implementations run
     try:
-        config, plan_only = parse_args(argv)
-        if plan_only:
-            print(make_plan(config))
-        else:
-            run_ebft(config=config)
+        config, planned_on = parse_args(argv)
+        if planned_on is not None:
+            plan = make_plan(config, planned_on)
+            print(plan)
+            return 2 if plan.faults else 0
+        run_ebft(config=config)
     except EBFTError as error:
         print(f"ebft: {error}", file=sys.stderr)
         return 2

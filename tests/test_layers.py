@@ -72,6 +72,7 @@ ORDER = {
     "ebft": [
         "version",
         "errors",
+        "devices",
         "shapes",
         "glue",
         "matrices",
@@ -86,8 +87,9 @@ ORDER = {
         "evaluate",
         "reconstruct",
         "job",
-        "pipeline",
         "plan",
+        "pipeline",
+        "audit",
         "compressed",
         "__init__",
         "compress",

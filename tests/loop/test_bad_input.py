@@ -309,11 +309,6 @@ def test_a_typo_leaves_the_blocks_of_an_interrupted_run_alone(refuse, config, si
     assert (tmp_path / "out.partial" / "blocks" / "00000.safetensors").is_file()
 
 
-def test_a_diverging_run_is_reported(config, silent, tokenizer):
-    with pytest.raises(EBFTError, match=r"block 0 \(model\.layers\.0\): the loss became NaN or infinity while tuning"):
-        run_ebft(random_model("llama"), config(lr=1e30, epochs=4), tokenizer=tokenizer, reporter=silent)
-
-
 def test_a_model_in_memory_needs_a_tokenizer(config, silent):
     with pytest.raises(EBFTError, match="without its tokenizer"):
         run_ebft(random_model("llama"), config(), reporter=silent)
@@ -339,9 +334,9 @@ def test_settings_from_yaml_are_those_of_the_flags(tmp_path):
 
     wanted = EBFTConfig.preset("paper", model="x/y", sparsity=0.5, betas=(0.9, 0.99), fused=True)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(wanted.to_dict()))
-    assert parse_args(["--config", str(tmp_path / "run.yaml")]) == (wanted, False)
+    assert parse_args(["--config", str(tmp_path / "run.yaml")]) == (wanted, None)
     flags = ["--model", "x/y", "--sparsity", "0.5", "--betas", "0.9", "0.99", "--fused"]
-    assert parse_args(flags) == (wanted, False)
+    assert parse_args(flags) == (wanted, None)
     (tmp_path / "named.yaml").write_text("preset: demo\nsparsity: 0.4\n")
     assert parse_args(["--config", str(tmp_path / "named.yaml"), "--model", "x/y"])[0].samples == 96
     given = ["--config", str(tmp_path / "named.yaml"), "--model", "x/y", "--preset", "paper"]
