@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -71,6 +72,17 @@ class EBFTConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     seed: int = _setting(0, "seed of the calibration sample and the batch order")
+    resume: bool = _setting(False, "go on with the interrupted run in OUTPUT.partial; start where there is none")
+    streams: str = _setting(
+        "auto",
+        "where hidden states are kept; auto: host, or disk where --host-memory is too small for that",
+        choices=("auto", "device", "host", "disk"),
+    )
+    stream_dtype: str = _setting(
+        "float32", "type in which hidden states are kept for calibration", choices=("float32", "bfloat16")
+    )
+    host_memory: str | None = _setting(None, "host memory that the run may take, such as 8GiB", metavar="SIZE")
+    max_shard_size: str = _setting("50GB", "largest file of the saved model", metavar="SIZE")
     fused: bool = _setting(False, "demand fused kernels for mask and optimizer; fail where there are none")
     trust_remote_code: bool = _setting(False, "let transformers run code that comes with the model")
 
@@ -98,6 +110,9 @@ class EBFTConfig:
         if not 0 <= self.seed < 2**63:
             raise EBFTError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 - 1")
         self.mask_pattern  # noqa: B018  (parses N:M, so that a wrong one is said now)
+        for name in ("host_memory", "max_shard_size"):
+            if getattr(self, name) is not None:
+                parse_bytes(getattr(self, name), _flag(name))
 
     @property
     def mask_pattern(self) -> Pattern:
@@ -123,6 +138,11 @@ class EBFTConfig:
         """Plain values for JSON, YAML and the model card."""
         return {**dataclasses.asdict(self), "betas": list(self.betas)}
 
+
+# Where things are and how the work is organised: the same results whatever these are.
+ORGANISATION = frozenset(
+    {"output", "overwrite", "resume", "streams", "host_memory", "max_shard_size", "trust_remote_code"}
+)
 
 # The published recipe (arXiv 2402.12419; the class defaults, clipping after unscaling), and one that ends in minutes
 # on two CPU cores.
@@ -168,6 +188,17 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[EBFTConfig, bool]:
     preset = preset or from_file
     settings.update({name: value for name, value in given.items() if value is not None})
     return EBFTConfig.preset(preset or ("paper" if settings.get("model") else "demo"), **settings), plan
+
+
+def parse_bytes(text: str, what: str) -> int:
+    """``"8GiB"``, ``"500MB"`` … as a number of bytes; ``EBFTError`` about ``what`` for anything else."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    size = 0 if not match else float(match[1])
+    if match and match[2]:
+        size *= (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1)
+    if int(size) < 1:
+        raise EBFTError(f"{what} is {text!r}; expected a size such as 8GiB or 500MB")
+    return int(size)
 
 
 class _Parser(argparse.ArgumentParser):

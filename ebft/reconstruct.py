@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ebft.config import EBFTConfig
 from ebft.decoder import BlockCall
 from ebft.matrices import router_paths
+from ebft.stream import carry
 from ebft_kernels import MaskedAdamW, PackedMask, reconstruction_loss_and_gradient
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -74,7 +75,7 @@ class BlockReconstructor:
 
         Args:
             block: float32, on the device; its weights at pruned places are set to zero and stay so.
-            inputs, targets: (samples, seqlen, width), in any memory.
+            inputs, targets: (samples, seqlen, width), float32 or bfloat16, in any memory.
             masks: parameter name -> kept weights, in the parameter's shape; other parameters are tuned freely
                 (routers are not tuned), without weight decay.
             index: number of the block; with the seed and the epoch it determines the batch order.
@@ -91,10 +92,10 @@ class BlockReconstructor:
         losses, norms = torch.zeros(steps, device=self._device), torch.zeros(steps, device=self._device)
         step, began = 0, time.perf_counter()
         for epoch in range(config.epochs):
-            for batch in batch_order(len(inputs), config.seed, index, epoch).split(config.batch_size):
+            batches = batch_order(len(inputs), config.seed, index, epoch).split(config.batch_size)
+            for x, y in carry(self._device, (inputs, targets), batches):
                 for group in optimizer.param_groups:
                     group["lr"] = config.lr * (1 - step / steps)
-                x, y = self._on_device(inputs[batch]), self._on_device(targets[batch])
                 losses[step], norms[step] = self.step(block, optimizer, scaler, x, y, forward)
                 step += 1
                 if on_step:
@@ -108,7 +109,7 @@ class BlockReconstructor:
             gradient_norms=step_norms,
             error_before=error_before.item(),
             error_after=self._error(block, inputs[probe], targets[probe], forward).item(),
-            branch_energy=F.mse_loss(inputs[probe], targets[probe]).item(),
+            branch_energy=F.mse_loss(inputs[probe].float(), targets[probe].float()).item(),
             seconds=seconds,
         )
 
@@ -155,12 +156,9 @@ class BlockReconstructor:
     def _error(self, block: nn.Module, inputs: Tensor, targets: Tensor, forward: Forward) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         size = self._config.batch_size
-        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
-            total += F.mse_loss(forward(block, self._on_device(x)), self._on_device(y), reduction="sum")
+        for x, y in carry(self._device, (inputs, targets), [slice(n, n + size) for n in range(0, len(inputs), size)]):
+            total += F.mse_loss(forward(block, x), y, reduction="sum")
         return total / targets.numel()
-
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)
 
 
 def batch_order(samples: int, seed: int, block: int, epoch: int) -> Tensor:
