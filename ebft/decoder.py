@@ -125,10 +125,8 @@ class Decoder:
             tensors: its weights as they were saved, in place of the model's own. Of these the next block is read ahead.
         """
         if tensors is None:
-            if self._ahead and self._ahead[0] == index:
-                values = self._ahead[1].result()
-            else:
-                values = self._read(index)
+            ready = self._ahead is not None and self._ahead[0] == index
+            values = self._ahead[1].result() if self._ahead and ready else self._read(index)
             self._ahead = None
             if self.weights.on_disk and index + 1 < len(self):
                 self._ahead = (index + 1, self._reader.submit(self._read, index + 1))

@@ -75,7 +75,8 @@ class OutputFolder:
                     )
                 if ours and not overwrite and not self.finished:
                     raise EBFTError(f"--output {path} holds an earlier run; give --overwrite to replace it")
-            if self.path.exists() and not (self.path / _WORKING).is_file() and set(os.listdir(self.path)) - _NEW:
+            strange = self.path.exists() and not (self.path / _WORKING).is_file()
+            if strange and {entry.name for entry in self.path.iterdir()} - _NEW:
                 raise EBFTError(f"{self.path} is in the way and no run made it; choose another --output")
             parent = next(folder for folder in self.path.absolute().parents if folder.exists())
             if not parent.is_dir() or not os.access(parent, os.W_OK):

@@ -48,7 +48,7 @@ class Store:
             return torch.empty(shape, dtype=self.dtype, device=self.device)
         return torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
 
-    def files(self, names: Iterable[str]) -> list[Path]:
+    def files(self, names: Sequence[str]) -> list[Path]:
         """The files of these streams, holding all that was written to them."""
         assert self.output is not None
         for name in names:
@@ -266,7 +266,7 @@ class Streams:
         if self._store.kind != "disk" or self._store.output is None:
             return None
         names = {"inputs": self.inputs.name, "targets": self.targets.name if self._dense_targets else None}
-        files = self._store.files(name for name in names.values() if name)
+        files = self._store.files([name for name in names.values() if name])
         return {**names, "files": self._store.output.checksums(files)}
 
     def _moved_on(self, stream: Stream, run: Run) -> Stream:

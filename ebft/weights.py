@@ -85,13 +85,16 @@ class ModelWeights:
         self._model = model
 
     def read(self, names: Iterable[str], tensors: Tensors | None = None) -> dict[str, Tensor]:
+        """Copies of the parameters; ``tensors``: as they were saved."""
         get = self._model.get_parameter if tensors is None else tensors.__getitem__
         return {name: get(name).detach().clone() for name in names}
 
     def as_stored(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same: its names are the module's."""
         return dict(named)
 
     def fingerprint(self) -> str:
+        """Of some 4096 values of every parameter."""
         digest = hashlib.sha256()
         for name, parameter in self._model.named_parameters():
             flat = parameter.detach().flatten()
@@ -142,6 +145,7 @@ class ShardedWeights:
         return self._tensors
 
     def read(self, names: Iterable[str], tensors: Tensors | None = None) -> dict[str, Tensor]:
+        """Copies of the parameters; ``tensors``: from blocks that were saved under the checkpoint's names."""
         found: dict[str, Tensor] = {}
         for name in names:
             if name not in found:
@@ -151,6 +155,7 @@ class ShardedWeights:
         return {name: found[name] for name in names}
 
     def as_stored(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters (of whole blocks) under the checkpoint's names; ``EBFTError`` if they would not come back."""
         stored: dict[str, Tensor] = {}
         for group in {id(group): group for group in map(self._made_by.__getitem__, named)}.values():
             of_group = {name: named[name] for name in group.names}
@@ -163,6 +168,7 @@ class ShardedWeights:
         return stored
 
     def fingerprint(self) -> str:
+        """Of every file's size, header, and 4 KiB at 256 places."""
         digest = hashlib.sha256()
         for file in self._tensors.files:
             size = file.stat().st_size

@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -77,12 +78,10 @@ def command(flags: list[str], said: Path, send: int = 0, after: int = 1) -> None
 
 def refused(settings: dict) -> str:
     """The sentence that a run fails with, in this process."""
-    try:
+    with pytest.raises(EBFTError) as error:
         run_ebft(config=EBFTConfig.preset("demo", **settings), reporter=Reporter(Console(file=io.StringIO())))
-    except EBFTError as error:
-        assert "\n" not in str(error)
-        return str(error)
-    raise AssertionError("the run was not refused")
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def assert_same(one: Path, other: Path) -> None:
