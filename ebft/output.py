@@ -8,6 +8,7 @@ checksums. A record that is not whole, or whose files are not, counts as absent,
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -62,6 +63,7 @@ class OutputFolder:
         self.notes: list[str] = []
         self._resume, self._made_by = resume, made_by
         self._accepted: set[str] = set()
+        self._opened = contextlib.ExitStack()
         with self.writing():
             if (self.path / _REPLACED).is_dir() and not self.final.exists():  # a commit that was cut short: undo it
                 (self.path / _REPLACED).rename(self.final)
@@ -94,15 +96,20 @@ class OutputFolder:
         return self._resume and (self.final / self._made_by).is_file() and not (self.path / _WORKING).is_file()
 
     def __enter__(self) -> OutputFolder:
-        with self.writing():
+        with self.writing(), contextlib.ExitStack() as opened:
+            if (self.path / _WORKING).is_file():
+                self._keep_others_out(opened)
             if self._resume and (self.path / _WORKING).is_file():
                 self._check_fingerprint()
                 self.resumed = True
             else:
                 self._begin()
+                self._keep_others_out(opened)
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        self._opened.close()
         if kind is not None and self.path.exists() and not self.kept():
             shutil.rmtree(self.path)
 
@@ -276,6 +283,18 @@ class OutputFolder:
             self._tidy()
 
     # --- beginning and end ------------------------------------------------------------------------------------
+
+    def _keep_others_out(self, opened: contextlib.ExitStack) -> None:
+        """Two runs in one folder would spoil each other's work: refuse, as long as the other one's process lives."""
+        marker = opened.enter_context((self.path / _WORKING).open("rb"))
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EBFTError(
+                f"another run is at work in {self.path}; wait for its end, or choose another --output"
+            ) from None
+        except OSError:
+            pass  # a file system that knows no locks
 
     def _begin(self) -> None:
         """An empty folder that says what the run depends on."""

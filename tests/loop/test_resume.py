@@ -325,6 +325,18 @@ def test_without_resume_a_run_starts_over(interrupted, settings, silent, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
+def test_two_runs_in_one_folder_are_refused(settings, silent, tmp_path):
+    with OutputFolder(str(tmp_path / "out"), overwrite=False) as first:
+        first.commit_part("dense_perplexity", {})
+        for resume in (False, True):
+            said = refused(settings(resume=resume))
+            assert said == (
+                f"another run is at work in {tmp_path / 'out.partial'}; wait for its end, or choose another --output"
+            )
+        assert first.kept()
+    run(settings(), silent)  # it has ended
+
+
 # --- full disks and signals ---------------------------------------------------------------------------------------
 
 
