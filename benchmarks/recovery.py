@@ -91,7 +91,7 @@ def _ebft(given: argparse.Namespace) -> tuple[float, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = _config(given, str(Path(folder) / "out"))
         result = run_ebft(config=config, reporter=Reporter(Console(file=io.StringIO())))
-    return sum(block["tuning_seconds"] for block in result.blocks), result.model
+        return sum(block["tuning_seconds"] for block in result.blocks), result.model
 
 
 def _baseline(given: argparse.Namespace, tokenizer: Any, **adamw: Any) -> tuple[float, Any]:

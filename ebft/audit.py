@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ebft.checkpoint import DEFAULT_MODEL, SUMMARY, load_config, load_model
+from ebft.checkpoint import DEFAULT_MODEL, load_config, load_model
 from ebft.decoder import find_blocks
 from ebft.errors import EBFTError
 from ebft.matrices import Matrix, find_matrices, router_paths
+from ebft.output import SUMMARY
 from ebft.pruning import Pattern
 from ebft_kernels import PackedMask, load_masks
 

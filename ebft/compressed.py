@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ebft.checkpoint import OutputFolder, load_model, load_tokenizer
+from ebft.checkpoint import load_model, load_tokenizer
 from ebft.decoder import find_blocks
 from ebft.errors import EBFTError
 from ebft.matrices import find_matrices
+from ebft.output import OutputFolder
+from ebft.weights import make_buffers_real
 from ebft_kernels import CompressedLinear
 
 INDEX = "compressed.json"
@@ -107,7 +109,7 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
             kinds = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8"}
             sizes = (layer["in_features"], layer["out_features"], layer["kept"])
             _replace(model, name, CompressedLinear(*sizes, layer["bias"], kinds[layer["values"]]))
-    _make_buffers_real(model)
+    make_buffers_real(model, but=CompressedLinear)
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
@@ -122,22 +124,6 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
-
-
-def _make_buffers_real(model: PreTrainedModel) -> None:
-    """Give buffers that no checkpoint holds (rotary tables …) their values, as ``from_pretrained`` does."""
-    for module in model.modules():
-        if isinstance(module, CompressedLinear):
-            continue
-        meta = {
-            name: module._buffers[name]
-            for name in module._non_persistent_buffers_set
-            if module._buffers[name] is not None
-        }
-        for name, buffer in meta.items():
-            module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        if meta:
-            model._init_weights(module)
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

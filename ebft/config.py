@@ -92,6 +92,7 @@ class EBFTConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     seed: int = _setting(0, "seed of the calibration sample and the batch order")
+    resume: bool = _setting(False, "go on with the interrupted run in OUTPUT.partial; start where there is none")
     streams: str = _setting(
         "auto",
         "where hidden states are kept; auto: host, or disk where --host-memory is too small for that",
@@ -104,6 +105,7 @@ class EBFTConfig:
         None, "GPU memory that the run may take, such as 16GiB: settings that fit are chosen", metavar="SIZE"
     )
     host_memory: str | None = _setting(None, "host memory that the run may take, such as 8GiB", metavar="SIZE")
+    max_shard_size: str = _setting("50GB", "largest file of the saved model", metavar="SIZE")
     fused: bool = _setting(False, "demand fused kernels for mask and optimizer; fail where there are none")
     trust_remote_code: bool = _setting(False, "let transformers run code that comes with the model")
 
@@ -131,7 +133,7 @@ class EBFTConfig:
         if not 0 <= self.seed < 2**63:
             raise EBFTError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 - 1")
         self.mask_pattern  # noqa: B018  (parses N:M, so that a wrong one is said now)
-        for name in ("gpu_memory", "host_memory"):
+        for name in ("gpu_memory", "host_memory", "max_shard_size"):
             if getattr(self, name) is not None:
                 parse_bytes(getattr(self, name), _flag(name))
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
@@ -183,6 +185,11 @@ class EBFTConfig:
         """Plain values for JSON, YAML and the model card."""
         return {**dataclasses.asdict(self), "betas": list(self.betas)}
 
+
+# Where things are and how the work is organised: the same results whatever these are.
+ORGANISATION = frozenset(
+    {"output", "overwrite", "resume", "streams", "gpu_memory", "host_memory", "max_shard_size", "trust_remote_code"}
+)
 
 # The published recipe (arXiv 2402.12419; the class defaults, clipping after unscaling), and one that ends in minutes
 # on two CPU cores.

@@ -3,6 +3,9 @@
 The model's own ``forward`` is run with the blocks' ``forward`` replaced for the moment: by recorders, to learn what
 each block is called with (hidden states at the entrance, and keyword arguments such as rotary embeddings and attention
 masks, which differ from block to block in Gemma 3), or by pass-throughs, to run just the final norm and the head.
+
+No parameter is held: the code runs on a skeleton, and embeddings, a block, final norm or head are read into it when
+they are needed, and only for as long.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +27,7 @@ from ebft.errors import EBFTError
 from ebft.glue import fuse_glue_
 from ebft.matrices import Matrix, find_matrices
 from ebft.shapes import shapes_only, without_values
+from ebft.weights import ModelWeights, Tensors, Weights, put
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -65,14 +70,15 @@ class _LastBlockReached(Exception):
 
 
 class Decoder:
-    """A causal language model on the host, whose blocks are worked on one at a time on ``device``.
+    """A causal language model, whose blocks are worked on one at a time on ``device``.
 
     Args:
-        model: the model as loaded, on the host; it is put into evaluation mode, and its weights are written only by
+        model: in memory on the host, or a skeleton; it is put into evaluation mode, and its weights are written only by
             ``store_block``.
         device: where working blocks live and run.
         compute: dtype of the matrix products (autocast); weights and hidden states of working blocks are float32.
         fuse_glue: run norms, rotary embedding and SwiGLU of working blocks in liger-kernel (a GPU alone).
+        weights: where the parameters are read from (default: ``model`` itself).
 
     Raises:
         EBFTError: the model has no stack of blocks, or a later token changes earlier outputs (not a decoder).
@@ -84,17 +90,24 @@ class Decoder:
         device: torch.device,
         compute: torch.dtype = torch.float32,
         fuse_glue: bool = False,
+        weights: Weights | None = None,
     ) -> None:
-        self.model = model.eval()
+        self.model, self.weights = model.eval(), weights or ModelWeights(model)
         self.device, self.compute, self._fuse_glue = device, compute, fuse_glue
         self._path, self._stored_blocks = find_blocks(model)
         self.names = [f"{self._path}.{i}" for i in range(len(self._stored_blocks))]
         self.matrices: list[list[Matrix]] = [find_matrices(block) for block in self._stored_blocks]
-        self._skeleton = _without_block_weights(model, self._stored_blocks)
+        self._skeleton = _without_values(model)
         self._shells = list(self._skeleton.get_submodule(self._path))  # the skeleton's blocks: code without weights
+        self._entrance, self._exit = self._names_of_the_ends()
+        self._ends_on: torch.device | None = None  # where the ends are, while they are anywhere
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="ebft-reads-ahead")
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None  # the next block, on its way
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}  # (batch, seqlen) -> a call for each block
         self._returns = [0] * len(self)  # the length of the tuple that a block returns; 0: hidden states alone
-        self._probe()
+        with self.at_entrance():
+            self._width = int(self.enter(torch.zeros(1, 2, dtype=torch.long)).shape[-1])
+            self._probe()
 
     def __len__(self) -> int:
         return len(self._stored_blocks)
@@ -102,41 +115,64 @@ class Decoder:
     # --- blocks -------------------------------------------------------------------------------------------------
 
     def stored_block(self, index: int) -> nn.Module:
-        """Block ``index`` as the model holds it: on the host, in the stored dtype."""
+        """Block ``index`` as the model holds it: of a skeleton, shapes and stored dtypes alone."""
         return self._stored_blocks[index]
 
-    def working_block(self, index: int) -> nn.Module:
-        """A copy of block ``index`` to work on: on the device, float32, evaluation mode, no gradients."""
-        block = _cast_parameters(self.copy_of_block(index), self.device).requires_grad_(False)
+    def working_block(self, index: int, tensors: Tensors | None = None) -> nn.Module:
+        """Block ``index`` to work on: on the device, float32, evaluation mode, no gradients.
+
+        Args:
+            tensors: its weights as they were saved, in place of the model's own. Of these the next block is read ahead.
+        """
+        if tensors is None:
+            ready = self._ahead is not None and self._ahead[0] == index
+            values = self._ahead[1].result() if self._ahead and ready else self._read(index)
+            self._ahead = None
+            if self.weights.on_disk and index + 1 < len(self):
+                self._ahead = (index + 1, self._reader.submit(self._read, index + 1))
+        else:
+            values = self._read(index, tensors)
+        block = _cast_parameters(self._filled(index, values), self.device).requires_grad_(False)
         if self._fuse_glue:
             fuse_glue_(block)
         return block
 
     def copy_of_block(self, index: int) -> nn.Module:
         """A copy of block ``index`` as it is stored."""
-        stored = self._stored_blocks[index]
-        return copy.deepcopy(stored, _shared_configs(stored))
+        return self._filled(index, self._read(index))
 
-    def store_block(self, index: int, weights: dict[str, Tensor]) -> None:
-        """Write ``weights`` (parameter name -> tensor, in the stored dtype) into the model on the host."""
-        stored = dict(self._stored_blocks[index].named_parameters())
+    def store_block(self, index: int, tensors: Tensors) -> None:
+        """Write a block's saved weights into the model in memory."""
         with torch.no_grad():
-            for name, weight in weights.items():
-                stored[name].copy_(weight)
+            for name, parameter in self._stored_blocks[index].named_parameters():
+                parameter.copy_(tensors[f"{self.names[index]}.{name}"])
 
     def round_as_stored(self, index: int, block: nn.Module) -> dict[str, Tensor]:
-        """Round the working block's parameters to the dtypes they are stored in; return them so, on the host."""
+        """Round the working block's parameters to the dtypes they are stored in; gives them so, by full names."""
         stored = dict(self._stored_blocks[index].named_parameters())
         weights = {}
         with torch.no_grad():
             for name, parameter in block.named_parameters():
-                weights[name] = parameter.to(stored[name].dtype).to("cpu", copy=True)
-                parameter.copy_(weights[name])
+                rounded = parameter.to(stored[name].dtype).to("cpu", copy=True)
+                parameter.copy_(rounded)
+                weights[f"{self.names[index]}.{name}"] = rounded
         return weights
 
     def run_block(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """Hidden states (batch, seqlen, width) through ``block``, called as the model calls block ``index``."""
         return self.call_for(index, hidden.shape[0], hidden.shape[1])(block, hidden, self.compute)
+
+    def _read(self, index: int, tensors: Tensors | None = None) -> dict[str, Tensor]:
+        """The parameters of block ``index`` by their names in it."""
+        prefix = f"{self.names[index]}."
+        names = [prefix + name for name, _ in self._stored_blocks[index].named_parameters()]
+        return {name.removeprefix(prefix): value for name, value in self.weights.read(names, tensors).items()}
+
+    def _filled(self, index: int, values: dict[str, Tensor]) -> nn.Module:
+        shell = self._shells[index]
+        block = copy.deepcopy(shell, _shared_configs(shell))
+        put(block, values)
+        return block
 
     # --- entrance and exit --------------------------------------------------------------------------------------
 
@@ -149,29 +185,65 @@ class Decoder:
             hidden.append(BlockCall.split(args, kwargs)[0])
             raise _LastBlockReached
 
-        self._run_skeleton(ids.to(self._skeleton_device()), record)
+        with self.at_entrance() as device:
+            self._run_skeleton(ids.to(device), record)
         return hidden[0].float()
 
     @torch.no_grad()
     def exit(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Hidden states after the last block -> logits (batch, seqlen, vocabulary), by the model's norm and head."""
-        inside = hidden.to(self._skeleton_device())
 
         def passing(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            out = inside if index == len(self) - 1 else BlockCall.split(args, kwargs)[0]
-            return self._as_returned(index, out)
+            return self._as_returned(index, inside if index == len(self) - 1 else BlockCall.split(args, kwargs)[0])
 
-        with autocast(inside.device, self.compute):
-            return self._run_skeleton(ids.to(inside.device), passing).logits
+        def nothing(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return torch.zeros(*ids.shape, embedding.weight.shape[-1], device=inside.device)
+
+        with self.at_exit() as device:
+            inside, embedding = hidden.to(device), self._skeleton.get_input_embeddings()
+            # What is embedded does not matter here, so an embedding that the head does not share is not read.
+            unread = [embedding] if embedding.weight.is_meta else []
+            with _forwards_replaced(unread, nothing), autocast(device, self.compute):
+                return self._run_skeleton(ids.to(device), passing).logits
+
+    def at_entrance(self) -> contextlib.AbstractContextManager[torch.device]:
+        """Embeddings on the host while inside, and not before or after; gives the device. ``enter`` does so itself."""
+        return self._holding(self._entrance, torch.device("cpu"))
+
+    def at_exit(self) -> contextlib.AbstractContextManager[torch.device]:
+        """Final norm and head on the device while inside, and not before or after. ``exit`` does so itself."""
+        return self._holding(self._exit, self.device)
 
     @contextlib.contextmanager
-    def ends_on_device(self) -> Iterator[None]:
-        """Embeddings, final norm and head on the device while inside, for ``exit``; on the host otherwise."""
-        _move(self._skeleton, self.device)
+    def _holding(self, names: list[str], device: torch.device) -> Iterator[torch.device]:
+        """Parameters of the skeleton in float32 while inside: on ``device``, or where others are already."""
+        outer = self._ends_on
+        self._ends_on = outer or device
+        absent = {name: p for name in names if (p := self._skeleton.get_parameter(name)).is_meta}
         try:
-            yield
+            for name in absent:  # one by one, so that only one is there in both dtypes
+                value = self.weights.read([name])[name].to(self._ends_on)
+                put(self._skeleton, {name: value.float() if value.is_floating_point() else value})
+            _move(self._skeleton, self._ends_on)
+            yield self._ends_on
         finally:
-            _move(self._skeleton, torch.device("cpu"))
+            put(self._skeleton, absent)
+            self._ends_on = outer
+            if outer is None:
+                _move(self._skeleton, torch.device("cpu"))
+
+    def _names_of_the_ends(self) -> tuple[list[str], list[str]]:
+        """Parameters that are not in blocks: those that the entrance may need, and those that the exit may need."""
+        inside = {id(parameter) for shell in self._shells for parameter in shell.parameters()}
+        outside = {n: p for n, p in self._skeleton.named_parameters() if id(p) not in inside}
+        embedding, head = (
+            {id(parameter) for parameter in end.parameters()}
+            for end in (self._skeleton.get_input_embeddings(), self._skeleton.get_output_embeddings())
+        )
+        return (
+            [name for name, parameter in outside.items() if id(parameter) not in head - embedding],
+            [name for name, parameter in outside.items() if id(parameter) not in embedding - head],
+        )
 
     # --- how the model calls its blocks -------------------------------------------------------------------------
 
@@ -179,7 +251,8 @@ class Decoder:
         """How the model calls block ``index`` for a batch of that shape; tensors are on the device."""
         if (batch, seqlen) not in self._calls:
             # Random tokens, twice: an argument that depends on the tokens could not be reused for other samples.
-            first, second = (self._record_calls(batch, seqlen, seed, last=len(self) - 1) for seed in (0, 1))
+            with self.at_entrance():
+                first, second = (self._record_calls(batch, seqlen, seed, last=len(self) - 1) for seed in (0, 1))
             for name, one, other in zip(self.names, first, second, strict=True):
                 if not one.equals(other):
                     raise EBFTError(
@@ -208,7 +281,8 @@ class Decoder:
 
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         ids = torch.randint(vocabulary, (batch, seqlen), generator=torch.Generator().manual_seed(seed))
-        self._run_skeleton(ids.to(self._skeleton_device()), record)
+        with self.at_entrance() as device:
+            self._run_skeleton(ids.to(device), record)
         if len(calls) != last + 1:
             raise EBFTError(
                 f"{type(self.model).__name__} does not call its {len(self)} {self._path} one after another: "
@@ -225,9 +299,6 @@ class Decoder:
         """The model's forward on ``ids``, with ``instead(index, args, kwargs)`` in place of every block's forward."""
         with _forwards_replaced(self._shells, instead), contextlib.suppress(_LastBlockReached):
             return self._skeleton(input_ids=ids, use_cache=False)
-
-    def _skeleton_device(self) -> torch.device:
-        return self._skeleton.get_input_embeddings().weight.device
 
     @torch.no_grad()
     def _probe(self) -> None:
@@ -255,18 +326,19 @@ class Decoder:
 
     def _try_block(self, index: int, call: BlockCall, hidden: Tensor) -> Any:
         """What block ``index`` returns for ``hidden``; on fake tensors where its weights are on the meta device."""
-        if all(not p.is_meta for p in self._stored_blocks[index].parameters()):
-            block = _cast_parameters(self.copy_of_block(index), torch.device("cpu"))
+        block = self.copy_of_block(index)
+        if all(not p.is_meta for p in block.parameters()):
+            block = _cast_parameters(block, torch.device("cpu"))
             call = call.map_tensors(lambda tensor: tensor.cpu())
             return block(hidden, *call.args, **call.kwargs)
-        block = self.copy_of_block(index).float()
+        block = block.float()
         with shapes_only():
             block, call = block._apply(without_values), call.map_tensors(without_values)
             return block(without_values(hidden), *call.args, **call.kwargs)
 
     def width(self) -> int:
         """Channels of the hidden states."""
-        return self.enter(torch.zeros(1, 2, dtype=torch.long)).shape[-1]
+        return self._width
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
@@ -306,13 +378,13 @@ def _forwards_replaced(
             del block.forward
 
 
-def _without_block_weights(model: PreTrainedModel, blocks: list[nn.Module]) -> PreTrainedModel:
-    """A copy of the model whose block parameters are on the meta device; the others are float32 copies."""
-    memo: dict[int, Any] = {}
-    for block in blocks:
-        for parameter in block.parameters():
-            memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-    return _cast_parameters(copy.deepcopy(model, memo), torch.device("cpu")).requires_grad_(False)
+def _without_values(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model whose parameters are on the meta device; buffers (rotary tables) are copied."""
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
 
 
 def _shared_configs(block: nn.Module) -> dict[int, Any]:
@@ -321,11 +393,12 @@ def _shared_configs(block: nn.Module) -> dict[int, Any]:
 
 
 def _cast_parameters(module: M, device: torch.device) -> M:
-    """Move ``module`` and make its floating parameters float32; buffers (rotary tables) keep theirs."""
+    """Move ``module`` and make its floating parameters float32; buffers (rotary tables) keep their dtype."""
+    _move(module, device)
     for parameter in module.parameters():
         if not parameter.is_meta and parameter.is_floating_point():
             parameter.data = parameter.data.float()
-    return _move(module, device)
+    return module
 
 
 def _move(module: M, device: torch.device) -> M:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebft.decoder import Decoder
-from ebft.stream import Stream
+from ebft.stream import Store, Stream
 
-TOKENS_AT_ONCE = 2048  # in one forward pass; logits of a 128k vocabulary are 1 GiB at this size
+TOKENS_AT_ONCE = 2048  # in one forward pass
+LOGITS_AT_ONCE = 2**25  # 128 MiB in float32, of which the loss makes a copy or two
 
 
 def perplexities(
@@ -21,6 +22,7 @@ def perplexities(
     windows: Mapping[str, Tensor],
     block_at: Callable[[int], nn.Module] | None = None,
     on_block: Callable[[int], None] | None = None,
+    store: Store | None = None,
 ) -> dict[str, float]:
     """exp of the mean negative log-likelihood over predicted tokens, for each text.
 
@@ -29,10 +31,13 @@ def perplexities(
         windows: text name -> token ids (windows, seqlen); every token but a window's first is predicted.
         block_at: gives the working block of an index (default: the decoder's own).
         on_block: called with the number of blocks done, after each.
+        store: where hidden states are kept, in float32 (default: host memory).
     """
     block_at = block_at or decoder.working_block
+    store = store or Store(decoder.device)
     streams = {
-        name: Stream.entering(decoder, ids, max(1, TOKENS_AT_ONCE // ids.shape[1])) for name, ids in windows.items()
+        name: Stream.entering(decoder, ids, max(1, TOKENS_AT_ONCE // ids.shape[1]), store, f"evaluation-{number}")
+        for number, (name, ids) in enumerate(windows.items())
     }
     for index in range(len(decoder)) if streams else ():
         block = block_at(index)
@@ -40,15 +45,23 @@ def perplexities(
             stream.through(partial(decoder.run_block, index, block), out=stream)
         if on_block:
             on_block(index + 1)
-    with decoder.ends_on_device():
-        return {name: _perplexity(decoder, ids, streams[name]) for name, ids in windows.items()}
+    with decoder.at_exit():
+        found = {name: _perplexity(decoder, ids, streams[name]) for name, ids in windows.items()}
+    for stream in streams.values():
+        store.drop(stream.name)
+    return found
 
 
 @torch.no_grad()
 def _perplexity(decoder: Decoder, ids: Tensor, stream: Stream) -> float:
     total = torch.zeros((), dtype=torch.float64, device=decoder.device)
-    for tokens, hidden in zip(ids.split(stream.batch_size), stream.states.split(stream.batch_size), strict=True):
-        logits = decoder.exit(tokens, hidden)[:, :-1].flatten(0, 1).float()
-        total += F.cross_entropy(logits, tokens[:, 1:].flatten().to(logits.device), reduction="sum")
+    vocabulary = decoder.model.get_output_embeddings().weight.shape[0]
+    width = max(1, LOGITS_AT_ONCE // (vocabulary * stream.batch_size))
+    for tokens, hidden in zip(ids.split(stream.batch_size), stream.batches(), strict=True):
+        for start in range(0, ids.shape[1] - 1, width):  # norm and head look at one place at a time
+            places = slice(start, min(start + width, ids.shape[1] - 1))
+            logits = decoder.exit(tokens[:, places], hidden[:, places]).flatten(0, 1).float()
+            following = tokens[:, 1:][:, places].flatten().to(logits.device)
+            total += F.cross_entropy(logits, following, reduction="sum")
     mean = total.item() / ids[:, 1:].numel()
     return math.exp(mean) if not mean > 700 else math.inf  # NaN stays NaN

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,18 +16,22 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ebft.calibration import Tokens, calibration_tokens, evaluation_tokens
-from ebft.checkpoint import DEFAULT_MODEL, OutputFolder, load_model, load_tokenizer
-from ebft.config import EBFTConfig
+from ebft.checkpoint import DEFAULT_MODEL, Source, load_tokenizer, open_model
+from ebft.config import ORGANISATION, EBFTConfig, parse_bytes
 from ebft.decoder import Decoder
 from ebft.errors import EBFTError
 from ebft.glue import liger_missing
+from ebft.output import OutputFolder, checksum
 from ebft.pruning import Criterion, Masker, make_masker
 from ebft.reconstruct import BlockReconstructor
 from ebft.report import Reporter
+from ebft.stream import Store
 from ebft.version import __version__
-from ebft_kernels import PackedMask, explain
+from ebft.weights import ModelWeights
+from ebft_kernels import explain
 
 FUSED_OPS = ("masked_adamw_step", "masked_grad_norm")  # the products run on zeroed weights, without masks
+ROOM_FOR_THE_REST = 3 * 2**29  # bytes of host memory beside streams and four blocks: Python, libraries, embeddings
 
 
 @dataclass
@@ -36,7 +43,15 @@ class Clock:
 
     def lap(self, name: str) -> None:
         """The stage ``name`` ends now; it began where the one before ended."""
-        self.laps[name] = self.total() - sum(self.laps.values())
+        self.laps[name] = self.laps.get(name, 0.0) + self.total() - sum(self.laps.values())
+
+    def read(self) -> dict[str, Any]:
+        """All of it, for ``go_on_from``."""
+        return {"total": self.total(), "laps": dict(self.laps)}
+
+    def go_on_from(self, read: dict[str, Any]) -> None:
+        """It is as late as it was in an interrupted run; what passed since, here or there, is lost."""
+        self.began, self.laps = time.perf_counter() - read["total"], dict(read["laps"])
 
     def total(self) -> float:
         """Seconds since the run began."""
@@ -56,6 +71,7 @@ class Job:
     reconstructor: BlockReconstructor | None
     calibration: Tokens | None
     eval_tokens: dict[str, Tokens]
+    store: Store
     output: OutputFolder
     reporter: Reporter
     clock: Clock
@@ -83,13 +99,14 @@ def prepare_job(
 
     source = config.model if model is None else model
     reporter.say(f"loading {_name_of(source)}")
-    student = source if isinstance(source, PreTrainedModel) else _load(config, source)
-    check_lengths(config, student.config)
+    student = _open(config, source, reporter)
+    check_lengths(config, student.model.config)
     fuse_glue = config.fused and device.type == "cuda" and liger_missing() is None
-    decoder = Decoder(student, device, compute, fuse_glue)
+    decoder = Decoder(student.model, device, compute, fuse_glue, student.weights)
     dense = decoder
     if teacher is not None or config.teacher is not None:
-        dense = Decoder(teacher or _load(config, config.teacher), device, compute, fuse_glue)
+        opened = _open(config, teacher or config.teacher, reporter)
+        dense = Decoder(opened.model, device, compute, fuse_glue, opened.weights)
         _check_teacher(decoder, dense)
     _check_masks(config, masker, decoder, recovers_towards_itself=recovers and dense is decoder)
 
@@ -109,6 +126,9 @@ def prepare_job(
             f"norms, rotary embedding and SwiGLU: {liger_missing() or 'in liger-kernel where the family is known'}"
         )
     reporter.say(f"{choices[0]}; products in {str(compute).removeprefix('torch.')}")
+    store = _choose_store(config, decoder, calibration, evaluation, output)
+    reporter.say(f"hidden states: {store.kind}")
+    output.fingerprint = _fingerprint(config, decoder, dense, masker, calibration, evaluation)
     clock.lap("load")
     return Job(
         config=config,
@@ -120,6 +140,7 @@ def prepare_job(
         reconstructor=BlockReconstructor(config, device, compute) if recovers else None,
         calibration=calibration,
         eval_tokens=evaluation,
+        store=store,
         output=output,
         reporter=reporter,
         clock=clock,
@@ -130,8 +151,10 @@ def _name_of(source: str | PreTrainedModel | None) -> str:
     return source if isinstance(source, str) else DEFAULT_MODEL if source is None else type(source).__name__
 
 
-def _load(config: EBFTConfig, source: str | None) -> PreTrainedModel:
-    return load_model(source, trust_remote_code=config.trust_remote_code)
+def _open(config: EBFTConfig, source: str | PreTrainedModel | None, reporter: Reporter) -> Source:
+    if isinstance(source, PreTrainedModel):
+        return Source(source, ModelWeights(source))
+    return open_model(source, trust_remote_code=config.trust_remote_code, say=reporter.say)
 
 
 def _calibrate(config: EBFTConfig, tokenizer: PreTrainedTokenizerBase, text: Iterable[str] | None) -> Tokens:
@@ -163,6 +186,58 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         return chosen, torch.float32
     has_bfloat16 = torch.cuda.get_device_capability(chosen)[0] >= 8
     return chosen, torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+def _choose_store(
+    config: EBFTConfig,
+    decoder: Decoder,
+    calibration: Tokens | None,
+    evaluation: dict[str, Tokens],
+    output: OutputFolder,
+) -> Store:
+    """What ``--streams`` means here: ``auto`` is the host, or the disk where ``--host-memory`` has no room for them."""
+    dtype = getattr(torch, config.stream_dtype)
+    kind = "host" if config.streams == "auto" else config.streams
+    if decoder.device.type == "cpu" and kind == "device":
+        kind = "host"  # which is the same there
+    if config.streams == "auto" and config.host_memory is not None:
+        tokens = [2 * calibration.ids.numel() * dtype.itemsize] if calibration else [0]
+        tokens += [sum(text.ids.numel() for text in evaluation.values()) * 4]  # their perplexity is measured in float32
+        blocks = [sum(p.numel() for p in decoder.stored_block(i).parameters()) * 4 for i in range(len(decoder))]
+        needed = max(tokens) * decoder.width() + 4 * max(blocks) + ROOM_FOR_THE_REST
+        kind = "host" if needed <= parse_bytes(config.host_memory, "--host-memory") else "disk"
+    return Store(decoder.device, kind, dtype, output)
+
+
+def _fingerprint(
+    config: EBFTConfig,
+    decoder: Decoder,
+    teacher: Decoder,
+    masker: Masker,
+    calibration: Tokens | None,
+    evaluation: dict[str, Tokens],
+) -> dict[str, dict[str, Any]]:
+    """Everything that the results depend on, by heading and name; not where things are."""
+    named = ORGANISATION | {"model", "teacher", "calibration", "device"}  # what these name is looked at itself
+    return {
+        "model": {"weights": decoder.weights.fingerprint(), "configuration": _settings_of(decoder.model)},
+        "teacher": {"weights": teacher.weights.fingerprint(), "configuration": _settings_of(teacher.model)},
+        "text": {
+            "calibration": calibration.use.sha256 if calibration else None,
+            **{name: tokens.use.sha256 for name, tokens in evaluation.items()},
+        },
+        "criterion": {
+            "name": masker.name,
+            "file": checksum(Path(config.prune)) if Path(config.prune).is_file() else None,
+        },
+        "setting": {name: value for name, value in config.to_dict().items() if name not in named},
+        "version": {**_versions(decoder), "products": str(decoder.compute), **implementations(decoder)},
+    }
+
+
+def _settings_of(model: PreTrainedModel) -> str:
+    settings = {name: value for name, value in model.config.to_diff_dict().items() if name != "_name_or_path"}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 # --- checks -------------------------------------------------------------------------------------------------------
@@ -207,10 +282,10 @@ def _shape_settings(model: PreTrainedModel) -> dict[str, Any]:
 
 def _check_masks(config: EBFTConfig, masker: Masker, decoder: Decoder, *, recovers_towards_itself: bool) -> None:
     """Whatever can be known of the masks before the walk: widths, names, shapes, and that there is something to do."""
-    blocks = [decoder.stored_block(index) for index in range(len(decoder))]
-    masker.check(decoder.names, blocks, decoder.matrices)
+    masker.check(decoder.names, [decoder.stored_block(index) for index in range(len(decoder))], decoder.matrices)
     prunes = changes = False
-    for name, block, matrices in zip(decoder.names, blocks, decoder.matrices, strict=True):
+    for index, (name, matrices) in enumerate(zip(decoder.names, decoder.matrices, strict=True)):
+        block = decoder.copy_of_block(index)
         if masker.given:
             for matrix, mask in masker(name, block, matrices, {}).masks.items():
                 pruned = block.get_parameter(matrix)[~mask.dense()]
@@ -232,11 +307,10 @@ def _check_masks(config: EBFTConfig, masker: Masker, decoder: Decoder, *, recove
 # --- the summary --------------------------------------------------------------------------------------------------
 
 
-def summarise(job: Job, masks: dict[str, PackedMask], stages: dict[str, dict[str, float]]) -> dict[str, Any]:
+def summarise(job: Job, sparsity: float, stages: dict[str, dict[str, float]]) -> dict[str, Any]:
     """What ``ebft_summary.json`` holds."""
     config = job.config
     recovery = "no recovery" if config.recover == "none" else f"recovered by {config.recover}"
-    total = sum(mask.numel() for mask in masks.values())
     return {
         "model": job.name,
         "recipe": f"{job.masker.name}, {recovery}",
@@ -244,19 +318,27 @@ def summarise(job: Job, masks: dict[str, PackedMask], stages: dict[str, dict[str
         "perplexity": {text: {stage: values[text] for stage, values in stages.items()} for text in job.eval_tokens},
         "seconds": job.clock.total(),
         "stage_seconds": job.clock.laps,
-        "sparsity": 1 - sum(mask.count() for mask in masks.values()) / total,
+        "sparsity": sparsity,
         "calibration": job.calibration.use.to_dict() if job.calibration else None,
         "evaluation": {name: tokens.use.to_dict() for name, tokens in job.eval_tokens.items()},
-        "implementations": {op: explain(op, job.decoder.device).impl for op in FUSED_OPS},
+        "implementations": implementations(job.decoder),
         "config": config.to_dict(),
-        "versions": {
-            "python": platform.python_version(),
-            "ebft": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": _device_name(job.decoder.device),
-            "threads": torch.get_num_threads(),
-        },
+        "versions": {"python": platform.python_version(), **_versions(job.decoder)},
+    }
+
+
+def implementations(decoder: Decoder) -> dict[str, str]:
+    """Which kernels do the fused ops."""
+    return {op: explain(op, decoder.device).impl for op in FUSED_OPS}
+
+
+def _versions(decoder: Decoder) -> dict[str, Any]:
+    return {
+        "ebft": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": _device_name(decoder.device),
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ebft.checkpoint import SUMMARY, OutputFolder, load_saved
-from ebft.config import EBFTConfig
+from ebft.checkpoint import load_model, open_saved
+from ebft.config import ORGANISATION, EBFTConfig, parse_bytes
 from ebft.decoder import Decoder
 from ebft.errors import EBFTError
 from ebft.evaluate import perplexities
-from ebft.job import FUSED_OPS, Job, prepare_job, summarise
+from ebft.job import Job, implementations, prepare_job, summarise
+from ebft.output import LINES, MASKS, SUMMARY, OutputFolder
 from ebft.plan import fit_to_budget
 from ebft.pruning import BlockMasks, Criterion, InputObserver, Statistics
 from ebft.reconstruct import BlockResult
 from ebft.report import Reporter, model_card
 from ebft.report_page import report_page
-from ebft.stream import Stream, Streams
-from ebft_kernels import PackedMask, explain
+from ebft.stream import Store, Stream, Streams
+from ebft.weights import ShardedWeights
+from ebft_kernels import PackedMask, load_masks
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,32 @@ class RunResult:
         output: the folder with the recovered model.
         summary: what ``ebft_summary.json`` holds.
         blocks: what ``blocks.jsonl`` holds, a dict a block.
-        masks: full parameter name -> mask.
-        model: the model with the recovered weights, on the host.
+        masks: full parameter name -> mask; read from ``output`` when first asked for.
+        model: the model with the recovered weights, on the host: the one in memory that was given, or else the one
+            saved in ``output``, loaded whole when first asked for.
     """
 
     output: Path
     summary: dict[str, Any]
     blocks: list[dict[str, Any]]
-    masks: dict[str, PackedMask]
-    model: PreTrainedModel
+    _given: PreTrainedModel | None = field(default=None, repr=False)
+
+    @classmethod
+    def read(cls, output: Path) -> RunResult:
+        """What an earlier run left in ``output``."""
+        lines = (output / LINES).read_text(encoding="utf-8").splitlines()
+        return cls(output, json.loads((output / SUMMARY).read_text(encoding="utf-8")), list(map(json.loads, lines)))
+
+    @cached_property
+    def masks(self) -> dict[str, PackedMask]:
+        """See above."""
+        return load_masks(self.output / MASKS)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """See above."""
+        trust = self.summary["config"]["trust_remote_code"]
+        return self._given or load_model(str(self.output.absolute()), trust_remote_code=trust)
 
 
 def run_ebft(
@@ -66,7 +86,8 @@ def run_ebft(
     Args:
         model: what to prune: a hub id, a folder, a GGUF file, or a model in memory, whose blocks then hold the
             recovered weights at the end; by default ``config.model``.
-        config: the settings (default: ``EBFTConfig()``, the published recipe).
+        config: the settings (default: ``EBFTConfig()``, the published recipe). With ``resume``, an interrupted run is
+            gone on with if everything that it depends on is the same (of a criterion of one's own: its name).
         tokenizer: for a model in memory; otherwise the model's own is loaded.
         teacher: a dense model in memory whose blocks are the targets; otherwise ``config.teacher``.
         criterion: a function (weight, inputs, pattern) -> bool mask, in place of ``config.prune``.
@@ -74,54 +95,86 @@ def run_ebft(
         reporter: where progress goes (default: the terminal).
 
     Raises:
-        EBFTError: something given cannot be used, or activations are no longer finite; the blocks that were finished
-            are kept in ``OUTPUT.partial``.
+        EBFTError: something given cannot be used, activations are no longer finite, or memory ran out; the blocks that
+            were finished are kept in ``OUTPUT.partial``.
     """
     config, reporter = config or EBFTConfig(), reporter or Reporter()
-    output = OutputFolder(config.output, overwrite=config.overwrite)
+    output = OutputFolder(config.output, overwrite=config.overwrite, resume=config.resume)
     config = fit_to_budget(config, model, reporter.say)
-    job = prepare_job(config, model, tokenizer, teacher, criterion, text, output, reporter)
-    with output:
-        return _run(job)
+    if output.finished and (result := _finished(config, output, reporter)):
+        return result
+    try:
+        job = prepare_job(config, model, tokenizer, teacher, criterion, text, output, reporter)
+        with output:
+            return _run(job, model if isinstance(model, PreTrainedModel) else None)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        kept = f"; what was finished is kept in {output.path}: --resume goes on from there" if output.kept() else ""
+        raise EBFTError(f"memory ran out{kept}") from error
 
 
-def _run(job: Job) -> RunResult:
-    clock, decoder, out = job.clock, job.decoder, job.output
+def _finished(config: EBFTConfig, output: OutputFolder, reporter: Reporter) -> RunResult | None:
+    """``--resume`` after the end: the finished run, if it is this one; None if it is another that may be replaced."""
+    result = RunResult.read(output.final)
+    before, now = (
+        {name: value for name, value in settings.items() if name not in ORGANISATION}
+        for settings in (result.summary["config"], config.to_dict())
+    )
+    if before == now:
+        reporter.say(f"{output.final} is finished: there is nothing left to do")
+        return result
+    if not config.overwrite:
+        raise EBFTError(
+            f"--resume: there is nothing to resume, and {output.final} holds a run with other settings; give "
+            "--overwrite to replace it"
+        )
+    return None
 
-    dense = _measure(job, "dense perplexity", job.teacher)
-    clock.lap("dense_perplexity")
-    blocks, masks = _walk(job)
-    clock.lap("blocks")
 
-    def pruned_block(index: int) -> nn.Module:
-        block = decoder.working_block(index)
-        apply_masks(block, masks[index].masks)
-        return block
+def _run(job: Job, given: PreTrainedModel | None) -> RunResult:
+    decoder, out = job.decoder, job.output
+    if job.config.resume and not out.resumed:
+        job.reporter.say("there is nothing to resume: the run begins")
 
-    pruned = _measure(job, "pruned perplexity", decoder, pruned_block)
-    clock.lap("pruned_perplexity")
+    dense = _stage(job, "dense_perplexity", lambda: _measure(job, "dense perplexity", job.teacher))
+    lines = _walk(job)
+    pruned = _stage(job, "pruned_perplexity", lambda: _measure(job, "pruned perplexity", decoder, _pruned(job)))
+    if not isinstance(decoder.weights, ShardedWeights):  # a model in memory takes the recovered weights
+        for index in range(len(decoder)):
+            decoder.store_block(index, out.block(index))
+    _stage(job, "save", lambda: None, partial(_save, job))
+    recovered = _stage(job, "recovered_perplexity", lambda: _measure_saved(job))
 
-    for index in range(len(decoder)):
-        decoder.store_block(index, out.read_block(index))
-    out.save_model(decoder.model, job.tokenizer)
-    all_masks = {
-        f"{decoder.names[index]}.{name}": mask for index, of in enumerate(masks) for name, mask in of.masks.items()
-    }
-    out.save_masks(all_masks)
-    clock.lap("save")
-    recovered = {}
-    if job.eval_tokens:
-        saved = load_saved(type(decoder.model), out.path)
-        recovered = _measure(job, "recovered perplexity", Decoder(saved, decoder.device, decoder.compute))
-    clock.lap("recovered_perplexity")
-
-    summary = summarise(job, all_masks, {"dense": dense, "pruned": pruned, "recovered": recovered})
+    kept = sum(line["kept_weights"] for line in lines)
+    sparsity = 1 - kept / sum(line["prunable_weights"] for line in lines)
+    summary = summarise(job, sparsity, {"dense": dense, "pruned": pruned, "recovered": recovered})
     out.write_json(SUMMARY, summary)
     out.write_text("README.md", model_card(summary))
-    out.write_text("report.html", report_page(summary, blocks))
+    out.write_text("report.html", report_page(summary, lines))
     out.commit()
     job.reporter.table(summary)
-    return RunResult(out.final, summary, blocks, all_masks, decoder.model)
+    return RunResult(out.final, summary, lines, given)
+
+
+def _stage(job: Job, name: str, make: Callable[[], Any], write: Callable[[], list[Path]] = list) -> Any:
+    """What a stage of the run comes to, made now or by the run that is gone on with; ``write`` gives its files."""
+    part = job.output.part(name)
+    _say_notes(job)
+    if part is None:
+        result, files = make(), write()
+        job.clock.lap(name)
+        part = {"result": result, "clock": job.clock.read()}
+        job.output.commit_part(name, part, files)
+    else:
+        job.clock.go_on_from(part["clock"])
+    return part["result"]
+
+
+def _say_notes(job: Job) -> None:
+    for note in job.output.notes:
+        job.reporter.say(note)
+    job.output.notes.clear()
 
 
 def apply_masks(block: nn.Module, masks: dict[str, PackedMask]) -> None:
@@ -130,18 +183,66 @@ def apply_masks(block: nn.Module, masks: dict[str, PackedMask]) -> None:
         mask.zero_pruned_(block.get_parameter(name))
 
 
+# --- after the walk -----------------------------------------------------------------------------------------------
+
+
+def _pruned(job: Job) -> Callable[[int], nn.Module]:
+    """The blocks pruned and not recovered."""
+
+    def block_at(index: int) -> nn.Module:
+        block, prefix = job.decoder.working_block(index), f"{job.decoder.names[index]}."
+        masks = job.output.block_masks(index)
+        apply_masks(block, {name.removeprefix(prefix): mask for name, mask in masks.items()})
+        return block
+
+    return block_at
+
+
+def _save(job: Job) -> list[Path]:
+    """The recovered model as an ordinary folder; gives the files with weights and masks."""
+    decoder, out, count = job.decoder, job.output, len(job.decoder)
+    largest = parse_bytes(job.config.max_shard_size, "--max-shard-size")
+    if isinstance(decoder.weights, ShardedWeights):
+        files = out.save_shards(decoder.weights.tensors, count, largest)
+    else:
+        files = out.save_model(decoder.model, largest)
+    out.save_settings(decoder.model, job.tokenizer)
+    return files + out.save_masks(count)
+
+
+def _measure_saved(job: Job) -> dict[str, float]:
+    """Perplexity of the saved files."""
+    if not job.eval_tokens:
+        return {}
+    saved, decoder = open_saved(type(job.decoder.model), job.output.path), job.decoder
+    return _measure(
+        job, "recovered perplexity", Decoder(saved.model, decoder.device, decoder.compute, weights=saved.weights)
+    )
+
+
 # --- the walk -----------------------------------------------------------------------------------------------------
 
 
-def _walk(job: Job) -> tuple[list[dict[str, Any]], list[BlockMasks]]:
-    """Prune and recover every block in turn; gives the report's lines and the masks."""
-    decoder = job.decoder
-    streams = Streams(job.config, decoder, job.teacher, job.calibration.ids) if job.calibration else None
+def _walk(job: Job) -> list[dict[str, Any]]:
+    """Prune and recover every block in turn; gives the report's lines."""
+    decoder, out = job.decoder, job.output
     lines: list[dict[str, Any]] = []
-    all_masks: list[BlockMasks] = []
+    position: dict[str, Any] | None = None
+    while len(lines) < len(decoder) and (part := out.part(_part_of(len(lines)))) is not None:
+        lines.append(part["line"])
+        position = part["streams"]
+        job.clock.go_on_from(part["clock"])
+    _say_notes(job)
+    out.write_lines(LINES, lines)
+    if lines:
+        job.reporter.say(f"{len(lines)} of {len(decoder)} blocks are finished already")
+    if len(lines) == len(decoder):
+        return lines
+
+    streams = _streams(job, len(lines), position) if job.calibration else None
     with job.reporter.progress("block", len(decoder)) as advance:
-        for index, name in enumerate(decoder.names):
-            began = time.perf_counter()
+        for index in range(len(lines), len(decoder)):
+            name, began = decoder.names[index], time.perf_counter()
             if decoder.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(decoder.device)
             block = decoder.working_block(index)
@@ -156,12 +257,41 @@ def _walk(job: Job) -> tuple[list[dict[str, Any]], list[BlockMasks]]:
             if streams:
                 streams.sparse_pass(partial(decoder.run_block, index, block))
                 _check_finite(job, index, streams.inputs, "the next block's inputs")
-            job.output.write_block(index, weights)
-            all_masks.append(masks.to("cpu"))
+            full_masks = {f"{name}.{matrix}": mask for matrix, mask in masks.masks.items()}
+            files = out.write_block(index, decoder.weights.as_stored(weights), full_masks)
+            with out.writing():
+                position = streams.position() if streams else None
             lines.append(_block_line(job, index, masks, result, time.perf_counter() - began))
-            job.output.append_line("blocks.jsonl", lines[-1])
+            job.clock.lap("blocks")
+            part = {"line": lines[-1], "streams": position, "clock": job.clock.read()}
+            out.commit_part(_part_of(index), part, files)
+            out.append_line(LINES, lines[-1])
             advance(index + 1, _block_note(lines[-1]))
-    return lines, all_masks
+    return lines
+
+
+def _part_of(index: int) -> str:
+    return f"block-{index:05d}"
+
+
+def _streams(job: Job, done: int, position: dict[str, Any] | None) -> Streams:
+    """The streams before block ``done``: an interrupted run's from its files, or made again through finished blocks."""
+    assert job.calibration is not None
+    decoder, tokens = job.decoder, job.calibration.ids
+    if position and job.store.kind == "disk":
+        if job.output.are_whole(position["files"]):
+            return Streams(job.config, decoder, job.teacher, tokens, job.store, position)
+        job.reporter.say("the streams on disk are broken, or further than the last whole commit: made again")
+    streams = Streams(job.config, decoder, job.teacher, tokens, job.store)
+    if done:
+        with job.reporter.progress("streams through finished blocks", done) as advance:
+            for index in range(done):
+                if streams.follow_the_dense:
+                    _dense_pass(job, streams, index, decoder.working_block(index))
+                saved = decoder.working_block(index, job.output.block(index))
+                streams.sparse_pass(partial(decoder.run_block, index, saved))
+                advance(index + 1)
+    return streams
 
 
 def _dense_pass(job: Job, streams: Streams, index: int, block: nn.Module) -> Statistics:
@@ -222,6 +352,8 @@ def _block_line(job: Job, index: int, masks: BlockMasks, result: BlockResult | N
         "name": job.decoder.names[index],
         "sparsity": masks.sparsity(),
         "matrices": {name: 1 - mask.density() for name, mask in masks.masks.items()},
+        "kept_weights": sum(mask.count() for mask in masks.masks.values()),
+        "prunable_weights": sum(mask.numel() for mask in masks.masks.values()),
         "loss_before": None,
         "loss_after": None,
         "relative_error_before": None,
@@ -231,7 +363,7 @@ def _block_line(job: Job, index: int, masks: BlockMasks, result: BlockResult | N
         "seconds": seconds,
         "tuning_seconds": 0.0,
         "peak_memory_bytes": _peak_memory(job.decoder.device),
-        "implementations": {op: explain(op, job.decoder.device).impl for op in FUSED_OPS},
+        "implementations": implementations(job.decoder),
         "notes": masks.notes,
     }
     if result is not None:
@@ -270,5 +402,6 @@ def _measure(
     if not job.eval_tokens:
         return {}
     windows = {name: tokens.ids for name, tokens in job.eval_tokens.items()}
+    store = Store(decoder.device, job.store.kind, output=job.output)
     with job.reporter.progress(what, len(decoder)) as advance:
-        return perplexities(decoder, windows, block_at, on_block=advance)
+        return perplexities(decoder, windows, block_at, on_block=advance, store=store)

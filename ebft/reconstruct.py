@@ -24,6 +24,7 @@ from ebft.config import EBFTConfig
 from ebft.decoder import BlockCall
 from ebft.errors import EBFTError
 from ebft.matrices import router_paths
+from ebft.stream import carry
 from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, mask_linears_, reconstruction_loss_and_gradient
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -135,10 +136,11 @@ class BlockReconstructor:
             best = _Best(block, error)
             step, began = 0, time.perf_counter()
             for epoch in range(config.epochs):
-                for batch in batch_order(len(inputs), config.seed, index, epoch).split(config.batch_size):
+                batches = batch_order(len(inputs), config.seed, index, epoch).split(config.batch_size)
+                for x, y in carry(self._device, (inputs, targets), batches):
                     for group in tuning.optimizer.param_groups:
                         group["lr"] = config.lr * (1 - step / steps)
-                    losses[step], norms[step] = self.step(tuning, self._sent(inputs[batch]), self._sent(targets[batch]))
+                    losses[step], norms[step] = self.step(tuning, x, y)
                     step += 1
                     if on_step:
                         on_step(step, steps)
@@ -250,14 +252,10 @@ class BlockReconstructor:
     def _error(self, block: nn.Module, inputs: Tensor, targets: Tensor, forward: Forward) -> float:
         """Mean squared error. A sync point."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for x, y in zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True):
-            total += F.mse_loss(forward(block, self._sent(x)), self._sent(y), reduction="sum")
+        parts = [slice(n, n + self.micro_batch) for n in range(0, len(inputs), self.micro_batch)]
+        for x, y in carry(self._device, (inputs, targets), parts):
+            total += F.mse_loss(forward(block, x), y, reduction="sum")
         return total.item() / targets.numel()
-
-    def _sent(self, tensor: Tensor) -> Tensor:
-        """On the device, in float32 or wider."""
-        sent = tensor.to(self._device, non_blocking=True)
-        return sent.float() if sent.itemsize < 4 else sent
 
 
 def batch_order(samples: int, seed: int, block: int, epoch: int) -> Tensor:

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ebft.config import ORGANISATION
+
 STAGES = ("dense", "pruned", "recovered")
 
 
@@ -93,7 +95,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-_NOT_OF_THE_RECIPE = {"output", "overwrite", "trust_remote_code", "fused", "device"}
+_NOT_OF_THE_RECIPE = ORGANISATION | {"fused", "device"}
 
 
 def _without_folder(value: Any) -> Any:

@@ -1,16 +1,22 @@
 """``python -m ebft.run``: the command line. Exit code 0, or 2 with one sentence on standard error.
 
-A plan that does not fit says so itself, and gives 2 too.
+A plan that does not fit says so itself, and gives 2 too. Ctrl-C ends a run with 130 and SIGTERM with 143; either way
+what was finished is kept, as it is after a crash.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from ebft.config import parse_args
+from ebft.config import EBFTConfig, parse_args
 from ebft.errors import EBFTError
+from ebft.output import OutputFolder, is_kept
 from ebft.pipeline import run_ebft
 from ebft.plan import make_plan
 
@@ -18,20 +24,50 @@ from ebft.plan import make_plan
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for (default: ``sys.argv``)."""
     logging.getLogger("ebft_kernels").setLevel(logging.ERROR)  # the report says which implementations run
+    config: EBFTConfig | None = None
     try:
-        config, planned_on = parse_args(argv)
-        if planned_on is not None:
-            plan = make_plan(config, planned_on)
-            print(plan)
-            return 2 if plan.faults else 0
-        run_ebft(config=config)
+        with _sigterm_interrupts():
+            config, planned_on = parse_args(argv)
+            if planned_on is not None:
+                plan = make_plan(config, planned_on)
+                print(plan)
+                return 2 if plan.faults else 0
+            run_ebft(config=config)
     except EBFTError as error:
         print(f"ebft: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("ebft: interrupted; finished blocks, if any, are in the output's .partial folder", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"ebft: {_what_is_left(config)}", file=sys.stderr)
+        return 143 if isinstance(stop, _Terminated) else 130
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does. A commit that it cuts short is as if it had not begun."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _what_is_left(config: EBFTConfig | None) -> str:
+    partial = config and OutputFolder.partial(config.output)
+    if partial and is_kept(partial):
+        return f"interrupted; what was finished is kept in {partial}: the same command with --resume goes on from there"
+    return "interrupted; nothing was finished"
 
 
 if __name__ == "__main__":

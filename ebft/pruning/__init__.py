@@ -50,10 +50,6 @@ class BlockMasks:
     masks: dict[str, PackedMask] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def to(self, device: torch.device | str) -> BlockMasks:
-        """The same on another device."""
-        return BlockMasks({name: mask.to(device) for name, mask in self.masks.items()}, self.notes)
-
     def sparsity(self) -> float:
         """Pruned share of all matrices of the block."""
         total = sum(mask.numel() for mask in self.masks.values())

@@ -1,0 +1,167 @@
+"""Peak host memory of whole runs: a model that is streamed, and the same model loaded whole.
+
+    python -m benchmarks.host_memory
+
+Two models: a random Llama-shaped one of 1.1 B parameters (bfloat16, shards of 500 MB, made here), and SmolLM2-135M
+saved as safetensors. Each run is a child, whose /proc/PID/smaps_rollup is read every 20 ms: its anonymous and shared
+pages are what it holds; the resident peak counts pages of mapped files too, which the system takes back when it needs
+them. The bound is the activation cache (both streams), four blocks in float32, in which a CPU computes, and 1.5 GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.machine import write_result
+from ebft.calibration import builtin_documents
+from ebft.checkpoint import load_config, load_model, load_tokenizer, open_model
+from ebft.decoder import find_blocks
+
+LARGE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 20,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 49152,  # that of SmolLM2, whose tokenizer it gets
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+IN_MEMORY = """
+import sys
+from ebft import run_ebft
+from ebft.checkpoint import load_model, load_tokenizer
+from ebft.config import parse_args
+config, _ = parse_args(sys.argv[1:])
+run_ebft(load_model(config.model), config, tokenizer=load_tokenizer(config.model))
+"""
+CONTENDERS = {
+    "streamed": (["-m", "ebft.run"], []),
+    "streamed, hidden states on disk": (["-m", "ebft.run"], ["--streams", "disk"]),
+    "whole": (["-c", IN_MEMORY], []),
+}
+
+
+def main() -> None:
+    """Run every contender on both models and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--scratch", help="folder for the models (default: a temporary one)")
+    parser.add_argument("--name", default="host_memory")
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
+        folder = Path(scratch)
+        text = folder / "text.txt"
+        text.write_text(builtin_documents("evaluation")[0][:8000], encoding="utf-8")
+        models = {"llama-shaped-1.1B": make_large(folder / "large"), "SmolLM2-135M": make_small(folder / "small")}
+        for model, path in models.items():
+            sizes = measure_model(path)
+            cache = 2 * given.samples * given.seqlen * sizes["width"] * 4
+            bound = cache + 4 * sizes["block_bytes_float32"] + 3 * 2**29
+            for contender, (program, extra) in CONTENDERS.items():
+                flags = ["--preset", "demo", "--model", str(path), "--eval", str(text), "--output", str(folder / "out")]
+                flags += ["--samples", str(given.samples), "--seqlen", str(given.seqlen), "--epochs", "1"]
+                flags += ["--overwrite"]
+                peak = watch([sys.executable, *program, *flags, *extra])
+                summary = json.loads((folder / "out" / "ebft_summary.json").read_text(encoding="utf-8"))
+                row = {"model": model, "contender": contender, **sizes, "cache_bytes": cache, "bound_bytes": bound}
+                row |= {"anonymous_and_shared_bytes": peak.held, "resident_bytes": peak.resident}
+                row |= {"of_bound": round(peak.held / bound, 3), "seconds": round(peak.seconds, 1)}
+                row["perplexity"] = {"text": next(iter(summary["perplexity"].values()))}
+                rows.append(row)
+                print({k: round(v / 2**30, 2) if k.endswith("bytes") else v for k, v in row.items()}, flush=True)
+        settings = {"samples": given.samples, "seqlen": given.seqlen}
+        print(write_result(given.name, {"settings": settings, "runs": rows}))
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes that a process held (anonymous and shared pages), its resident peak, and how long it ran."""
+
+    held: int
+    resident: int
+    seconds: float
+
+
+def watch(command: list[str]) -> Peak:
+    """Run ``command`` to its end and see what memory it takes."""
+    began, held = time.perf_counter(), 0
+    child = subprocess.Popen(command)
+    while True:
+        pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+        if pid:
+            break
+        held = max(held, _held(child.pid))
+        time.sleep(0.02)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"{command} ended with {child.returncode}")
+    return Peak(held, usage.ru_maxrss * 1024, time.perf_counter() - began)
+
+
+def _held(pid: int) -> int:
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        return 0
+    sizes = dict(re.findall(r"^(\w+): +(\d+) kB$", rollup, re.MULTILINE))
+    return 1024 * (int(sizes.get("Anonymous", 0)) + int(sizes.get("Pss_Shmem", 0)))
+
+
+def measure_model(path: Path) -> dict[str, int]:
+    """Bytes of the model as stored, and of its largest block in float32."""
+    model = open_model(str(path)).model
+    blocks = [sum(p.numel() for p in block.parameters()) for block in find_blocks(model)[1]]
+    return {
+        "width": load_config(str(path)).hidden_size,
+        "model_bytes": sum(p.nbytes for p in model.parameters()),
+        "block_bytes_float32": 4 * max(blocks),
+    }
+
+
+def make_large(folder: Path) -> Path:
+    """The random model, written shard by shard."""
+    config = LlamaConfig(**LARGE, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    load_tokenizer(None).save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = LlamaForCausalLM(config).bfloat16().state_dict()
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size="500MB")
+    generator = torch.Generator().manual_seed(0)
+    for file, names in split.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            noise = torch.empty(shapes[name].shape, dtype=torch.bfloat16)
+            shard[name] = noise.fill_(1.0) if noise.ndim == 1 else noise.normal_(std=0.02, generator=generator)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def make_small(folder: Path) -> Path:
+    """SmolLM2-135M as a bfloat16 checkpoint."""
+    load_model(None).to(torch.bfloat16).save_pretrained(folder)
+    load_tokenizer(None).save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    main()

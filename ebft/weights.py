@@ -1,0 +1,325 @@
+"""Where a model's parameters come from: a model in memory, or safetensors shards, read when they are asked for.
+
+A checkpoint's names and shapes are not always the module's (fused experts are stored one by one). How they are turned
+into each other is transformers' knowledge, and its own converters do it here, a few tensors at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from ebft.errors import EBFTError
+
+_SAMPLES, _SAMPLE = 256, 4096  # of a shard: how many places are looked at for its fingerprint, and bytes at each
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Tensors:
+    """Tensors by name in safetensors files, memory-mapped: ``tensors[name]`` is a view, read when it is touched."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.files = list(files)
+        self._where: dict[str, Any] = {}
+        for file in self.files:
+            opened = safe_open(file, framework="pt")
+            self._where |= dict.fromkeys(opened.keys(), opened)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._where[name].get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
+    def names(self) -> list[str]:
+        """All names, layers and experts in the order of their numbers."""
+        return sorted(self._where, key=dot_natural_key)
+
+    def shapes(self) -> dict[str, Tensor]:
+        """Every tensor without its values (on the meta device)."""
+        return {name: torch.empty_like(self[name], device="meta") for name in self.names()}
+
+
+class Weights(Protocol):
+    """A model's parameters by their names in the module, and under the checkpoint's names.
+
+    Attributes:
+        on_disk: they are read from files, so that reading ahead is worth it.
+    """
+
+    on_disk: bool
+
+    def read(self, names: Iterable[str], tensors: Tensors | None = None) -> dict[str, Tensor]:
+        """Copies of parameters, as stored; ``tensors``: from these, which ``as_stored`` made, and not the model's."""
+
+    def as_stored(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters (whole blocks) under the checkpoint's names and in its shapes."""
+
+    def fingerprint(self) -> str:
+        """A digest of names, shapes, dtypes and of a sample of the values."""
+
+
+class ModelWeights:
+    """The parameters of a model in memory; the checkpoint's names are the module's."""
+
+    on_disk = False
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def read(self, names: Iterable[str], tensors: Tensors | None = None) -> dict[str, Tensor]:
+        """Copies of the parameters; ``tensors``: as they were saved."""
+        get = self._model.get_parameter if tensors is None else tensors.__getitem__
+        return {name: get(name).detach().clone() for name in names}
+
+    def as_stored(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same: its names are the module's."""
+        return dict(named)
+
+    def fingerprint(self) -> str:
+        """Of some 4096 values of every parameter."""
+        digest = hashlib.sha256()
+        for name, parameter in self._model.named_parameters():
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 4096)].contiguous().view(torch.uint8)
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+            digest.update(sample.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class NotStreamable(Exception):
+    """Why a checkpoint has to be loaded whole."""
+
+
+class Lacking(Exception):
+    """Names of parameters that a checkpoint lacks."""
+
+
+class ShardedWeights:
+    """The parameters of a model in safetensors files.
+
+    Args:
+        model: its skeleton on the meta device. Parameters take the dtypes of the files, persistent buffers their
+            values.
+        tensors: the files.
+
+    Raises:
+        NotStreamable: names or shapes in the files are not the model's, and no converter makes them so both ways.
+        Lacking: parameters are not in the files.
+    """
+
+    on_disk = True
+
+    def __init__(self, model: PreTrainedModel, tensors: Tensors) -> None:
+        self._model, self._tensors = model, tensors
+        self._made_by = _groups(model, tensors)
+        self._check_shapes()
+        self._share()
+        self._check_converters()
+        put(model, {name: self._shape(name) for name, _ in model.named_parameters()})
+        persistent = {name: buffer for name, buffer in model.named_buffers() if name in self._made_by}
+        for name, value in self.read(persistent).items():
+            place, _, last = name.rpartition(".")
+            model.get_submodule(place)._buffers[last] = value
+
+    @property
+    def tensors(self) -> Tensors:
+        """The files, under the checkpoint's names."""
+        return self._tensors
+
+    def read(self, names: Iterable[str], tensors: Tensors | None = None) -> dict[str, Tensor]:
+        """Copies of the parameters; ``tensors``: from blocks that were saved under the checkpoint's names."""
+        found: dict[str, Tensor] = {}
+        for name in names:
+            if name not in found:
+                made = self._made_by[name].read(self._tensors if tensors is None else tensors, self._model)
+                found |= {other: tensor.clone(memory_format=torch.contiguous_format) for other, tensor in made.items()}
+                found.setdefault(name, found[self._made_by[name].names[0]])  # a tied one, stored under its other name
+        return {name: found[name] for name in names}
+
+    def as_stored(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters (of whole blocks) under the checkpoint's names; ``EBFTError`` if they would not come back."""
+        stored: dict[str, Tensor] = {}
+        for group in {id(group): group for group in map(self._made_by.__getitem__, named)}.values():
+            of_group = {name: named[name] for name in group.names}
+            parts = {name: part.contiguous() for name, part in group.write(of_group, self._model).items()}
+            if group.converter is not None:
+                again = group.read(parts, self._model)
+                if not all(torch.equal(again[name], tensor) for name, tensor in of_group.items()):
+                    raise EBFTError(f"{group.names[0]} does not survive transformers' conversion to {group.keys[0]}")
+            stored |= parts
+        return stored
+
+    def fingerprint(self) -> str:
+        """Of every file's size, header, and 4 KiB at 256 places."""
+        digest = hashlib.sha256()
+        for file in self._tensors.files:
+            size = file.stat().st_size
+            with file.open("rb") as opened:
+                header = int.from_bytes(opened.read(8), "little")
+                digest.update(f"{size} {header}\n".encode() + opened.read(header))
+                for place in range(_SAMPLES):
+                    opened.seek(max(0, size - _SAMPLE) * place // (_SAMPLES - 1))
+                    digest.update(opened.read(_SAMPLE))
+        return digest.hexdigest()
+
+    # --- checks -------------------------------------------------------------------------------------------------
+
+    def _shape(self, name: str) -> Tensor:
+        group = self._made_by[name]
+        return group.shapes.get(name, group.shapes[group.names[0]])
+
+    def _check_shapes(self) -> None:
+        wanted = self._model.state_dict()
+        for name, group in self._made_by.items():
+            shape = group.shapes[name]
+            if shape.shape != wanted[name].shape:
+                raise NotStreamable(f"{name} is stored as {tuple(shape.shape)}, not {tuple(wanted[name].shape)}")
+            if wanted[name].is_floating_point() and shape.dtype not in _FLOATS:
+                raise NotStreamable(f"{name} is stored as {shape.dtype}")
+
+    def _share(self) -> None:
+        """Tied parameters: read under whichever name is stored, and apart where two differ; then: is any missing?"""
+        aliases: dict[int, list[str]] = {}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            aliases.setdefault(id(parameter), []).append(name)
+        missing = []
+        for names in aliases.values():
+            stored = [name for name in names if name in self._made_by]
+            if not stored:
+                missing.append(names[0])
+                continue
+            first = self.read([stored[0]])[stored[0]] if len(stored) > 1 else None
+            for name in names:
+                if name not in self._made_by:
+                    self._made_by[name] = self._made_by[stored[0]]
+                elif first is not None and name != stored[0] and not torch.equal(self.read([name])[name], first):
+                    place, _, last = name.rpartition(".")  # the configuration ties what the checkpoint does not
+                    own = nn.Parameter(torch.empty_like(first, device="meta"), requires_grad=False)
+                    self._model.get_submodule(place)._parameters[last] = own
+        buffers = set(self._model.state_dict()) - {name for names in aliases.values() for name in names}
+        missing += sorted(buffers - self._made_by.keys())
+        ignorable = self._model._keys_to_ignore_on_load_missing or ()
+        if missing and ignorable:
+            raise NotStreamable(f"{missing[0]} is not stored, and has to be made")
+        if missing:
+            raise Lacking(*missing)
+
+    def _check_converters(self) -> None:
+        """Whether what converters make turns back into what was read, in names and shapes."""
+        stored = self._tensors.shapes()
+        for group in {id(group): group for group in self._made_by.values() if group.converter is not None}.values():
+            back = group.write(group.shapes, self._model)
+            expected = {key: (stored[key].shape, stored[key].dtype) for key in group.keys}
+            if {key: (part.shape, part.dtype) for key, part in back.items()} != expected:
+                raise NotStreamable(f"transformers does not turn {group.names[0]} back into what is stored")
+
+
+@dataclass
+class _Group:
+    """Tensors of the checkpoint, and the parameters or buffers that are made of them together.
+
+    Attributes:
+        keys: the checkpoint's names, in the order that the converter wants them in.
+        patterns: what in the converter each of them matched.
+        converter: None where the one tensor is the one parameter, under whatever name.
+        target: the first of what is made.
+        shapes: what is made, without values.
+    """
+
+    target: str
+    converter: WeightConverter | None
+    keys: list[str] = field(default_factory=list)
+    patterns: list[str | None] = field(default_factory=list)
+    shapes: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.shapes)
+
+    def read(self, tensors: Tensors | Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+        if self.converter is None:
+            return {self.target: tensors[self.keys[0]]}
+        converter = copy.deepcopy(self.converter)
+        for key, pattern in zip(self.keys, self.patterns, strict=True):
+            converter.add_tensor(self.target, key, pattern, tensors[key])
+        made = converter.convert(self.target, model=model, config=model.config)
+        return {name: part[0] if isinstance(part, list) else part for name, part in made.items()}
+
+    def write(self, named: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+        if self.converter is None:
+            return {self.keys[0]: named[self.target]}
+        return revert_weight_conversion(model, dict(named))
+
+
+def _groups(model: PreTrainedModel, tensors: Tensors) -> dict[str, _Group]:
+    """Which tensors of the checkpoint make which parameter or buffer of ``model``, by the names of the latter."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    wanted, prefix = model.state_dict(), model.base_model_prefix
+    groups: dict[str, _Group] = {}
+    for key in tensors.names():
+        name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
+        if name not in wanted and key in wanted:  # a name that only looks as if it had to be changed
+            name, pattern = key, None
+        if name in wanted:  # others are of no use to the model, which transformers leaves out too
+            converter = None if pattern is None else by_pattern[pattern]
+            group = groups.setdefault(name, _Group(name, converter))
+            group.keys.append(key)
+            group.patterns.append(pattern)
+    # What transformers notes when it loads a model, for the way back.
+    model._weight_conversions = [transform for transform in transforms if transform.was_used()]
+    shapes = tensors.shapes()
+    for group in groups.values():
+        if group.converter is None and len(group.keys) > 1:
+            raise NotStreamable(f"{' and '.join(group.keys[:2])} both are {group.target}")
+        group.shapes = group.read(shapes, model)
+    made_by = {name: group for group in groups.values() for name in group.names}
+    strange = made_by.keys() - wanted.keys()
+    if strange:
+        raise NotStreamable(f"transformers makes {min(strange)} of it, which the model does not have")
+    return made_by
+
+
+def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make ``tensors`` the parameters of these names, in every place that shares them."""
+    new = {
+        id(module.get_parameter(name)): nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()
+    }
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and id(parameter) in new:
+                owner._parameters[name] = new[id(parameter)]
+
+
+def make_buffers_real(model: PreTrainedModel, but: type[nn.Module] | tuple[()] = ()) -> None:
+    """Give buffers that no checkpoint holds (rotary tables …) their values, as ``from_pretrained`` does."""
+    for module in model.modules():
+        if isinstance(module, but):
+            continue
+        meta = {
+            name: buffer for name in module._non_persistent_buffers_set if (buffer := module._buffers[name]) is not None
+        }
+        for name, buffer in meta.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if meta:
+            model._init_weights(module)
