@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebft.decoder import Decoder
+from ebft.ranks import Ranks
 from ebft.stream import Store, Stream
 
 TOKENS_AT_ONCE = 2048  # in one forward pass
@@ -23,6 +24,7 @@ def perplexities(
     block_at: Callable[[int], nn.Module] | None = None,
     on_block: Callable[[int], None] | None = None,
     store: Store | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """exp of the mean negative log-likelihood over predicted tokens, for each text.
 
@@ -32,12 +34,15 @@ def perplexities(
         block_at: gives the working block of an index (default: the decoder's own).
         on_block: called with the number of blocks done, after each.
         store: where hidden states are kept, in float32 (default: host memory).
+        ranks: those that share the windows.
     """
     block_at = block_at or decoder.working_block
-    store = store or Store(decoder.device)
+    store, ranks = store or Store(decoder.device), ranks or Ranks()
+    mine = {name: ids[ranks.share(len(ids))] for name, ids in windows.items()}
     streams = {
         name: Stream.entering(decoder, ids, max(1, TOKENS_AT_ONCE // ids.shape[1]), store, f"evaluation-{number}")
-        for number, (name, ids) in enumerate(windows.items())
+        for number, (name, ids) in enumerate(mine.items())
+        if len(ids)
     }
     for index in range(len(decoder)) if streams else ():
         block = block_at(index)
@@ -46,14 +51,21 @@ def perplexities(
         if on_block:
             on_block(index + 1)
     with decoder.at_exit():
-        found = {name: _perplexity(decoder, ids, streams[name]) for name, ids in windows.items()}
+        surprise = {name: _surprise(decoder, mine[name], stream) for name, stream in streams.items()}
     for stream in streams.values():
         store.drop(stream.name)
-    return found
+    sums = [surprise.get(name, torch.zeros((), dtype=torch.float64)) for name in windows]
+    ranks.add_(sums)
+    means = (total.item() / ids[:, 1:].numel() for total, ids in zip(sums, windows.values(), strict=True))
+    return {
+        name: math.exp(mean) if not mean > 700 else math.inf  # NaN stays NaN
+        for name, mean in zip(windows, means, strict=True)
+    }
 
 
 @torch.no_grad()
-def _perplexity(decoder: Decoder, ids: Tensor, stream: Stream) -> float:
+def _surprise(decoder: Decoder, ids: Tensor, stream: Stream) -> Tensor:
+    """The sum of negative log-likelihoods, on the host."""
     total = torch.zeros((), dtype=torch.float64, device=decoder.device)
     vocabulary = decoder.model.get_output_embeddings().weight.shape[0]
     width = max(1, LOGITS_AT_ONCE // (vocabulary * stream.batch_size))
@@ -63,5 +75,4 @@ def _perplexity(decoder: Decoder, ids: Tensor, stream: Stream) -> float:
             logits = decoder.exit(tokens[:, places], hidden[:, places]).flatten(0, 1).float()
             following = tokens[:, 1:][:, places].flatten().to(logits.device)
             total += F.cross_entropy(logits, following, reduction="sum")
-    mean = total.item() / ids[:, 1:].numel()
-    return math.exp(mean) if not mean > 700 else math.inf  # NaN stays NaN
+    return total.cpu()

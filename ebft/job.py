@@ -23,6 +23,7 @@ from ebft.errors import EBFTError
 from ebft.glue import liger_missing
 from ebft.output import OutputFolder, checksum
 from ebft.pruning import Criterion, Masker, make_masker
+from ebft.ranks import Ranks, own_device
 from ebft.reconstruct import BlockReconstructor
 from ebft.report import Reporter
 from ebft.stream import Store
@@ -60,7 +61,12 @@ class Clock:
 
 @dataclass
 class Job:
-    """Everything a run works with, checked."""
+    """Everything a run works with, checked.
+
+    Attributes:
+        ranks: all processes of the run.
+        sharing: of these, those that share the calibration sequences: all, or in a block-parallel run this one alone.
+    """
 
     config: EBFTConfig
     name: str
@@ -75,6 +81,8 @@ class Job:
     output: OutputFolder
     reporter: Reporter
     clock: Clock
+    ranks: Ranks
+    sharing: Ranks
 
 
 def prepare_job(
@@ -86,6 +94,7 @@ def prepare_job(
     text: Iterable[str] | None,
     output: OutputFolder,
     reporter: Reporter,
+    ranks: Ranks,
 ) -> Job:
     """Load and check everything, so that what is wrong is said before any work is done."""
     clock = Clock()
@@ -126,7 +135,13 @@ def prepare_job(
             f"norms, rotary embedding and SwiGLU: {liger_missing() or 'in liger-kernel where the family is known'}"
         )
     reporter.say(f"{choices[0]}; products in {str(compute).removeprefix('torch.')}")
+    sharing = Ranks() if blocks_are_independent(config) else ranks
+    if calibration and len(calibration.ids) < sharing.count:
+        raise EBFTError(
+            f"--samples is {len(calibration.ids)}, and {sharing.count} ranks share them; expected one for each at least"
+        )
     store = _choose_store(config, decoder, calibration, evaluation, output)
+    store.owner = f".rank-{ranks.rank}" if ranks.count > 1 else ""
     reporter.say(f"hidden states: {store.kind}")
     output.fingerprint = _fingerprint(config, decoder, dense, masker, calibration, evaluation)
     clock.lap("load")
@@ -137,14 +152,21 @@ def prepare_job(
         teacher=dense,
         tokenizer=tokenizer,
         masker=masker,
-        reconstructor=BlockReconstructor(config, device, compute) if recovers else None,
+        reconstructor=BlockReconstructor(config, device, compute, sharing) if recovers else None,
         calibration=calibration,
         eval_tokens=evaluation,
         store=store,
         output=output,
         reporter=reporter,
         clock=clock,
+        ranks=ranks,
+        sharing=sharing,
     )
+
+
+def blocks_are_independent(config: EBFTConfig) -> bool:
+    """No block needs what another is tuned to: all are given the dense model's states, and aim at them."""
+    return config.input == "dense-stream"
 
 
 def _name_of(source: str | PreTrainedModel | None) -> str:
@@ -170,8 +192,9 @@ def _calibrate(config: EBFTConfig, tokenizer: PreTrainedTokenizerBase, text: Ite
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """What ``--device`` and ``--dtype`` mean on this machine: the device, and the dtype of the matrix products."""
+    device = own_device("cuda" if device == "auto" and torch.cuda.is_available() else device)
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:

@@ -136,8 +136,11 @@ class OutputFolder:
             _write(self.path / _COMMITS / f"{name}.json", _sealed(record))
         self._accepted.add(name)
 
-    def part(self, name: str) -> dict[str, Any] | None:
-        """What ``commit_part`` kept, if it, all of its files and all parts asked for before are whole; or None."""
+    def part(self, name: str, *, alone: bool = False) -> dict[str, Any] | None:
+        """What ``commit_part`` kept, if it, all of its files and all parts asked for before are whole; or None.
+
+        ``alone``: no part depends on this one until ``forget_others`` is called.
+        """
         if not self.resumed:
             return None
         with self.writing():
@@ -153,14 +156,20 @@ class OutputFolder:
                 if broken:
                     self.notes.append(f"{broken} is broken: the run goes on from before it")
                     record = None
-            if record is None:  # nothing that came later counts
-                self.resumed = False
-                for later in (self.path / _COMMITS).glob("*.json"):
-                    if later.stem not in self._accepted:
-                        later.unlink()
+            if record is None:
+                if not alone:
+                    self.forget_others()
                 return None
         self._accepted.add(name)
         return record["content"]
+
+    def forget_others(self) -> None:
+        """Nothing counts that came after the parts that were asked for."""
+        self.resumed = False
+        with self.writing():
+            for later in (self.path / _COMMITS).glob("*.json"):
+                if later.stem not in self._accepted:
+                    later.unlink()
 
     def checksums(self, files: Iterable[Path]) -> dict[str, str]:
         """Name in this folder -> checksum, of files that are then sure to be on the disk."""

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from rich.console import Console
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ebft.checkpoint import load_model, open_saved
@@ -23,10 +25,11 @@ from ebft.config import ORGANISATION, EBFTConfig, parse_bytes
 from ebft.decoder import Decoder
 from ebft.errors import EBFTError
 from ebft.evaluate import perplexities
-from ebft.job import Job, implementations, prepare_job, summarise
+from ebft.job import Job, blocks_are_independent, implementations, prepare_job, summarise
 from ebft.output import LINES, MASKS, SUMMARY, OutputFolder
 from ebft.plan import fit_to_budget
 from ebft.pruning import BlockMasks, Criterion, InputObserver, Statistics
+from ebft.ranks import Ranks, joined
 from ebft.reconstruct import BlockResult
 from ebft.report import Reporter, model_card
 from ebft.report_page import report_page
@@ -99,14 +102,26 @@ def run_ebft(
             were finished are kept in ``OUTPUT.partial``.
     """
     config, reporter = config or EBFTConfig(), reporter or Reporter()
-    output = OutputFolder(config.output, overwrite=config.overwrite, resume=config.resume)
-    config = fit_to_budget(config, model, reporter.say)
-    if output.finished and (result := _finished(config, output, reporter)):
-        return result
-    try:
-        job = prepare_job(config, model, tokenizer, teacher, criterion, text, output, reporter)
-        with output:
+    with joined() as ranks:
+        if ranks.rank:
+            reporter = Reporter(Console(file=io.StringIO()))  # the first speaks for all
+        output = ranks.after_first(
+            partial(OutputFolder, config.output, overwrite=config.overwrite, resume=config.resume)
+        )
+        config = fit_to_budget(config, model, reporter.say)
+        if output.finished and (result := _finished(config, output, reporter)):
+            return result
+        with _running_out_said(output), contextlib.ExitStack() as inside:
+            job = prepare_job(config, model, tokenizer, teacher, criterion, text, output, reporter, ranks)
+            ranks.first(lambda: inside.enter_context(output) and None)
             return _run(job, model if isinstance(model, PreTrainedModel) else None)
+
+
+@contextlib.contextmanager
+def _running_out_said(output: OutputFolder) -> Iterator[None]:
+    """Say in one sentence that memory ran out, and what is left."""
+    try:
+        yield
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -149,23 +164,27 @@ def _run(job: Job, given: PreTrainedModel | None) -> RunResult:
     kept = sum(line["kept_weights"] for line in lines)
     sparsity = 1 - kept / sum(line["prunable_weights"] for line in lines)
     summary = summarise(job, sparsity, {"dense": dense, "pruned": pruned, "recovered": recovered})
-    out.write_json(SUMMARY, summary)
-    out.write_text("README.md", model_card(summary))
-    out.write_text("report.html", report_page(summary, lines))
-    out.commit()
+
+    def commit() -> None:
+        out.write_json(SUMMARY, summary)
+        out.write_text("README.md", model_card(summary))
+        out.write_text("report.html", report_page(summary, lines))
+        out.commit()
+
+    job.ranks.first(commit)
     job.reporter.table(summary)
     return RunResult(out.final, summary, lines, given)
 
 
 def _stage(job: Job, name: str, make: Callable[[], Any], write: Callable[[], list[Path]] = list) -> Any:
     """What a stage of the run comes to, made now or by the run that is gone on with; ``write`` gives its files."""
-    part = job.output.part(name)
+    part = job.ranks.first(partial(job.output.part, name))
     _say_notes(job)
     if part is None:
-        result, files = make(), write()
+        result, files = make(), job.ranks.first(write)
         job.clock.lap(name)
         part = {"result": result, "clock": job.clock.read()}
-        job.output.commit_part(name, part, files)
+        job.ranks.first(partial(job.output.commit_part, name, part, files))
     else:
         job.clock.go_on_from(part["clock"])
     return part["result"]
@@ -225,23 +244,25 @@ def _measure_saved(job: Job) -> dict[str, float]:
 
 def _walk(job: Job) -> list[dict[str, Any]]:
     """Prune and recover every block in turn; gives the report's lines."""
-    decoder, out = job.decoder, job.output
-    lines: list[dict[str, Any]] = []
-    position: dict[str, Any] | None = None
-    while len(lines) < len(decoder) and (part := out.part(_part_of(len(lines)))) is not None:
-        lines.append(part["line"])
-        position = part["streams"]
-        job.clock.go_on_from(part["clock"])
+    decoder, out, sharing = job.decoder, job.output, job.sharing
+    finished = job.ranks.first(partial(_finished_blocks, job))
     _say_notes(job)
-    out.write_lines(LINES, lines)
+    lines = {index: part["line"] for index, part in finished.items()}
+    for part in finished.values():
+        job.clock.go_on_from(part["clock"])
     if lines:
         job.reporter.say(f"{len(lines)} of {len(decoder)} blocks are finished already")
-    if len(lines) == len(decoder):
-        return lines
-
-    streams = _streams(job, len(lines), position) if job.calibration else None
+    left = [index for index in range(len(decoder)) if index not in lines]
+    mine = left[job.ranks.rank :: job.ranks.count] if blocks_are_independent(job.config) else left
+    if mine:
+        position = finished[mine[0] - 1]["streams"] if mine[0] - 1 in finished else None
+        streams = _streams(job, mine[0], position) if job.calibration else None
     with job.reporter.progress("block", len(decoder)) as advance:
-        for index in range(len(lines), len(decoder)):
+        for index in range(mine[0], mine[-1] + 1) if mine else ():
+            if index not in mine:
+                if streams:
+                    _pass_by(job, streams, index)
+                continue
             name, began = decoder.names[index], time.perf_counter()
             if decoder.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(decoder.device)
@@ -257,17 +278,48 @@ def _walk(job: Job) -> list[dict[str, Any]]:
             if streams:
                 streams.sparse_pass(partial(decoder.run_block, index, block))
                 _check_finite(job, index, streams.inputs, "the next block's inputs")
-            full_masks = {f"{name}.{matrix}": mask for matrix, mask in masks.masks.items()}
-            files = out.write_block(index, decoder.weights.as_stored(weights), full_masks)
-            with out.writing():
-                position = streams.position() if streams else None
-            lines.append(_block_line(job, index, masks, result, time.perf_counter() - began))
+            lines[index] = _block_line(job, index, masks, result, time.perf_counter() - began)
             job.clock.lap("blocks")
-            part = {"line": lines[-1], "streams": position, "clock": job.clock.read()}
-            out.commit_part(_part_of(index), part, files)
-            out.append_line(LINES, lines[-1])
-            advance(index + 1, _block_note(lines[-1]))
-    return lines
+            sharing.first(partial(_commit_block, job, index, weights, masks, streams, lines[index]))
+            advance(index + 1, _block_note(lines[index]))
+    lines = {index: line for of_rank in job.ranks.gathered(lines) for index, line in of_rank.items()}
+    in_order = [lines[index] for index in range(len(decoder))]
+    job.ranks.first(partial(out.write_lines, LINES, in_order))
+    return in_order
+
+
+def _finished_blocks(job: Job) -> dict[int, dict[str, Any]]:
+    """What an interrupted run has committed: blocks from the first on, or any where they are independent."""
+    found: dict[int, dict[str, Any]] = {}
+    for index in range(len(job.decoder)):
+        part = job.output.part(_part_of(index), alone=blocks_are_independent(job.config))
+        if part is not None:
+            found[index] = part
+        elif not blocks_are_independent(job.config):
+            break
+    if len(found) < len(job.decoder):
+        job.output.forget_others()
+    job.output.write_lines(LINES, [part["line"] for part in found.values()])
+    return found
+
+
+def _commit_block(
+    job: Job,
+    index: int,
+    weights: dict[str, Tensor],
+    masks: BlockMasks,
+    streams: Streams | None,
+    line: dict[str, Any],
+) -> None:
+    """Write a finished block, and commit it."""
+    out, name = job.output, job.decoder.names[index]
+    full_masks = {f"{name}.{matrix}": mask for matrix, mask in masks.masks.items()}
+    files = out.write_block(index, job.decoder.weights.as_stored(weights), full_masks)
+    with out.writing():
+        position = streams.position() if streams and job.ranks.count == 1 else None
+    out.commit_part(_part_of(index), {"line": line, "streams": position, "clock": job.clock.read()}, files)
+    if job.sharing == job.ranks:  # otherwise others write too
+        out.append_line(LINES, line)
 
 
 def _part_of(index: int) -> str:
@@ -277,8 +329,8 @@ def _part_of(index: int) -> str:
 def _streams(job: Job, done: int, position: dict[str, Any] | None) -> Streams:
     """The streams before block ``done``: an interrupted run's from its files, or made again through finished blocks."""
     assert job.calibration is not None
-    decoder, tokens = job.decoder, job.calibration.ids
-    if position and job.store.kind == "disk":
+    decoder, tokens = job.decoder, job.calibration.ids[job.sharing.share(len(job.calibration.ids))]
+    if position and job.store.kind == "disk" and job.ranks.count == 1:
         if job.output.are_whole(position["files"]):
             return Streams(job.config, decoder, job.teacher, tokens, job.store, position)
         job.reporter.say("the streams on disk are broken, or further than the last whole commit: made again")
@@ -286,12 +338,21 @@ def _streams(job: Job, done: int, position: dict[str, Any] | None) -> Streams:
     if done:
         with job.reporter.progress("streams through finished blocks", done) as advance:
             for index in range(done):
-                if streams.follow_the_dense:
-                    _dense_pass(job, streams, index, decoder.working_block(index))
-                saved = decoder.working_block(index, job.output.block(index))
-                streams.sparse_pass(partial(decoder.run_block, index, saved))
+                _pass_by(job, streams, index)
                 advance(index + 1)
     return streams
+
+
+def _pass_by(job: Job, streams: Streams, index: int) -> None:
+    """Move the streams past a block that is finished, or another rank's."""
+    decoder = job.decoder
+    if streams.follow_the_dense:
+        _dense_pass(job, streams, index, decoder.working_block(index))
+    if blocks_are_independent(job.config):
+        streams.sparse_pass(None)
+    else:
+        saved = decoder.working_block(index, job.output.block(index))
+        streams.sparse_pass(partial(decoder.run_block, index, saved))
 
 
 def _dense_pass(job: Job, streams: Streams, index: int, block: nn.Module) -> Statistics:
@@ -313,7 +374,17 @@ def _dense_pass(job: Job, streams: Streams, index: int, block: nn.Module) -> Sta
                     run(hidden)
         streams.dense_pass(partial(teacher.run_block, index, teacher.working_block(index)))
     _check_finite(job, index, streams.targets, "the dense block's outputs")
+    _sum_statistics(observer.statistics, job.sharing)
     return observer.statistics
+
+
+def _sum_statistics(statistics: Statistics, ranks: Ranks) -> None:
+    """Over the ranks that share the sequences, in float64, so that the masks do not depend on who saw what."""
+    inputs = [of_expert for of_matrix in statistics.values() for of_expert in of_matrix] if ranks.count > 1 else []
+    sums = [(torch.tensor(seen.tokens), seen.squares.double()) for seen in inputs]
+    ranks.add_(number for pair in sums for number in pair)
+    for seen, (tokens, squares) in zip(inputs, sums, strict=True):
+        seen.tokens, seen.squares = int(tokens), squares.float()
 
 
 def _recover(
@@ -336,7 +407,7 @@ def _recover(
 
 
 def _check_finite(job: Job, index: int, stream: Stream, what: str) -> None:
-    if not stream.is_finite():
+    if not job.sharing.all(stream.is_finite()):
         raise _not_finite(job, index, f"{what} hold NaN or infinity")
 
 
@@ -402,6 +473,6 @@ def _measure(
     if not job.eval_tokens:
         return {}
     windows = {name: tokens.ids for name, tokens in job.eval_tokens.items()}
-    store = Store(decoder.device, job.store.kind, output=job.output)
+    store = Store(decoder.device, job.store.kind, output=job.output, owner=job.store.owner)
     with job.reporter.progress(what, len(decoder)) as advance:
-        return perplexities(decoder, windows, block_at, on_block=advance, store=store)
+        return perplexities(decoder, windows, block_at, on_block=advance, store=store, ranks=job.ranks)

@@ -24,6 +24,7 @@ from ebft.config import EBFTConfig
 from ebft.decoder import BlockCall
 from ebft.errors import EBFTError
 from ebft.matrices import router_paths
+from ebft.ranks import Ranks
 from ebft.stream import carry
 from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, mask_linears_, reconstruction_loss_and_gradient
 
@@ -76,6 +77,7 @@ class BlockReconstructor:
         config: the settings from ``epochs`` to ``clip``, and the seed.
         device: where the block lives and the batches go.
         compute: dtype of the matrix products; with float16 the loss is scaled dynamically and clipped after unscaling.
+        ranks: those that share the samples: each is given its part of them, and all tune the same weights.
 
     Attributes:
         micro_batch: sequences that go through the block at once. Halved, for good, where the GPU's memory runs out.
@@ -84,13 +86,24 @@ class BlockReconstructor:
         EBFTError: settings do not go with ``compute``.
     """
 
-    def __init__(self, config: EBFTConfig, device: torch.device, compute: torch.dtype = torch.float32) -> None:
-        self._config, self._device, self._compute = config, device, compute
+    def __init__(
+        self,
+        config: EBFTConfig,
+        device: torch.device,
+        compute: torch.dtype = torch.float32,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._config, self._device, self._compute, self._ranks = config, device, compute, ranks or Ranks()
         self.micro_batch = config.micro_batch or config.batch_size
         if config.weights != "fp32" and compute != torch.bfloat16:
             raise EBFTError(
                 f"--weights {config.weights} keeps matrices in bfloat16, and products are in {_name(compute)}; "
                 "expected --dtype bfloat16 or --weights fp32"
+            )
+        if config.update_in_backward and self._ranks.count > 1:
+            raise EBFTError(
+                f"--update-in-backward uses gradients before they are summed over ranks, and {self._ranks.count} ranks "
+                "share the sequences; expected one, or blocks that are independent (--target and --input dense-stream)"
             )
         if config.update_in_backward and compute == torch.float16:
             raise EBFTError(
@@ -116,7 +129,8 @@ class BlockReconstructor:
 
         Args:
             block: float32, on the device; its weights at pruned places are set to zero and stay so.
-            inputs, targets: (samples, seqlen, width), float32 or bfloat16, in any memory.
+            inputs, targets: (samples, seqlen, width), float32 or bfloat16, in any memory; of several ranks, this one's
+                ``share`` of all samples.
             masks: parameter name -> kept weights, in the parameter's shape; other parameters are tuned freely
                 (routers are not tuned), without weight decay.
             index: number of the block; with the seed and the epoch it determines the batch order.
@@ -128,23 +142,28 @@ class BlockReconstructor:
         """
         config = self._config
         forward = forward or partial(BlockCall((), kwargs), compute=self._compute)
-        probe = slice(0, max(1, len(inputs) // 16))
-        steps = config.epochs * -(-len(inputs) // config.batch_size)
+        samples = self._summed(torch.tensor(len(inputs)))
+        share = self._ranks.share(samples)
+        probed = max(1, samples // 16)
+        probe = slice(0, max(0, probed - share.start))
+        steps = config.epochs * -(-samples // config.batch_size)
         losses, norms = torch.zeros(steps, device=self._device), torch.zeros(steps, device=self._device)
         with self.prepared(block, masks, forward, index) as tuning:
-            error_before = error = self._error(block, inputs[probe], targets[probe], forward)
+            error_before = error = self._error(block, inputs[probe], targets[probe], forward, probed)
             best = _Best(block, error)
             step, began = 0, time.perf_counter()
             for epoch in range(config.epochs):
-                batches = batch_order(len(inputs), config.seed, index, epoch).split(config.batch_size)
-                for x, y in carry(self._device, (inputs, targets), batches):
+                batches = batch_order(samples, config.seed, index, epoch).split(config.batch_size)
+                mine = [batch[(batch >= share.start) & (batch < share.stop)] - share.start for batch in batches]
+                for batch, (x, y) in zip(batches, carry(self._device, (inputs, targets), mine), strict=True):
                     for group in tuning.optimizer.param_groups:
                         group["lr"] = config.lr * (1 - step / steps)
-                    losses[step], norms[step] = self.step(tuning, x, y)
+                    losses[step], norms[step] = self.step(tuning, x, y, of=len(batch))
                     step += 1
                     if on_step:
                         on_step(step, steps)
-                error = self._error(block, inputs[probe], targets[probe], forward)  # the one sync point of an epoch
+                # The one sync point of an epoch.
+                error = self._error(block, inputs[probe], targets[probe], forward, probed)
                 best.see(error)
                 if not math.isfinite(error):
                     break
@@ -155,13 +174,15 @@ class BlockReconstructor:
                 )
                 error = best.restore()
             seconds = time.perf_counter() - began
+        self._ranks.add_([losses])
+        energy = F.mse_loss(inputs[probe].float(), targets[probe].float(), reduction="sum").double().cpu()
 
         return BlockResult(
             losses=losses[:step].tolist(),
             gradient_norms=norms[:step].tolist(),
             error_before=error_before,
             error_after=error,
-            branch_energy=F.mse_loss(inputs[probe].float(), targets[probe].float()).item(),
+            branch_energy=self._summed(energy) / (probed * targets.shape[1:].numel()),
             seconds=seconds,
             notes=tuning.notes,
         )
@@ -209,9 +230,19 @@ class BlockReconstructor:
             for name in masks:
                 tuned[name].data = tuned[name].data.float()
 
-    def step(self, tuning: Tuning, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One step on a batch; the loss before it and the gradient norm before clipping, on the device."""
-        loss = self._gradients(tuning, x, y)
+    def step(self, tuning: Tuning, x: Tensor, y: Tensor, of: int | None = None) -> tuple[Tensor, Tensor]:
+        """One step on a batch; the loss before it and the gradient norm before clipping, on the device.
+
+        Args:
+            of: samples of the batch on all ranks; the loss is then the share that this one's have in it.
+        """
+        loss = self._gradients(tuning, x, y, of or len(x))
+        if self._ranks.count > 1:
+            tuned = [parameter for group in tuning.optimizer.param_groups for parameter in group["params"]]
+            for parameter in tuned:
+                if parameter.grad is None:  # none of the batch's samples are here, or none took this way
+                    parameter.grad = torch.zeros_like(parameter)
+            self._ranks.add_(parameter.grad for parameter in tuned)
         optimizer, scaler, norm = tuning.optimizer, tuning.scaler, torch.full((), math.nan, device=self._device)
         try:
             scaler.unscale_(optimizer)
@@ -227,13 +258,18 @@ class BlockReconstructor:
         optimizer.zero_grad()
         return loss, norm
 
-    def _gradients(self, tuning: Tuning, x: Tensor, y: Tensor) -> Tensor:
-        """Make the gradients of the mean loss over a batch; gives the loss. Out of memory, again with less at once."""
+    def _gradients(self, tuning: Tuning, x: Tensor, y: Tensor, of: int) -> Tensor:
+        """Make what samples add to the gradients of the mean loss over ``of``, and to the loss, which is given.
+
+        Out of memory, it is made again with less at once.
+        """
+        if len(x) == 0:
+            return torch.zeros((), device=self._device)
         while True:
             size = min(self.micro_batch, len(x))
             try:
                 parts = zip(x.split(size), y.split(size), strict=True)
-                return torch.stack([_backward(tuning, *part, share=len(part[0]) / len(x)) for part in parts]).sum()
+                return torch.stack([_backward(tuning, *part, share=len(part[0]) / of) for part in parts]).sum()
             except torch.OutOfMemoryError:
                 if self._config.update_in_backward:
                     raise EBFTError(
@@ -249,13 +285,18 @@ class BlockReconstructor:
             tuning.notes.append(f"out of GPU memory with {size} sequences at once: {size // 2} from here on")
 
     @torch.no_grad()
-    def _error(self, block: nn.Module, inputs: Tensor, targets: Tensor, forward: Forward) -> float:
-        """Mean squared error. A sync point."""
+    def _error(self, block: nn.Module, inputs: Tensor, targets: Tensor, forward: Forward, samples: int) -> float:
+        """Mean squared error over so many samples, these being this rank's. A sync point."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         parts = [slice(n, n + self.micro_batch) for n in range(0, len(inputs), self.micro_batch)]
         for x, y in carry(self._device, (inputs, targets), parts):
             total += F.mse_loss(forward(block, x), y, reduction="sum")
-        return total.item() / targets.numel()
+        return self._summed(total) / (samples * targets.shape[1:].numel())
+
+    def _summed(self, number: Tensor) -> Any:
+        """A number summed over ranks. A sync point."""
+        self._ranks.add_([number])
+        return number.item()
 
 
 def batch_order(samples: int, seed: int, block: int, epoch: int) -> Tensor:

@@ -19,6 +19,7 @@ from ebft.errors import EBFTError
 from ebft.output import OutputFolder, is_kept
 from ebft.pipeline import run_ebft
 from ebft.plan import make_plan
+from ebft.ranks import SaidByTheFirst
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(plan)
                 return 2 if plan.faults else 0
             run_ebft(config=config)
+    except SaidByTheFirst:
+        return 2
     except EBFTError as error:
         print(f"ebft: {error}", file=sys.stderr)
         return 2

@@ -32,12 +32,14 @@ class Store:
         dtype: float32, because residual streams carry a few channels of size 1e3, where bfloat16's step is 4 to 8; or
             bfloat16 for half the room.
         output: the run's folder, which gets the files.
+        owner: what the files' names end in; a rank's own.
     """
 
     device: torch.device
     kind: str = "host"
     dtype: torch.dtype = torch.float32
     output: OutputFolder | None = None
+    owner: str = ""
     _mapped: dict[str, mmap.mmap] = field(default_factory=dict, init=False, repr=False)
 
     def make(self, name: str, shape: tuple[int, ...], *, again: bool = False) -> Tensor:
@@ -53,19 +55,23 @@ class Store:
         assert self.output is not None
         for name in names:
             self._mapped[name].flush()
-        return [self.output.streams / name for name in names]
+        return [self._file(name) for name in names]
 
     def drop(self, name: str) -> None:
         """Give back the file of a stream that is done with."""
-        if self._mapped.pop(name, None) is not None and self.output is not None:
-            (self.output.streams / name).unlink()
+        if self._mapped.pop(name, None) is not None:
+            self._file(name).unlink()
+
+    def _file(self, name: str) -> Path:
+        assert self.output is not None
+        return self.output.streams / (name + self.owner)
 
     def _in_file(self, name: str, shape: tuple[int, ...], again: bool) -> Tensor:
         assert self.output is not None
         size = math.prod(shape) * self.dtype.itemsize
         with self.output.writing():
             self.output.streams.mkdir(exist_ok=True)
-            with (self.output.streams / name).open("r+b" if again else "w+b") as file:
+            with self._file(name).open("r+b" if again else "w+b") as file:
                 if not again:
                     _reserve(file.fileno(), size)
                 self._mapped[name] = mmap.mmap(file.fileno(), size)
@@ -251,9 +257,9 @@ class Streams:
         else:
             self.inputs.through(run, out=self.targets)
 
-    def sparse_pass(self, run: Run) -> None:
-        """Move on to the next block's inputs, with the finished sparse block."""
-        if self._dense_inputs:  # they are the targets
+    def sparse_pass(self, run: Run | None) -> None:
+        """Move on to the next block's inputs, with the finished sparse block; none is needed for dense inputs."""
+        if self._dense_inputs or run is None:  # they are the targets
             self.inputs, self.targets = self.targets, self.inputs
         elif self._dense_targets:
             self.inputs = self._moved_on(self.inputs, run)
