@@ -2,8 +2,8 @@
 
 Every rank walks over the blocks with the same settings. *Data-parallel*, each holds a share of the calibration
 sequences; input statistics, gradients and errors are summed over ranks, so that masks and weights are the same
-everywhere. *Block-parallel* (``--input dense-stream``, where blocks are independent), each takes every n-th block and all
-sequences. What belongs to the whole run is written by the first rank.
+everywhere. *Block-parallel* (``--input dense-stream``, where blocks are independent), each takes every n-th block and
+all sequences. What belongs to the whole run is written by the first rank.
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ class Ranks:
             try:
                 said[0] = make()
             except EBFTError as error:
-                dist.broadcast_object_list([None, str(error)], src=0, device=CPU)
+                with _answered():
+                    dist.broadcast_object_list([None, str(error)], src=0, device=CPU)
                 raise
-        dist.broadcast_object_list(said, src=0, device=CPU)
+        with _answered():
+            dist.broadcast_object_list(said, src=0, device=CPU)
         result, fault = said
         if fault is not None:
             raise SaidByTheFirst(fault)
@@ -71,8 +73,9 @@ class Ranks:
     def add_(self, tensors: Iterable[Tensor]) -> None:
         """Sum tensors over all ranks, in place; all then hold the same bits."""
         if self.count > 1:
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                work.wait()
+            with _answered():
+                for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                    work.wait()
 
     def all(self, here: bool) -> bool:
         """Whether it is so on every rank. A sync point."""
@@ -85,8 +88,21 @@ class Ranks:
         if self.count == 1:
             return [item]
         items: list[Any] = [None] * self.count
-        dist.all_gather_object(items, item)
+        with _answered():
+            dist.all_gather_object(items, item)
         return items
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Say in one sentence that another rank is gone."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise EBFTError(f"another rank of this run does not answer any more: {reason}") from error
 
 
 @contextmanager

@@ -1,0 +1,236 @@
+"""Several processes give what one gives; one that dies ends the run, which another number of them goes on with."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model
+from faults import CONTEXT, job
+from safetensors.torch import load_file
+from torch import nn
+
+from ebft import EBFTConfig, EBFTError
+from ebft.audit import main as audit
+from ebft.calibration import builtin_documents
+from ebft.output import OutputFolder
+from ebft.ranks import Ranks, joined
+from ebft.reconstruct import BlockReconstructor
+from ebft_kernels import PackedMask
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, tokenizer):
+    """A folder with a random Llama of three blocks, and a text to calibrate and measure on."""
+    folder = tmp_path_factory.mktemp("tiny")
+    random_model("llama-gqa").save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(builtin_documents("evaluation")[0][:6000])
+    return folder
+
+
+@pytest.fixture
+def settings(tiny, tmp_path):
+    """Settings of a run of half a second, of samples that two or three ranks cannot share evenly."""
+
+    def make(output="out", **changes):
+        text = str(tiny / "text.txt")
+        usual = {"model": str(tiny / "model"), "calibration": text, "eval": text, "eval_seqlen": 32, "device": "cpu"}
+        usual |= {"samples": 7, "seqlen": 16, "batch_size": 3, "epochs": 2, "output": str(tmp_path / output)}
+        return {**usual, "target": "sparse-stream", **changes}
+
+    return make
+
+
+def on_ranks(count: int, work, *arguments) -> list[int]:
+    """The exit codes of ``work(*arguments)`` on so many ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [CONTEXT.Process(target=as_rank, args=(rank, count, port, work, arguments)) for rank in range(count)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        assert rank.exitcode is not None, "a rank hangs"
+    return [rank.exitcode for rank in ranks]
+
+
+def as_rank(rank: int, count: int, port: int, work, arguments) -> None:
+    """What torchrun does, without its seconds."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    work(*arguments)
+
+
+# --- sequences shared -------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Two matrices in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(12, 20, dtype=torch.float64), nn.Linear(20, 12, dtype=torch.float64)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.down(torch.tanh(self.up(hidden)))
+
+
+def tune(out: Path) -> None:
+    """20 steps on this rank's share of 10 samples; the first rank writes what came of it."""
+    config = EBFTConfig.preset("paper", samples=10, batch_size=4, epochs=7, lr=1e-2)
+    generator = torch.Generator().manual_seed(1)
+    inputs, targets = (torch.randn(10, 3, 12, generator=generator, dtype=torch.float64) for _ in range(2))
+    block = Block()
+    masks = {
+        name: PackedMask.from_dense(torch.rand(w.shape, generator=generator) > 0.5)
+        for name, w in block.named_parameters()
+        if w.ndim == 2
+    }
+    with joined() as ranks:
+        mine = ranks.share(10)
+        result = BlockReconstructor(config, CPU, ranks=ranks).fit(
+            block, inputs[mine], targets[mine], masks=masks, forward=lambda module, hidden: module(hidden)
+        )
+        assert all(weights == ranks.gathered(weights)[0] for weights in [[w.tolist() for w in block.parameters()]])
+        if ranks.rank == 0:
+            numbers = [result.losses, result.gradient_norms, [result.error_before, result.error_after]]
+            numbers += [[result.branch_energy], *(w.flatten().tolist() for w in block.parameters())]
+            out.write_text(json.dumps(numbers))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_twenty_steps_in_float64(count, tmp_path):
+    assert on_ranks(1, tune, tmp_path / "one") == [0]
+    assert on_ranks(count, tune, tmp_path / "several") == [0] * count
+    one, several = (json.loads((tmp_path / name).read_text()) for name in ("one", "several"))
+    assert len(one[0]) == 21
+    for mine, theirs in zip(one[:2], several[:2], strict=True):  # kept in float32
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-6, atol=0)
+    for mine, theirs in zip(one[2:], several[2:], strict=True):
+        torch.testing.assert_close(
+            torch.tensor(mine, dtype=torch.float64), torch.tensor(theirs, dtype=torch.float64), rtol=1e-9, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize(("count", "streams"), [(2, "host"), (3, "disk")])
+def test_a_run_with_shared_sequences(count, streams, settings, tmp_path):
+    """The same masks; losses and perplexities within one per cent; sound files, written once."""
+    assert on_ranks(1, job, settings("one", streams=streams)) == [0]
+    assert on_ranks(count, job, settings("several", streams=streams)) == [0] * count
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(
+        p.name for p in (tmp_path / "several").iterdir()
+    )
+    one, several = (load_file(tmp_path / name / "masks.safetensors") for name in ("one", "several"))
+    assert all(torch.equal(words, several[name]) for name, words in one.items())
+    for mine, theirs in zip(lines(tmp_path / "one"), lines(tmp_path / "several"), strict=True):
+        assert theirs["losses"][0] == pytest.approx(mine["losses"][0], rel=1e-5)
+        assert theirs["gradient_norms"][0] == pytest.approx(mine["gradient_norms"][0], rel=1e-4)
+        assert theirs["loss_after"] == pytest.approx(mine["loss_after"], rel=1e-2)
+    for text, values in perplexity(tmp_path / "one").items():
+        for stage, value in values.items():
+            assert perplexity(tmp_path / "several")[text][stage] == pytest.approx(value, rel=1e-2)
+    assert audit([str(tmp_path / "several")]) == 0
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "blocks.jsonl").read_text().splitlines()]
+
+
+def perplexity(folder: Path) -> dict:
+    return json.loads((folder / "ebft_summary.json").read_text())["perplexity"]
+
+
+def test_refused():
+    with pytest.raises(EBFTError, match="2 ranks share the sequences"):
+        BlockReconstructor(EBFTConfig(update_in_backward=True, clip=0.0), CPU, ranks=Ranks(0, 2))
+
+
+# --- blocks apart -----------------------------------------------------------------------------------------------------
+
+APART = {"input": "dense-stream", "target": "dense-stream"}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_blocks_apart_are_those_of_one_process(count, settings, tmp_path):
+    assert on_ranks(1, job, settings("one", **APART)) == [0]
+    assert on_ranks(count, job, settings("several", **APART)) == [0] * count
+    one, several = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "several"))
+    assert all(torch.equal(weight, several[name]) for name, weight in one.items())
+    assert [line["losses"] for line in lines(tmp_path / "one")] == [
+        line["losses"] for line in lines(tmp_path / "several")
+    ]
+    assert audit([str(tmp_path / "several")]) == 0
+
+
+# --- ranks that die ---------------------------------------------------------------------------------------------------
+
+
+def dies(given: dict, part: str) -> None:
+    """A run whose last rank is killed once a part is committed."""
+    first, last = OutputFolder.commit_part, int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+
+    def commit_part(self, name, content, files=()):
+        first(self, name, content, files)
+        if last and name == part:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    OutputFolder.commit_part = commit_part
+    if last and "input" not in given:  # with shared sequences only the first rank commits: the last dies in its work
+        from ebft import pipeline
+
+        masker = pipeline.apply_masks
+        seen = []
+
+        def apply_masks(block, masks):
+            seen.append(block)
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return masker(block, masks)
+
+        pipeline.apply_masks = apply_masks
+    job(given)
+
+
+def test_a_rank_is_killed_where_sequences_are_shared(settings, tmp_path):
+    """The others end; what was committed is gone on with by another number of ranks."""
+    ends = on_ranks(2, dies, settings("several"), "block-00000")
+    assert ends[1] == -signal.SIGKILL
+    assert ends[0] != 0
+    assert (tmp_path / "several.partial" / "commits" / "block-00000.json").is_file()
+    assert on_ranks(3, job, settings("several", resume=True)) == [0, 0, 0]
+    assert on_ranks(1, job, settings("one")) == [0]
+    for mine, theirs in zip(lines(tmp_path / "one"), lines(tmp_path / "several"), strict=True):
+        assert theirs["loss_after"] == pytest.approx(mine["loss_after"], rel=1e-2)
+    assert audit([str(tmp_path / "several")]) == 0
+
+
+def test_a_rank_is_killed_where_blocks_are_apart(settings, tmp_path):
+    """Blocks that any rank had committed are kept; one process goes on, and gives what it gives alone."""
+    ends = on_ranks(2, dies, settings("out", **APART), "block-00001")
+    assert ends[1] == -signal.SIGKILL
+    assert (tmp_path / "out.partial" / "commits" / "block-00001.json").is_file()
+    assert on_ranks(1, job, settings("out", resume=True, **APART)) == [0]
+    assert on_ranks(1, job, settings("one", **APART)) == [0]
+    same_blocks(tmp_path / "one", tmp_path / "out")
+
+
+def test_torchrun(settings, tmp_path):
+    """The command of the README; bad input is said once, and ends all ranks with the launcher's failure."""
+    given = settings("several", recover="none", eval="")
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ebft.run"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("calibration:") == 1
+    assert (tmp_path / "several" / "ebft_summary.json").is_file()
