@@ -170,12 +170,14 @@ def test_blocks_apart_are_those_of_one_process(count, settings, tmp_path):
 
 
 def same_blocks(one: Path, other: Path) -> None:
-    """The same weights and losses, bit for bit; perplexities are sums over ranks, and rounded so."""
+    """The same weights and losses, bit for bit; perplexities are sums over batches that differ, in float32."""
     for file in ("model.safetensors", "masks.safetensors"):
-        assert (one / file).read_bytes() == (other / file).read_bytes()
+        mine, theirs = load_file(one / file), load_file(other / file)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items()), file
     assert [line["losses"] for line in lines(one)] == [line["losses"] for line in lines(other)]
     for text, values in perplexity(one).items():
-        assert perplexity(other)[text] == pytest.approx(values, rel=1e-9)
+        assert perplexity(other)[text] == pytest.approx(values, rel=1e-5)
 
 
 # --- ranks that die ---------------------------------------------------------------------------------------------------
