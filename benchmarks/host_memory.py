@@ -52,16 +52,16 @@ run_ebft(load_model(config.model), config, tokenizer=load_tokenizer(config.model
 """
 CONTENDERS = {
     "streamed": (["-m", "ebft.run"], []),
-    "streamed, hidden states on disk": (["-m", "ebft.run"], ["--streams", "disk"]),
     "whole": (["-c", IN_MEMORY], []),
+    "streamed, hidden states on disk": (["-m", "ebft.run"], ["--streams", "disk"]),
 }
 
 
 def main() -> None:
     """Run every contender on both models and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=64)
     parser.add_argument("--scratch", help="folder for the models (default: a temporary one)")
     parser.add_argument("--name", default="host_memory")
     given = parser.parse_args()
@@ -69,26 +69,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
         folder = Path(scratch)
         text = folder / "text.txt"
-        text.write_text(builtin_documents("evaluation")[0][:8000], encoding="utf-8")
+        text.write_text(builtin_documents("evaluation")[0][:2400], encoding="utf-8")
         models = {"llama-shaped-1.1B": make_large(folder / "large"), "SmolLM2-135M": make_small(folder / "small")}
-        for model, path in models.items():
-            sizes = measure_model(path)
-            cache = 2 * given.samples * given.seqlen * sizes["width"] * 4
-            bound = cache + 4 * sizes["block_bytes_float32"] + 3 * 2**29
-            for contender, (program, extra) in CONTENDERS.items():
+        sizes = {model: measure_model(path) for model, path in models.items()}
+        for contender, (program, extra) in CONTENDERS.items():
+            for model, path in models.items():
+                cache = 2 * given.samples * given.seqlen * sizes[model]["width"] * 4
+                bound = cache + 4 * sizes[model]["block_bytes_float32"] + 3 * 2**29
                 flags = ["--preset", "demo", "--model", str(path), "--eval", str(text), "--output", str(folder / "out")]
                 flags += ["--samples", str(given.samples), "--seqlen", str(given.seqlen), "--epochs", "1"]
                 flags += ["--overwrite"]
                 peak = watch([sys.executable, *program, *flags, *extra])
                 summary = json.loads((folder / "out" / "ebft_summary.json").read_text(encoding="utf-8"))
-                row = {"model": model, "contender": contender, **sizes, "cache_bytes": cache, "bound_bytes": bound}
-                row |= {"anonymous_and_shared_bytes": peak.held, "resident_bytes": peak.resident}
-                row |= {"of_bound": round(peak.held / bound, 3), "seconds": round(peak.seconds, 1)}
+                row = {"model": model, "contender": contender, **sizes[model], "cache_bytes": cache}
+                row |= {"bound_bytes": bound, "anonymous_and_shared_bytes": peak.held}
+                row |= {"resident_bytes": peak.resident, "of_bound": round(peak.held / bound, 3)}
+                row |= {"seconds": round(peak.seconds, 1)}
                 row["perplexity"] = {"text": next(iter(summary["perplexity"].values()))}
                 rows.append(row)
                 print({k: round(v / 2**30, 2) if k.endswith("bytes") else v for k, v in row.items()}, flush=True)
-        settings = {"samples": given.samples, "seqlen": given.seqlen}
-        print(write_result(given.name, {"settings": settings, "runs": rows}))
+                settings = {"samples": given.samples, "seqlen": given.seqlen}
+                file = write_result(given.name, {"settings": settings, "runs": rows})
+    print(file)
 
 
 @dataclass(frozen=True)
