@@ -21,7 +21,7 @@ def shapes_only(*, kept: float = 1.0, flash: bool = False) -> Iterator[None]:
         kept: share of a mask's places that are taken for True, where entries are picked by one.
         flash: attention allocates and saves what flash attention on a GPU does, not what the CPU's does.
     """
-    changed: dict[str, Callable[..., Any]] = {"grouped_mm": _grouped_as_one}
+    changed: dict[str, Any] = {"grouped_mm": _grouped_as_one}
     if flash:
         changed["scaled_dot_product_attention"] = _flash_attention
     with (
@@ -39,7 +39,7 @@ def without_values(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, changed: dict[str, Callable[..., Any]]) -> Iterator[None]:
+def _replaced(owner: Any, changed: dict[str, Any]) -> Iterator[None]:
     """Other functions under these names while inside. (A mode would not do: backward passes run without modes.)"""
     own = {name: vars(owner).get(name) for name in changed}
     for name, function in changed.items():
