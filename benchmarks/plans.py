@@ -72,11 +72,13 @@ def row(name: str, budget: str, plan: Plan) -> str:
     """A line of the table."""
     hours = [duration(plan.flops / (DEVICES[gpu].rate * SHARE)) for gpu in ("rtx4090", "h100")]
     fits = "does not fit: " if plan.faults else ""
+    stages = {"tuning": sum(plan.device.values()), **plan.stages}
     chosen = {key: value for key, value in plan.chosen.items() if key != "streams"}
     cells = [
         name,
         budget,
         f"{fits}{plan.device_peak / GIB:.2f}",
+        max(stages, key=stages.__getitem__),
         f"{plan.host_peak / GIB:.1f}",
         f"{sum(plan.disk.values()) / GIB:.0f}",
         plan.config.streams,
@@ -105,8 +107,9 @@ def main() -> None:
     print("\n".join(examples))
     names = ", ".join(f"{name} {known.rate / 1e12:.0f}" for name, known in DEVICES.items())
     head = (
-        "| model | GPU budget | GPU GiB | host GiB | disk GiB | streams | settings chosen | rtx4090 | h100 |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| model | GPU budget | GPU GiB | most of it in | host GiB | disk GiB | streams | settings chosen | rtx4090 "
+        "| h100 |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
     )
     DOCS.write_text(
         PAGE.format(
@@ -178,7 +181,8 @@ The first in full:
 ```
 
 ## All
-Host memory is not limited here; `--host-memory` moves the streams to disk.
+Host memory is not limited here; `--host-memory` moves the streams to disk. Where the perplexity's head is what does not
+fit (a large vocabulary, in float32), `--eval ''` leaves it out.
 
 {table}
 """

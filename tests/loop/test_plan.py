@@ -10,11 +10,11 @@ from conftest import random_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ebft import BlockReconstructor
+from ebft import BlockReconstructor, EBFTError
 from ebft.config import EBFTConfig
 from ebft.decoder import Decoder
 from ebft.devices import DEVICES
-from ebft.plan import MASK_BYTES, flags, make_plan
+from ebft.plan import CONTEXT, MASK_BYTES, fit_to_budget, flags, make_plan
 from ebft.pruning import InputStatistics, Pattern, wanda
 from ebft.run import main
 from ebft_kernels import PackedMask, use_impl
@@ -69,8 +69,6 @@ def test_a_plan_for_other_families(family, tmp_path):
     assert plan.device["weights"] > 0
     assert plan.flops > 0
     assert "plan for" in str(plan)
-    fitted = make_plan(EBFTConfig(model=str(tmp_path), gpu_memory="1GiB", **small), "h100")
-    assert fitted.faults == []
     leanest = make_plan(EBFTConfig(model=str(tmp_path), gpu_memory="1MiB", **small), "h100")
     assert leanest.faults
     assert leanest.chosen["weights"] == "stochastic"
@@ -244,3 +242,22 @@ def test_a_budget_on_a_cpu_is_of_all_memory(two_blocks):
     assert plan.faults == []
     assert plan.host_peak <= 12 * GIB
     assert plan.chosen["streams"] == "disk"
+
+
+def test_a_run_takes_the_settings_and_caps_the_allocator(two_blocks, monkeypatch):
+    """With a GPU that is only pretended: what is asked of torch is noted."""
+    fractions, said = [], []
+    monkeypatch.setattr("ebft.plan.choose_device", lambda *_: (torch.device("cuda"), torch.bfloat16))
+    monkeypatch.setattr("ebft.plan._matmul_rate", lambda *_: 1e15)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 * GIB, 16 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
+    config = EBFTConfig(model=two_blocks, gpu_memory="4GiB", eval="")
+    fitted = fit_to_budget(config, None, said.append)
+    assert fitted.compact
+    assert fitted.weights == "master"
+    assert fitted.streams == "host"
+    assert fractions == [(4 * GIB - CONTEXT) / (16 * GIB)]
+    assert said[0].startswith("--gpu-memory 4GiB: --")
+    with pytest.raises(EBFTError, match=r"is needed with the leanest settings, and --gpu-memory is 1\.000 GiB"):
+        fit_to_budget(dataclasses.replace(config, gpu_memory="1GiB"), None, said.append)
+    assert fit_to_budget(dataclasses.replace(config, gpu_memory=None), None, said.append).compact is False
