@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,12 +24,14 @@ def cuda_sources(folder: Path) -> list[Path]:
 
 
 def cuda_compiler() -> str | None:
-    """nvcc, if torch has CUDA and the toolkit is here."""
+    """nvcc, if torch has CUDA, the toolkit is here, and it is known for which GPUs: one that is here, or those of
+    ``TORCH_CUDA_ARCH_LIST``."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
     nvcc = Path(CUDA_HOME or "/nowhere") / "bin" / "nvcc"
-    return str(nvcc) if torch.version.cuda and nvcc.is_file() else None
+    wanted = torch.cuda.is_available() or "TORCH_CUDA_ARCH_LIST" in os.environ
+    return str(nvcc) if wanted and torch.version.cuda and nvcc.is_file() else None
 
 
 def library_name() -> str:

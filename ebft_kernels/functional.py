@@ -45,7 +45,7 @@ def masked_linear(
         raise ValueError(f"masked_linear got bias {tuple(bias.shape)}; expected ({weight.shape[0]},)")
     words = _words(mask, weight, "masked_linear")
     kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta tensors have none
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     master, updater = weight, None if torch.compiler.is_compiling() else updater_of(weight)
     if autocast and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
