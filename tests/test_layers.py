@@ -83,6 +83,7 @@ ORDER = {
         "weights",
         "checkpoint",
         "output",
+        "ranks",
         "decoder",
         "stream",
         "calibration",

@@ -62,6 +62,9 @@ def job(settings: dict, kill_at: int = 0, calls: Path | None = None) -> None:
 def command(flags: list[str], said: Path, send: int = 0, after: int = 1) -> None:
     """The command line, its standard error in ``said``; sends itself a signal once ``after`` blocks are committed."""
     torch.set_num_threads(1)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a shell turns off in what it runs in the background
     ebft.pipeline.report_page = lambda summary, lines: ""
     commit = OutputFolder.commit_part
 

@@ -1,9 +1,7 @@
 """Several processes give what one gives; one that dies ends the run, which another number of them goes on with."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_model
-from faults import CONTEXT, job
+from faults import job
 from safetensors.torch import load_file
-from torch import nn
+from several import CPU, dies, on_ranks, tune
 
 from ebft import EBFTConfig, EBFTError
 from ebft.audit import main as audit
 from ebft.calibration import builtin_documents
-from ebft.output import OutputFolder
-from ebft.ranks import Ranks, joined
+from ebft.ranks import Ranks
 from ebft.reconstruct import BlockReconstructor
-from ebft_kernels import PackedMask
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -49,64 +43,7 @@ def settings(tiny, tmp_path):
     return make
 
 
-def on_ranks(count: int, work, *arguments) -> list[int]:
-    """The exit codes of ``work(*arguments)`` on so many ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [CONTEXT.Process(target=as_rank, args=(rank, count, port, work, arguments)) for rank in range(count)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-        assert rank.exitcode is not None, "a rank hangs"
-    return [rank.exitcode for rank in ranks]
-
-
-def as_rank(rank: int, count: int, port: int, work, arguments) -> None:
-    """What torchrun does, without its seconds."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    work(*arguments)
-
-
 # --- sequences shared -------------------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """Two matrices in float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(12, 20, dtype=torch.float64), nn.Linear(20, 12, dtype=torch.float64)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + self.down(torch.tanh(self.up(hidden)))
-
-
-def tune(out: Path) -> None:
-    """20 steps on this rank's share of 10 samples; the first rank writes what came of it."""
-    config = EBFTConfig.preset("paper", samples=10, batch_size=4, epochs=7, lr=1e-2)
-    generator = torch.Generator().manual_seed(1)
-    inputs, targets = (torch.randn(10, 3, 12, generator=generator, dtype=torch.float64) for _ in range(2))
-    block = Block()
-    masks = {
-        name: PackedMask.from_dense(torch.rand(w.shape, generator=generator) > 0.5)
-        for name, w in block.named_parameters()
-        if w.ndim == 2
-    }
-    with joined() as ranks:
-        mine = ranks.share(10)
-        result = BlockReconstructor(config, CPU, ranks=ranks).fit(
-            block, inputs[mine], targets[mine], masks=masks, forward=lambda module, hidden: module(hidden)
-        )
-        assert all(weights == ranks.gathered(weights)[0] for weights in [[w.tolist() for w in block.parameters()]])
-        if ranks.rank == 0:
-            numbers = [result.losses, result.gradient_norms, [result.error_before, result.error_after]]
-            numbers += [[result.branch_energy], *(w.flatten().tolist() for w in block.parameters())]
-            out.write_text(json.dumps(numbers))
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -181,32 +118,6 @@ def same_blocks(one: Path, other: Path) -> None:
 
 
 # --- ranks that die ---------------------------------------------------------------------------------------------------
-
-
-def dies(given: dict, part: str) -> None:
-    """A run whose last rank is killed once a part is committed."""
-    first, last = OutputFolder.commit_part, int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-
-    def commit_part(self, name, content, files=()):
-        first(self, name, content, files)
-        if last and name == part:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    OutputFolder.commit_part = commit_part
-    if last and "input" not in given:  # with shared sequences only the first rank commits: the last dies in its work
-        from ebft import pipeline
-
-        masker = pipeline.apply_masks
-        seen = []
-
-        def apply_masks(block, masks):
-            seen.append(block)
-            if len(seen) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return masker(block, masks)
-
-        pipeline.apply_masks = apply_masks
-    job(given)
 
 
 def test_a_rank_is_killed_where_sequences_are_shared(settings, tmp_path):
