@@ -259,9 +259,11 @@ class Streams:
 
     def sparse_pass(self, run: Run | None) -> None:
         """Move on to the next block's inputs, with the finished sparse block; none is needed for dense inputs."""
-        if self._dense_inputs or run is None:  # they are the targets
+        if self._dense_inputs:  # they are the targets
             self.inputs, self.targets = self.targets, self.inputs
-        elif self._dense_targets:
+            return
+        assert run is not None
+        if self._dense_targets:
             self.inputs = self._moved_on(self.inputs, run)
         else:  # the targets are done with: their buffer takes the new inputs
             self.inputs.through(run, out=self.targets)

@@ -54,12 +54,13 @@ def _gradient(bn: int, bk: int, bt: int, warps: int, stages: int) -> Config:
 # for the interpreter.
 REASONED: dict[str, dict[str, dict[int, Config]]] = {
     "product": {
-        "few": {0: _product(64, 16, 64, 4, 2), 80: _product(64, 16, 128, 4, 4), 86: _product(64, 16, 128, 4, 3)},
+        "few": {0: _product(64, 16, 64, 4, 2), 80: _product(64, 16, 128, 4, 4), 86: _product(64, 16, 128, 4, 3),
+                100: _product(64, 16, 64, 4, 3)},
         "some": {0: _product(64, 64, 32, 4, 2), 80: _product(64, 64, 64, 4, 3), 100: _product(64, 64, 32, 4, 4)},
         "many": {0: _product(64, 64, 32, 4, 2), 80: _product(128, 128, 64, 8, 3), 86: _product(128, 128, 32, 8, 3),
                  90: _product(128, 128, 64, 8, 3)},
         "ragged": {0: _product(64, 64, 32, 4, 2)},
-        "ieee": {0: _product(64, 32, 32, 4, 2), 90: _product(32, 32, 32, 4, 2)},
+        "ieee": {0: _product(64, 32, 32, 4, 2), 80: _product(32, 16, 32, 4, 2)},
     },
     "gradient": {
         "few": {0: _gradient(64, 64, 16, 4, 2)},
@@ -70,7 +71,7 @@ REASONED: dict[str, dict[str, dict[int, Config]]] = {
         "ieee": {0: _gradient(64, 64, 16, 4, 2)},
     },
     "gradient step": {
-        "few": {0: _gradient(64, 128, 16, 8, 2)},
+        "few": {0: _gradient(64, 128, 16, 8, 2), 100: _gradient(32, 128, 16, 4, 2)},
         "some": {0: _gradient(64, 128, 32, 8, 2), 80: _gradient(64, 128, 32, 8, 3)},
         "many": {0: _gradient(64, 128, 32, 8, 2), 80: _gradient(128, 128, 64, 8, 3), 86: _gradient(64, 128, 32, 8, 3),
                  90: _gradient(128, 128, 64, 8, 3)},

@@ -133,3 +133,26 @@ def config(tmp_path: Path):
 def silent() -> Reporter:
     """A reporter that writes into a string, ``silent.console.file.getvalue()``."""
     return Reporter(Console(file=io.StringIO(), width=200))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, tokenizer):
+    """A folder with a random Llama of three blocks, and a text to calibrate and measure on."""
+    folder = tmp_path_factory.mktemp("tiny")
+    random_model("llama-gqa").save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(builtin_documents("evaluation")[0][:6000])
+    return folder
+
+
+@pytest.fixture
+def short_run(tiny, tmp_path):
+    """Makes the settings of a run of half a second, plain ones that a child can be given."""
+
+    def make(output="out", **changes):
+        text = str(tiny / "text.txt")
+        usual = {"model": str(tiny / "model"), "calibration": text, "eval": text, "eval_seqlen": 32, "device": "cpu"}
+        usual |= {"samples": 4, "seqlen": 16, "batch_size": 2, "epochs": 1, "output": str(tmp_path / output)}
+        return {**usual, **changes}
+
+    return make

@@ -8,37 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
 from faults import job
 from safetensors.torch import load_file
 from several import CPU, dies, on_ranks, tune
 
 from ebft import EBFTConfig, EBFTError
 from ebft.audit import main as audit
-from ebft.calibration import builtin_documents
 from ebft.ranks import Ranks
 from ebft.reconstruct import BlockReconstructor
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory, tokenizer):
-    """A folder with a random Llama of three blocks, and a text to calibrate and measure on."""
-    folder = tmp_path_factory.mktemp("tiny")
-    random_model("llama-gqa").save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "text.txt").write_text(builtin_documents("evaluation")[0][:6000])
-    return folder
-
-
 @pytest.fixture
-def settings(tiny, tmp_path):
-    """Settings of a run of half a second, of samples that two or three ranks cannot share evenly."""
+def settings(short_run):
+    """Of a run of samples that two or three ranks cannot share evenly."""
 
     def make(output="out", **changes):
-        text = str(tiny / "text.txt")
-        usual = {"model": str(tiny / "model"), "calibration": text, "eval": text, "eval_seqlen": 32, "device": "cpu"}
-        usual |= {"samples": 7, "seqlen": 16, "batch_size": 3, "epochs": 2, "output": str(tmp_path / output)}
-        return {**usual, "target": "sparse-stream", **changes}
+        return short_run(output, samples=7, batch_size=3, epochs=2, **{"target": "sparse-stream", **changes})
 
     return make
 

@@ -17,34 +17,16 @@ from safetensors.torch import load_file, save_file
 import ebft.job
 import ebft.output
 from ebft import EBFTError, run_ebft
-from ebft.calibration import builtin_documents
 from ebft.config import EBFTConfig
 from ebft.output import OutputFolder
 from ebft.report import Reporter
 from ebft.run import main
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory, tokenizer):
-    """A folder with a random Llama of three blocks, and a text to calibrate and measure on."""
-    folder = tmp_path_factory.mktemp("tiny")
-    random_model("llama-gqa").save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "text.txt").write_text(builtin_documents("evaluation")[0][:6000])
-    return folder
-
-
 @pytest.fixture
-def settings(tiny, tmp_path):
-    """Settings of a run of half a second."""
-
-    def make(output="out", **changes):
-        text = str(tiny / "text.txt")
-        usual = {"model": str(tiny / "model"), "calibration": text, "eval": text, "eval_seqlen": 32, "device": "cpu"}
-        usual |= {"samples": 4, "seqlen": 16, "batch_size": 2, "epochs": 1, "output": str(tmp_path / output)}
-        return {**usual, **changes}
-
-    return make
+def settings(short_run):
+    """Of a run of half a second."""
+    return short_run
 
 
 MODES = {
