@@ -1,7 +1,7 @@
 """``python -m ebft.audit OUT``: does a finished folder hold what a run promises? Exit code 0; 1: faults; 2: bad input.
 
-Tensors are looked at one after another as they lie in the files. Only a checkpoint whose names are not the model's
-(fused experts stored one by one, GGUF) is loaded whole.
+Tensors are looked at one after another as they lie in the files. Only a checkpoint that cannot be streamed (GGUF,
+``.bin``) is loaded whole, which is noted.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ebft.checkpoint import DEFAULT_MODEL, load_config, load_model
+from ebft.checkpoint import DEFAULT_MODEL, Source, load_model, open_model
 from ebft.decoder import find_blocks
 from ebft.errors import EBFTError
 from ebft.matrices import Matrix, find_matrices, router_paths
@@ -71,7 +71,7 @@ def audit(output: str, against: str | None = None) -> Audit:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             found.faults.append(f"{name} holds NaN or infinity")
     try:
-        model = _Parameters(str(folder), trust, files)
+        model = open_model(str(folder), trust_remote_code=trust, say=found.notes.append)
         if files.size <= LOADED:
             load_model(str(folder), trust_remote_code=trust)
         else:
@@ -80,17 +80,14 @@ def audit(output: str, against: str | None = None) -> Audit:
         found.faults.append(str(error))
         found.notes.append("masks were not looked at, because the model cannot be loaded")
         return found
-    found.faults += [
-        f"{name} is stored as {model.shape(name)}; expected {tuple(parameter.shape)}"
-        for name, parameter in model.skeleton.named_parameters()
-        if model.shape(name) != tuple(parameter.shape)
-    ]
     masks = _masks(folder, found.faults)
     if masks is None:
         return found
     _check_masks(found, model, masks, pattern)
     if against is not None:
-        dense = _Parameters(None if against == DEFAULT_MODEL else against, trust)
+        dense = open_model(
+            None if against == DEFAULT_MODEL else against, trust_remote_code=trust, say=found.notes.append
+        )
         _compare(found, model, dense, masks, recovered)
     return found
 
@@ -158,10 +155,6 @@ class _Files:
         """A tensor, by its name in the files."""
         return self._where[name].get_tensor(name)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape."""
-        return tuple(self._where[name].get_slice(name).get_shape())
-
 
 def _index(file: Path, faults: list[str]) -> dict[str, str]:
     try:
@@ -180,45 +173,6 @@ def _bytes(part: Any) -> int:
     return count * sizes.get(part.get_dtype(), 1)
 
 
-class _Parameters:
-    """A model's parameters by their names in it.
-
-    Attributes:
-        skeleton: the model on the meta device.
-    """
-
-    def __init__(self, source: str | None, trust_remote_code: bool, files: _Files | None = None) -> None:
-        config = load_config(source, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
-        aliases: dict[int, list[str]] = {}
-        for name, parameter in self.skeleton.named_parameters(remove_duplicate=False):
-            aliases.setdefault(id(parameter), []).append(name)
-        if files is None and source is not None and Path(source).expanduser().is_dir():
-            files = _Files(Path(source).expanduser(), [])
-        held = set(files.names) if files is not None else set()
-        self._stored = {names[0]: next((name for name in names if name in held), None) for names in aliases.values()}
-        self._files, self._whole = files, None
-        if None in self._stored.values():
-            self._whole = load_model(source, trust_remote_code=trust_remote_code)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a parameter, as it is stored."""
-        if self._whole is not None:
-            return tuple(self._whole.get_parameter(name).shape)
-        assert self._files is not None
-        return self._files.shape(str(self._stored[name]))
-
-    def read(self, name: str) -> Tensor:
-        """A parameter."""
-        if self._whole is not None:
-            return self._whole.get_parameter(name).detach()
-        assert self._files is not None
-        return self._files.read(str(self._stored[name]))
-
-
 # --- masks --------------------------------------------------------------------------------------------------------
 
 
@@ -230,20 +184,24 @@ def _masks(folder: Path, faults: list[str]) -> dict[str, PackedMask] | None:
         return None
 
 
+def _read(source: Source, name: str) -> Tensor:
+    return source.weights.read([name])[name]
+
+
 def _matrices(model: PreTrainedModel) -> dict[str, Matrix]:
     """The prunable matrices of all blocks by their full names."""
     path, blocks = find_blocks(model)
     return {f"{path}.{i}.{m.name}": m for i, block in enumerate(blocks) for m in find_matrices(block)}
 
 
-def _check_masks(found: Audit, model: _Parameters, masks: dict[str, PackedMask], pattern: Pattern | None) -> None:
+def _check_masks(found: Audit, model: Source, masks: dict[str, PackedMask], pattern: Pattern | None) -> None:
     """Zeros where the masks say so, masks for all that is pruned and for nothing else, and N:M."""
-    matrices = _matrices(model.skeleton)
+    matrices = _matrices(model.model)
     found.faults += [
         f"there is a mask for {name}, which is not pruned" for name in sorted(masks.keys() - matrices.keys())
     ]
     for name, matrix in matrices.items():
-        weight, mask = model.read(name), masks.get(name)
+        weight, mask = _read(model, name), masks.get(name)
         if mask is None:
             found.faults.append(f"there is no mask for {name}")
             continue
@@ -274,19 +232,17 @@ def _bits(tensor: Tensor) -> Tensor:
 # --- against the dense model --------------------------------------------------------------------------------------
 
 
-def _compare(
-    found: Audit, model: _Parameters, dense: _Parameters, masks: dict[str, PackedMask], recovered: bool
-) -> None:
+def _compare(found: Audit, model: Source, dense: Source, masks: dict[str, PackedMask], recovered: bool) -> None:
     """Whatever the run had no business with is as it was, bit for bit (in the dtype of the output)."""
-    path, blocks = find_blocks(model.skeleton)
+    path, blocks = find_blocks(model.model)
     tuned = {
         f"{path}.{i}.{name}"
         for i, block in enumerate(blocks)
         for name, _ in block.named_parameters()
         if recovered and name.rpartition(".")[0] not in router_paths(block)
     }
-    theirs = {name: tuple(p.shape) for name, p in dense.skeleton.named_parameters()}
-    for name, parameter in model.skeleton.named_parameters():
+    theirs = {name: tuple(p.shape) for name, p in dense.model.named_parameters()}
+    for name, parameter in model.model.named_parameters():
         if theirs.get(name) != tuple(parameter.shape):
             raise EBFTError(
                 f"--against has {theirs.get(name, 'nothing')} for {name}; expected {tuple(parameter.shape)}, as the "
@@ -294,7 +250,7 @@ def _compare(
             )
         if name in tuned:
             continue
-        ours, before = model.read(name), dense.read(name)
+        ours, before = _read(model, name), _read(dense, name)
         before = before.to(ours.dtype)
         if name in masks and masks[name].shape == before.shape:
             before = masks[name].zero_pruned_(before.clone())
