@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from ebft.output import OutputFolder
 from ebft.report import Reporter
 from ebft.run import main
 
+_ASKING = threading.Lock()
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ebft.pipeline", "ebft.run"])
 # What makes files last, and moves or removes them: between any two of these calls a run may end.
@@ -29,12 +32,19 @@ TIMES = ("seconds", "tuning_seconds", "peak_memory_bytes")
 
 
 def in_child(work, *arguments) -> int:
-    """The exit code of ``work(*arguments)`` in a child; a signal's number is negative."""
+    """The exit code of ``work(*arguments)`` in a child; a signal's number is negative.
+
+    Threads may call this at once: starting a process asks after all others, and of two that ask after one at the same
+    time only one is told how it ended (the other: 255).
+    """
     child = CONTEXT.Process(target=work, args=arguments)
-    child.start()
-    child.join(120)
-    assert child.exitcode is not None, "the child hangs"
-    return child.exitcode
+    with _ASKING:
+        child.start()
+    ended = wait([child.sentinel], 120)
+    with _ASKING:
+        child.join(0 if not ended else None)
+        assert child.exitcode is not None, "the child hangs"
+        return child.exitcode
 
 
 def job(settings: dict, kill_at: int = 0, calls: Path | None = None) -> None:
