@@ -6,6 +6,9 @@ Two models: a random Llama-shaped one of 1.1 B parameters (bfloat16, shards of 5
 saved as safetensors. Each run is a child, whose /proc/PID/smaps_rollup is read every 20 ms: its anonymous and shared
 pages are what it holds; the resident peak counts pages of mapped files too, which the system takes back when it needs
 them. The bound is the activation cache (both streams), four blocks in float32, in which a CPU computes, and 1.5 GiB.
+
+"whole" copies the weights into memory, in the checkpoint's dtype: transformers maps safetensors files, whose pages are
+then the system's; ``.bin`` files, GGUF, and any change of dtype hold all of them.
 """
 
 from __future__ import annotations
@@ -48,7 +51,10 @@ from ebft import run_ebft
 from ebft.checkpoint import load_model, load_tokenizer
 from ebft.config import parse_args
 config, _ = parse_args(sys.argv[1:])
-run_ebft(load_model(config.model), config, tokenizer=load_tokenizer(config.model))
+model = load_model(config.model)
+for parameter in model.parameters():
+    parameter.data = parameter.data.clone()
+run_ebft(model, config, tokenizer=load_tokenizer(config.model))
 """
 CONTENDERS = {
     "streamed": (["-m", "ebft.run"], []),
@@ -84,7 +90,7 @@ def main() -> None:
                 row = {"model": model, "contender": contender, **sizes[model], "cache_bytes": cache}
                 row |= {"bound_bytes": bound, "anonymous_and_shared_bytes": peak.held}
                 row |= {"resident_bytes": peak.resident, "of_bound": round(peak.held / bound, 3)}
-                row |= {"seconds": round(peak.seconds, 1)}
+                row |= {"seconds": round(peak.seconds, 1), "peak_while": stage_at(summary["stage_seconds"], peak)}
                 row["perplexity"] = {"text": next(iter(summary["perplexity"].values()))}
                 rows.append(row)
                 print({k: round(v / 2**30, 2) if k.endswith("bytes") else v for k, v in row.items()}, flush=True)
@@ -95,27 +101,40 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes that a process held (anonymous and shared pages), its resident peak, and how long it ran."""
+    """Bytes that a process held (anonymous and shared pages), when it did, its resident peak, and how long it ran."""
 
     held: int
+    at: float
     resident: int
     seconds: float
 
 
 def watch(command: list[str]) -> Peak:
     """Run ``command`` to its end and see what memory it takes."""
-    began, held = time.perf_counter(), 0
+    began, held, at = time.perf_counter(), 0, 0.0
     child = subprocess.Popen(command)
     while True:
         pid, status, usage = os.wait4(child.pid, os.WNOHANG)
         if pid:
             break
-        held = max(held, _held(child.pid))
+        now = _held(child.pid)
+        if now > held:
+            held, at = now, time.perf_counter() - began
         time.sleep(0.02)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(f"{command} ended with {child.returncode}")
-    return Peak(held, usage.ru_maxrss * 1024, time.perf_counter() - began)
+    return Peak(held, at, usage.ru_maxrss * 1024, time.perf_counter() - began)
+
+
+def stage_at(laps: dict[str, float], peak: Peak) -> str:
+    """The stage of a run (seconds of each, in order) that was going on at the peak, counted from the end."""
+    ends = peak.seconds
+    for name, seconds in reversed(laps.items()):
+        ends -= seconds
+        if peak.at >= ends:
+            return name
+    return "before the first stage"
 
 
 def _held(pid: int) -> int:

@@ -95,7 +95,7 @@ class EBFTConfig:
     resume: bool = _setting(False, "go on with the interrupted run in OUTPUT.partial; start where there is none")
     streams: str = _setting(
         "auto",
-        "where hidden states are kept; auto: host, or disk where --host-memory is too small for that",
+        "where hidden states are kept; auto: host, or as --gpu-memory and --host-memory make it",
         choices=("auto", "device", "host", "disk"),
     )
     stream_dtype: str = _setting(
@@ -104,7 +104,9 @@ class EBFTConfig:
     gpu_memory: str | None = _setting(
         None, "GPU memory that the run may take, such as 16GiB: settings that fit are chosen", metavar="SIZE"
     )
-    host_memory: str | None = _setting(None, "host memory that the run may take, such as 8GiB", metavar="SIZE")
+    host_memory: str | None = _setting(
+        None, "host memory that the run may take, such as 8GiB: settings that fit are chosen", metavar="SIZE"
+    )
     max_shard_size: str = _setting("50GB", "largest file of the saved model", metavar="SIZE")
     fused: bool = _setting(False, "demand fused kernels for mask and optimizer; fail where there are none")
     trust_remote_code: bool = _setting(False, "let transformers run code that comes with the model")

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ebft.calibration import Tokens, calibration_tokens, evaluation_tokens
 from ebft.checkpoint import DEFAULT_MODEL, Source, load_tokenizer, open_model
-from ebft.config import ORGANISATION, EBFTConfig, parse_bytes
+from ebft.config import ORGANISATION, EBFTConfig
 from ebft.decoder import Decoder
 from ebft.errors import EBFTError
 from ebft.glue import liger_missing
@@ -32,7 +32,6 @@ from ebft.weights import ModelWeights
 from ebft_kernels import explain
 
 FUSED_OPS = ("masked_adamw_step", "masked_grad_norm")  # the products run on zeroed weights, without masks
-ROOM_FOR_THE_REST = 3 * 2**29  # bytes of host memory beside streams and four blocks: Python, libraries, embeddings
 
 
 @dataclass
@@ -140,7 +139,7 @@ def prepare_job(
         raise EBFTError(
             f"--samples is {len(calibration.ids)}, and {sharing.count} ranks share them; expected one for each at least"
         )
-    store = _choose_store(config, decoder, calibration, evaluation, output)
+    store = _choose_store(config, device, output)
     store.owner = f".rank-{ranks.rank}" if ranks.count > 1 else ""
     reporter.say(f"hidden states: {store.kind}")
     output.fingerprint = _fingerprint(config, decoder, dense, masker, calibration, evaluation)
@@ -211,25 +210,10 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     return chosen, torch.bfloat16 if has_bfloat16 else torch.float16
 
 
-def _choose_store(
-    config: EBFTConfig,
-    decoder: Decoder,
-    calibration: Tokens | None,
-    evaluation: dict[str, Tokens],
-    output: OutputFolder,
-) -> Store:
-    """What ``--streams`` means here: ``auto`` is the host, or the disk where ``--host-memory`` has no room for them."""
-    dtype = getattr(torch, config.stream_dtype)
-    kind = "host" if config.streams == "auto" else config.streams
-    if decoder.device.type == "cpu" and kind == "device":
-        kind = "host"  # which is the same there
-    if config.streams == "auto" and config.host_memory is not None:
-        tokens = [2 * calibration.ids.numel() * dtype.itemsize] if calibration else [0]
-        tokens += [sum(text.ids.numel() for text in evaluation.values()) * 4]  # their perplexity is measured in float32
-        blocks = [sum(p.numel() for p in decoder.stored_block(i).parameters()) * 4 for i in range(len(decoder))]
-        needed = max(tokens) * decoder.width() + 4 * max(blocks) + ROOM_FOR_THE_REST
-        kind = "host" if needed <= parse_bytes(config.host_memory, "--host-memory") else "disk"
-    return Store(decoder.device, kind, dtype, output)
+def _choose_store(config: EBFTConfig, device: torch.device, output: OutputFolder) -> Store:
+    """What ``--streams`` means here; where a budget was given the plan has chosen already."""
+    on_host = config.streams == "auto" or (config.streams == "device" and device.type == "cpu")
+    return Store(device, "host" if on_host else config.streams, getattr(torch, config.stream_dtype), output)
 
 
 def _fingerprint(

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ebft.calibration import builtin_documents
 from ebft.checkpoint import DEFAULT_MODEL, load_config
 from ebft.config import EBFTConfig, parse_bytes
 from ebft.decoder import BlockCall, Decoder, autocast, find_blocks
@@ -55,6 +56,7 @@ AHEAD = 2  # batches that travel to a GPU while one is worked on
 HOST = 1536 * _MIB  # Python, torch, transformers and CUDA's part on the host
 MASK_BYTES = 28  # a weight of the matrix at hand, while its mask is made in torch
 WIKITEXT2 = 350_000  # tokens of its test split, for vocabularies of 32 000; fewer with larger ones
+BYTES_A_TOKEN = 3  # of other texts: few tokenizers make more of English
 
 
 @dataclass(frozen=True)
@@ -139,15 +141,17 @@ def make_plan(config: EBFTConfig, on: str = HERE, model_config: Any = None) -> P
 
 
 def fit_to_budget(config: EBFTConfig, model: str | PreTrainedModel | None, say: Callable[[str], object]) -> EBFTConfig:
-    """``config`` with what ``gpu_memory`` makes of it; torch's allocator is held to that budget from now on.
+    """``config`` with what ``gpu_memory`` and ``host_memory`` make of it; torch's allocator is held to the first.
 
     Raises:
-        EBFTError: there is no GPU, or nothing fits.
+        EBFTError: nothing fits, or there is no GPU for ``gpu_memory``.
     """
-    if config.gpu_memory is None:
+    budgets = {"--gpu-memory": config.gpu_memory, "--host-memory": config.host_memory}
+    given = " ".join(f"{flag} {size}" for flag, size in budgets.items() if size)
+    if not given:
         return config
     device, _ = choose_device(config.device, config.dtype)
-    if device.type != "cuda":
+    if config.gpu_memory and device.type != "cuda":
         raise EBFTError(
             f"--gpu-memory is {config.gpu_memory}, and the run is on a CPU; expected a GPU (--plan plans for one)"
         )
@@ -156,9 +160,10 @@ def fit_to_budget(config: EBFTConfig, model: str | PreTrainedModel | None, say: 
     plan = make_plan(named, model_config=known)
     if plan.faults:
         raise EBFTError(plan.faults[0])
-    budget, (_, total) = parse_bytes(config.gpu_memory, "--gpu-memory"), torch.cuda.mem_get_info(device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(budget - CONTEXT, _MIB) / total), device)
-    say(f"--gpu-memory {config.gpu_memory}: {flags(plan.chosen) or 'the settings as given'}")
+    if config.gpu_memory:
+        budget, (_, total) = parse_bytes(config.gpu_memory, "--gpu-memory"), torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(budget - CONTEXT, _MIB) / total), device)
+    say(f"{given}: {flags(plan.chosen) or 'the settings as given'}")
     return dataclasses.replace(config, **plan.chosen)
 
 
@@ -351,8 +356,7 @@ class _Planner:
     def _streams(self, config: EBFTConfig) -> int:
         """Hidden states of calibration (two), or of an evaluation text."""
         calibration = 2 * config.samples * config.seqlen * getattr(torch, config.stream_dtype).itemsize
-        evaluation = WIKITEXT2 * 4 if "wikitext2" in config.eval_texts else 0
-        return max(calibration, evaluation) * self.width
+        return max(calibration, sum(map(_tokens_of, config.eval_texts)) * 4) * self.width
 
     # --- what the real code does with fake tensors ------------------------------------------------------------------
 
@@ -514,6 +518,14 @@ class _Tracker(MemTracker):
     def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> Any:
         all_have = all(parameter.requires_grad for parameter in module.parameters())
         return super()._track_module_params_and_buffers(module, install_grad_hooks and all_have)
+
+
+def _tokens_of(text: str) -> int:
+    """About how many tokens an evaluation text has, without reading it."""
+    file = Path(text).expanduser()
+    if file.is_file():
+        return file.stat().st_size // BYTES_A_TOKEN
+    return sum(map(len, builtin_documents("evaluation"))) // BYTES_A_TOKEN if text == "builtin" else WIKITEXT2
 
 
 def _peak(tracker: MemTracker) -> int:

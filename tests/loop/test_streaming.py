@@ -18,6 +18,7 @@ from ebft.config import EBFTConfig, parse_bytes
 from ebft.decoder import Decoder
 from ebft.evaluate import perplexities
 from ebft.output import OutputFolder
+from ebft.plan import make_plan
 from ebft.stream import Store, Stream, Streams, carry
 from ebft.weights import ModelWeights, ShardedWeights, Tensors
 
@@ -275,9 +276,13 @@ def test_bfloat16_streams_round_and_nothing_else(given, silent, tmp_path):
 
 
 def test_streams_go_to_disk_where_the_host_is_too_small(given, silent, capsys):
-    for memory, kind in (("64GiB", "host"), ("1.5GiB", "disk")):
+    needed = {kind: make_plan(given(streams=kind, eval="", recover="none")).host_peak for kind in ("host", "disk")}
+    for memory, kind in (("64GiB", "host"), (f"{needed['disk']}", "disk")):
         run_ebft(config=given(host_memory=memory, eval="", recover="none", overwrite=True), reporter=silent)
         assert f"hidden states: {kind}" in silent.console.file.getvalue().splitlines()
+    too_small = given(host_memory="1GiB", eval="", recover="none", overwrite=True)
+    with pytest.raises(EBFTError, match=r"needed with the leanest settings, and --host-memory is 1\.000 GiB"):
+        run_ebft(config=too_small, reporter=silent)
     for wrong in ("much", "-3GiB", "0"):
         with pytest.raises(EBFTError, match=f"--host-memory is '{wrong}'; expected a size such as 8GiB or 500MB"):
             EBFTConfig(host_memory=wrong)
