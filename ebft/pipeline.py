@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ebft.checkpoint import load_model, open_saved
 from ebft.config import ORGANISATION, EBFTConfig, parse_bytes
 from ebft.decoder import Decoder
-from ebft.errors import EBFTError
+from ebft.errors import EBFTError, MemoryRanOut
 from ebft.evaluate import perplexities
 from ebft.job import Job, blocks_are_independent, implementations, prepare_job, summarise
 from ebft.output import LINES, MASKS, SUMMARY, OutputFolder
@@ -122,11 +122,13 @@ def _running_out_said(output: OutputFolder) -> Iterator[None]:
     """Say in one sentence that memory ran out, and what is left."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError, MemoryRanOut) as error:
+        ours = isinstance(error, MemoryRanOut)
+        ran_out = ours or isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not ran_out and "can't allocate memory" not in str(error):
             raise
         kept = f"; what was finished is kept in {output.path}: --resume goes on from there" if output.kept() else ""
-        raise EBFTError(f"memory ran out{kept}") from error
+        raise EBFTError(f"{error if ours else 'memory ran out'}{kept}") from error
 
 
 def _finished(config: EBFTConfig, output: OutputFolder, reporter: Reporter) -> RunResult | None:

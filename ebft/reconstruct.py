@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ebft.config import EBFTConfig
 from ebft.decoder import BlockCall
-from ebft.errors import EBFTError
+from ebft.errors import EBFTError, MemoryRanOut
 from ebft.matrices import router_paths
 from ebft.ranks import Ranks
 from ebft.stream import carry
@@ -138,7 +138,8 @@ class BlockReconstructor:
             on_step: called with (steps done, steps in all) after each step.
 
         Raises:
-            EBFTError: the block has no halves to recompute, or the GPU's memory ran out where nothing can be repeated.
+            EBFTError: the block has no halves to recompute.
+            MemoryRanOut: the GPU's memory ran out where nothing can be repeated.
         """
         config = self._config
         forward = forward or partial(BlockCall((), kwargs), compute=self._compute)
@@ -250,7 +251,7 @@ class BlockReconstructor:
                 norm = optimizer.clip_grad_norm_(self._config.clip or float("inf"))
             scaler.step(optimizer)  # a sync point with float16 only, where a step may be skipped
         except torch.OutOfMemoryError:
-            raise EBFTError(
+            raise MemoryRanOut(
                 "out of GPU memory in the optimizer's step, which may have updated a part of the weights and so is not "
                 f"repeated; expected {_LEANER}"
             ) from None
@@ -272,12 +273,12 @@ class BlockReconstructor:
                 return torch.stack([_backward(tuning, *part, share=len(part[0]) / of) for part in parts]).sum()
             except torch.OutOfMemoryError:
                 if self._config.update_in_backward:
-                    raise EBFTError(
+                    raise MemoryRanOut(
                         "out of GPU memory in a backward pass that updates weights and so is not repeated; expected "
                         f"{_LEANER}"
                     ) from None
                 if size == 1:
-                    raise EBFTError(f"out of GPU memory with --micro-batch 1; expected {_LEANER}") from None
+                    raise MemoryRanOut(f"out of GPU memory with --micro-batch 1; expected {_LEANER}") from None
             tuning.optimizer.zero_grad()  # out here the failed attempt's activations are gone
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()

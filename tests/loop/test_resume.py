@@ -18,6 +18,7 @@ import ebft.job
 import ebft.output
 from ebft import EBFTError, run_ebft
 from ebft.config import EBFTConfig
+from ebft.errors import MemoryRanOut
 from ebft.output import OutputFolder
 from ebft.report import Reporter
 from ebft.run import main
@@ -376,17 +377,19 @@ def test_signals(number, code, settings, tmp_path):
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
-def test_memory_that_runs_out_is_one_sentence(settings, silent, monkeypatch, tmp_path):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryRanOut("with --micro-batch 1")])
+def test_memory_that_runs_out_is_one_sentence(error, settings, silent, monkeypatch, tmp_path):
     real, calls = ebft.job.BlockReconstructor.fit, []
 
     def starved(self, *args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(ebft.job.BlockReconstructor, "fit", starved)
-    with pytest.raises(EBFTError, match=r"^memory ran out; what was finished is kept in .*: --resume goes on from"):
+    said = error if isinstance(error, MemoryRanOut) else "memory ran out"
+    with pytest.raises(EBFTError, match=rf"^{said}; what was finished is kept in .*: --resume goes on from"):
         run(settings(), silent)
     monkeypatch.undo()
     run(settings(resume=True), silent)
