@@ -1,0 +1,334 @@
+"""Methods against each other on a real model: perplexity, minutes and memory of each cell of a table.
+
+    python -m benchmarks.quality --calibration c4.jsonl --eval wikitext2=wikitext2-test.txt c4=c4-held-out.jsonl
+    python -m benchmarks.quality --quick
+
+A cell is a method at a sparsity with a seed (of the calibration sample and the batch order): one run of ``ebft.run``,
+an audit of its folder, and the perplexity of the saved model on every text. When a cell is finished its row is
+appended to WORK/rows.jsonl, and the table, the chart and the result file are made anew; the same command again goes on
+where it ended. Minutes are those of the walk and what follows it, without loading, saving and perplexities; "memory"
+is the peak of the process's resident memory while it worked, whole model included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.machine import write_result
+from ebft.audit import audit
+from ebft.calibration import evaluation_tokens
+from ebft.checkpoint import load_tokenizer, open_model
+from ebft.config import ORGANISATION, parse_args
+from ebft.decoder import Decoder
+from ebft.evaluate import perplexities
+
+CPU = torch.device("cpu")
+NOT_WORK = ("load", "save", "dense_perplexity", "pruned_perplexity", "recovered_perplexity")
+
+
+@dataclass(frozen=True)
+class Method:
+    """Flags of ``ebft.run``.
+
+    Attributes:
+        as_long_as: its whole-model recovery gets the minutes that this method's cell took.
+        prunes: the method is a way to prune, which only a share or N:M of every matrix leaves open.
+    """
+
+    flags: tuple[str, ...]
+    as_long_as: str | None = None
+    prunes: bool = False
+
+
+METHODS = {
+    "none": Method(("--recover", "none")),
+    "dsnot": Method(("--refine", "dsnot", "--recover", "none"), prunes=True),
+    "ria": Method(("--prune", "ria", "--recover", "none"), prunes=True),
+    "owl": Method(("--allocation", "owl", "--recover", "none"), prunes=True),
+    "sparsegpt": Method(("--prune", "sparsegpt", "--recover", "none"), prunes=True),
+    "layerwise": Method(("--recover", "layerwise")),
+    "paper-small": Method(("--preset", "paper")),
+    **{f"paper-small, lr {lr}": Method(("--preset", "paper", "--lr", lr)) for lr in ("6e-4", "1e-3", "2e-3")},
+    "light": Method(("--preset", "light")),
+    "best": Method(("--preset", "best")),
+    **{
+        f"lora, lr {lr}": Method(("--recover", "lora", "--lm-lr", lr), as_long_as="paper-small")
+        for lr in ("1e-4", "3e-4", "1e-3")
+    },
+}
+STRUCTURED = "structured 26%"
+TARGETS = {
+    **{f"{share}%": ("--sparsity", f"{share / 100:g}") for share in (50, 60, 70)},
+    "2:4": ("--pattern", "2:4"),
+    "4:8": ("--pattern", "4:8"),
+    STRUCTURED: ("--structured", "--uniform", "--prune", "flap", "--sparsity", "0.26"),
+}
+REQUIRED = ("none", "dsnot", "sparsegpt", "paper-small", "light", "best")
+QUICK = ["--targets", "60%", "--seeds", "1", "--samples", "12", "--seqlen", "64", "--eval-windows", "4"]
+
+
+def main() -> None:
+    """Work through the cells that are not finished, one by one."""
+    given = _arguments(sys.argv[1:])
+    work = Path(given.work)
+    (work / "cells").mkdir(parents=True, exist_ok=True)
+    rows = Rows(work / "rows.jsonl")
+    texts = dict(text.split("=", 1) if "=" in text else (Path(text).stem, text) for text in given.eval)
+    tokenizer = load_tokenizer(given.model)
+    windows = {
+        name: evaluation_tokens(text, tokenizer, seqlen=given.eval_seqlen).ids[: given.eval_windows]
+        for name, text in texts.items()
+    }
+    if not rows.find("dense"):
+        rows.append({"method": "dense", "perplexity": _perplexities(given, given.model, windows)})
+    failed = []
+    for seed in range(given.seeds):
+        for target in given.targets:
+            for method in given.methods:
+                if rows.find(method, target, seed) or (METHODS[method].prunes and target == STRUCTURED):
+                    continue
+                try:
+                    rows.append(_cell(given, work, rows, method, target, seed, windows))
+                except subprocess.CalledProcessError as error:
+                    failed.append(f"{method} at {target}, seed {seed} ended with {error.returncode}")
+                    print(failed[-1], flush=True)
+                _write(given, rows, texts)
+    print("\n".join([str(_write(given, rows, texts)), *failed]))
+    if failed:
+        raise SystemExit(1)
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"in place of the defaults: {' '.join(QUICK)}")
+    parser.add_argument("--model", help="folder or hub id (default: the SmolLM2-135M-Instruct wheel)")
+    parser.add_argument("--calibration", default="builtin", metavar="NAME_OR_FILE")
+    parser.add_argument("--eval", nargs="+", default=["builtin"], metavar="NAME=NAME_OR_FILE")
+    parser.add_argument("--eval-windows", type=int, default=40, help="from the start of each text")
+    parser.add_argument("--eval-seqlen", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--dtype", default="bfloat16", help="of the products, in tuning and in perplexities")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=REQUIRED, metavar="METHOD")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["60%", "70%"], metavar="TARGET")
+    parser.add_argument("--seeds", type=int, default=3, help="0 to this, excluded")
+    parser.add_argument("--work", default=".benchmarks/quality", help="folder for cells and rows")
+    parser.add_argument("--keep", action="store_true", help="keep the weights of finished cells")
+    parser.add_argument("--name", default="quality", help="of the result files")
+    given = parser.parse_args(argv)
+    if given.quick:
+        given = parser.parse_args([*QUICK, "--work", ".benchmarks/quality-quick", "--name", "quality_quick", *argv])
+    return given
+
+
+# --- cells ----------------------------------------------------------------------------------------------------------
+
+
+def _cell(
+    given: argparse.Namespace,
+    work: Path,
+    rows: Rows,
+    method: str,
+    target: str,
+    seed: int,
+    windows: dict[str, Tensor],
+) -> dict[str, Any]:
+    """Run one cell, or take up its folder if it is done; gives its row."""
+    output = work / "cells" / f"{method}_{target}_{seed}".replace(", ", "-").replace(" ", "-")
+    flags = [*METHODS[method].flags, *TARGETS[target], "--seed", str(seed)]
+    flags += ["--samples", str(given.samples), "--seqlen", str(given.seqlen), "--dtype", given.dtype]
+    flags += ["--calibration", given.calibration, "--eval", ""]
+    flags += ["--model", given.model] if given.model else []
+    if "--preset" not in flags:
+        flags = ["--preset", "paper", *flags]
+    same_time = METHODS[method].as_long_as
+    if same_time:
+        of = rows.find(same_time, target, seed)
+        if of is None:
+            raise SystemExit(f"{method} takes the time of {same_time}, whose cell at {target} comes first")
+        flags += ["--lm-seconds", f"{of['seconds']:.0f}"]
+    print(f"{method} at {target}, seed {seed}: {' '.join(flags)}", flush=True)
+    command = [sys.executable, "-m", "ebft.run", *flags, "--output", str(output), "--resume"]
+    if not _is_done(output, flags):
+        subprocess.run(command, check=True)
+    found = audit(str(output))
+    if found.faults:
+        raise SystemExit(f"{output} does not pass the audit: {found.faults[0]}")
+    perplexity = _perplexities(given, str(output), windows)
+    summary = json.loads((output / "ebft_summary.json").read_text("utf-8"))
+    blocks = [json.loads(line) for line in (output / "blocks.jsonl").read_text("utf-8").splitlines()]
+    row = {"method": method, "target": target, "seed": seed, "flags": flags, "perplexity": perplexity}
+    row["seconds"] = sum(s for stage, s in summary["stage_seconds"].items() if stage not in NOT_WORK)
+    row["memory_bytes"] = max(block["peak_memory_bytes"] for block in blocks)
+    row["sparsity"] = summary["sparsity"]
+    row["blocks"] = {
+        name: [block.get(name) for block in blocks]
+        for name in ("relative_error_before", "relative_error_after", "holdout_error_before", "holdout_error_after")
+    }
+    row["versions"], row["audited"] = summary["versions"], True
+    if not given.keep:
+        for file in output.glob("*.safetensors"):
+            if file.name != "masks.safetensors":
+                file.unlink()
+    return row
+
+
+def _is_done(output: Path, flags: list[str]) -> bool:
+    """Whether ``output`` holds a finished run with these settings."""
+    if not (output / "ebft_summary.json").is_file():
+        return False
+    asked, _ = parse_args([*flags, "--output", str(output)])
+    said = json.loads((output / "ebft_summary.json").read_text("utf-8"))["config"]
+    differ = {
+        name
+        for name, value in asked.to_dict().items()
+        if name in said and name not in ORGANISATION and said[name] != value
+    }
+    if differ:
+        raise SystemExit(f"{output} holds a run with another {min(differ)}; choose another --work")
+    return True
+
+
+def _perplexities(given: argparse.Namespace, model: str | None, windows: dict[str, Tensor]) -> dict[str, float]:
+    source = open_model(model)
+    decoder = Decoder(source.model, CPU, getattr(torch, given.dtype), weights=source.weights)
+    return perplexities(decoder, windows)
+
+
+class Rows:
+    """The finished cells, a JSON object a line; others may append to the same file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.all: list[dict[str, Any]] = []
+        self._read()
+
+    def _read(self) -> None:
+        if self._file.is_file():
+            self.all = [json.loads(line) for line in self._file.read_text("utf-8").splitlines()]
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row, and take in those of others."""
+        with self._file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row) + "\n")
+        self._read()
+
+    def find(self, method: str, target: str | None = None, seed: int | None = None) -> dict[str, Any] | None:
+        """The row of a cell, if it is finished."""
+        matching = (r for r in self.all if (r["method"], r.get("target"), r.get("seed")) == (method, target, seed))
+        return next(matching, None)
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The seeds of one method at one target: means, and standard deviations where there are several."""
+
+    method: str
+    target: str
+    seeds: int
+    perplexity: dict[str, tuple[float, float]]
+    minutes: float
+    gigabytes: float
+    calibration_error: float | None
+    holdout_error: float | None
+
+    @classmethod
+    def of(cls, rows: list[dict[str, Any]]) -> Summary:
+        """Of rows that differ in the seed alone."""
+        texts = {name: [row["perplexity"][name] for row in rows] for name in rows[0]["perplexity"]}
+        errors = {
+            name: [_mean(row["blocks"][f"{name}_error_after"]) for row in rows] for name in ("relative", "holdout")
+        }
+        return cls(
+            method=rows[0]["method"],
+            target=rows[0]["target"],
+            seeds=len(rows),
+            perplexity={name: (statistics.mean(v), statistics.stdev(v) if v[1:] else 0.0) for name, v in texts.items()},
+            minutes=statistics.mean(row["seconds"] for row in rows) / 60,
+            gigabytes=max(row["memory_bytes"] for row in rows) / 2**30,
+            calibration_error=_mean(errors["relative"]),
+            holdout_error=_mean(errors["holdout"]),
+        )
+
+
+def summaries(rows: Iterable[dict[str, Any]]) -> list[Summary]:
+    """Of every target in order, its methods in order."""
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if "target" in row:
+            cells.setdefault((row["target"], row["method"]), []).append(row)
+    order = {cell: number for number, cell in enumerate((t, m) for t in TARGETS for m in METHODS)}
+    return [Summary.of(cells[cell]) for cell in sorted(cells, key=order.__getitem__)]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line a method and target, the dense model first."""
+    dense = next(row["perplexity"] for row in rows if row["method"] == "dense")
+    lines = [
+        f"| | method | {' | '.join(dense)} | minutes | GiB | error, calibration | held out | seeds |",
+        f"|{' --- |' * (len(dense) + 7)}",
+        f"| | dense | {' | '.join(f'{value:.2f}' for value in dense.values())} | | | | | |",
+    ]
+    for cell in summaries(rows):
+        values = [f"{mean:.2f}" + (f" ± {deviation:.2f}" if cell.seeds > 1 else "") for mean, deviation in
+                  cell.perplexity.values()]  # fmt: skip
+        errors = ["" if e is None else f"{e:.3f}" for e in (cell.calibration_error, cell.holdout_error)]
+        columns = [cell.target, cell.method, *values, f"{cell.minutes:.1f}", f"{cell.gigabytes:.1f}", *errors]
+        lines.append(f"| {' | '.join(columns)} | {cell.seeds} |")
+    return "\n".join(lines) + "\n"
+
+
+def chart(rows: list[dict[str, Any]]) -> Figure:
+    """Perplexity on the first text against minutes, a panel a target."""
+    cells = summaries(rows)
+    targets = list(dict.fromkeys(cell.target for cell in cells))
+    figure = Figure(figsize=(5.5 * max(1, len(targets)), 4.5), layout="constrained")
+    for number, target in enumerate(targets, 1):
+        axes = figure.add_subplot(1, len(targets), number)
+        for cell in cells:
+            if cell.target == target:
+                text, (mean, deviation) = next(iter(cell.perplexity.items()))
+                axes.errorbar(max(cell.minutes, 0.01), mean, yerr=deviation, fmt="o")
+                axes.annotate(cell.method, (max(cell.minutes, 0.01), mean), xytext=(5, 4), textcoords="offset points")
+                axes.set(xlabel="minutes", ylabel=f"perplexity, {text}", title=target, xscale="log", yscale="log")
+        axes.margins(x=0.25)
+        axes.grid(visible=True, which="both", alpha=0.3)
+    return figure
+
+
+def _write(given: argparse.Namespace, rows: Rows, texts: dict[str, str]) -> Path:
+    settings = {name: value for name, value in vars(given).items() if name not in ("work", "keep", "quick", "name")}
+    settings["calibration"] = Path(given.calibration).name
+    settings["eval"] = {name: Path(text).name for name, text in texts.items()}
+    kept = [{**row, "flags": [Path(f).name if "/" in f else f for f in row.get("flags", [])]} for row in rows.all]
+    cells = [dataclasses.asdict(cell) for cell in summaries(rows.all)]
+    file = write_result(given.name, {"settings": settings, "table": cells, "cells": kept})
+    file.with_suffix(".md").write_text(table(rows.all), encoding="utf-8")
+    chart(rows.all).savefig(file.with_suffix(".svg"), metadata={"Date": None})
+    return file
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return statistics.mean(known) if known else None
+
+
+if __name__ == "__main__":
+    main()

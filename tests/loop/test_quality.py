@@ -1,0 +1,65 @@
+"""The quality benchmark: cells run once, resume, are read back as a table; foreign folders are refused."""
+
+import json
+from functools import partial
+
+import pytest
+
+from benchmarks import quality
+from benchmarks.machine import write_result
+
+
+@pytest.fixture
+def flags(tiny, tmp_path):
+    text = str(tiny / "text.txt")
+    usual = ["--model", str(tiny / "model"), "--calibration", text, "--eval", f"one={text}", "two=builtin"]
+    usual += ["--eval-windows", "2", "--eval-seqlen", "32", "--samples", "4", "--seqlen", "16", "--dtype", "float32"]
+    usual += ["--targets", "2:4", "--methods", "none", "paper-small", "--seeds", "1"]
+    return [*usual, "--work", str(tmp_path / "work")]
+
+
+def run(flags, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["quality", *flags])
+    monkeypatch.setattr(quality, "write_result", partial(write_result, folder=tmp_path))
+    quality.main()
+
+
+def test_cells_are_run_once_and_make_a_table(flags, monkeypatch, tmp_path):
+    run(flags, monkeypatch, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "work" / "rows.jsonl").read_text().splitlines()]
+    cells = [(row["method"], row["target"]) for row in rows[1:]]
+    assert rows[0]["method"] == "dense"
+    assert cells == [("none", "2:4"), ("paper-small", "2:4")]
+    for row in rows[1:]:
+        assert row["perplexity"].keys() == {"one", "two"}
+        assert row["audited"]
+        tuned = row["method"] == "paper-small"
+        assert all((error is not None) == tuned for error in row["blocks"]["relative_error_after"])
+        assert row["sparsity"] == 0.5
+
+    lines = (tmp_path / "quality.md").read_text().splitlines()
+    assert len(lines) == 3 + len(cells)
+    assert f"{rows[2]['perplexity']['one']:.2f}" in lines[4]
+    assert "paper-small" in (tmp_path / "quality.svg").read_text()
+    assert str(tmp_path) not in (tmp_path / "quality.json").read_text()
+
+    monkeypatch.setattr(quality.subprocess, "run", lambda *_, **__: pytest.fail("a finished cell was run again"))
+    run(flags, monkeypatch, tmp_path)
+    (tmp_path / "work" / "rows.jsonl").write_text(json.dumps(rows[0]) + "\n")  # rows are lost, folders are there
+    with pytest.raises(SystemExit, match="another seqlen"):
+        run([*flags, "--seqlen", "20"], monkeypatch, tmp_path)
+
+
+def test_seeds_are_means_and_deviations():
+    def row(seed, perplexity, seconds):
+        blocks = {"relative_error_after": [0.1, 0.3], "holdout_error_after": [None, None]}
+        cell = {"method": "light", "target": "2:4", "seed": seed, "perplexity": {"text": perplexity}}
+        return {**cell, "seconds": seconds, "memory_bytes": 2**30, "blocks": blocks}
+
+    rows = [{"method": "dense", "perplexity": {"text": 5.0}}, row(0, 10.0, 60), row(1, 14.0, 180)]
+    (cell,) = quality.summaries(rows)
+    assert (cell.seeds, cell.minutes, cell.gigabytes) == (2, 2.0, 1.0)
+    assert cell.perplexity["text"] == (12.0, pytest.approx(2.828, abs=1e-3))
+    assert cell.calibration_error == pytest.approx(0.2)
+    assert cell.holdout_error is None
+    assert "| 2:4 | light | 12.00 ± 2.83 | 2.0 | 1.0 | 0.200 |  | 2 |" in quality.table(rows)
