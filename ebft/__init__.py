@@ -4,7 +4,8 @@ from ebft.compressed import load_compressed
 from ebft.config import EBFTConfig
 from ebft.errors import EBFTError
 from ebft.pipeline import RunResult, run_ebft
-from ebft.reconstruct import BlockReconstructor, BlockResult
+from ebft.reconstruct import BlockReconstructor
+from ebft.recovery import BlockResult
 from ebft.version import __version__
 
 __all__ = [

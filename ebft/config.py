@@ -24,6 +24,9 @@ def _setting(default: Any, help: str, choices: Sequence[str] | None = None, meta
     return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
 
 
+RECOVERIES = ("none", "layerwise", "ebft", "lora", "full")  # in the order in which they can follow one another
+
+
 @dataclass(frozen=True)
 class EBFTConfig:
     """Every setting of one run; ``EBFTConfig.preset("paper", lr=1e-3)`` starts from a preset.
@@ -39,7 +42,9 @@ class EBFTConfig:
     prune: str = _setting("wanda", "magnitude, wanda, zeros (those already there), or a masks.safetensors file")
     sparsity: float = _setting(0.7, "share of each matrix's weights that is pruned, between 0 and 1")
     pattern: str | None = _setting(None, "keep N of every M consecutive inputs, in place of --sparsity", metavar="N:M")
-    recover: str = _setting("ebft", "recovery after pruning", choices=("none", "ebft"))
+    recover: str = _setting("ebft", "recoveries after pruning: none, or a sum in order such as layerwise+ebft")
+    cg_iterations: int = _setting(20, "iterations of conjugate gradients in each layer (--recover layerwise)")
+    cg_damping: float = _setting(0.01, "what holds weights where they were, as a share of the inputs' mean square")
     calibration: str = _setting("c4", "c4, wikitext2, builtin, or a .txt/.jsonl/.parquet file", metavar="NAME_OR_FILE")
     windows: str = _setting(
         "random-window",
@@ -70,9 +75,22 @@ class EBFTConfig:
     )
     compile: bool = _setting(False, "run the block through torch.compile while it is tuned")
     lr: float = _setting(2e-4, "AdamW learning rate, decayed linearly to 0 in each block")
+    lr_scale: str = _setting(
+        "absolute",
+        "what --lr is: a learning rate, or a share of the root mean square of each matrix's kept weights",
+        choices=("absolute", "rms"),
+    )
+    lr_decay: str = _setting(
+        "linear", "how the learning rate falls in each block", choices=("linear", "cosine", "constant")
+    )
+    warmup: float = _setting(0.0, "share of each block's steps in which the learning rate rises to --lr")
     betas: tuple[float, float] = _setting((0.9, 0.95), "AdamW betas")
     weight_decay: float = _setting(0.1, "AdamW weight decay of the pruned matrices (norms and biases: 0)")
     clip: float = _setting(1.0, "clip the gradient norm over kept weights, after unscaling; 0 turns it off")
+    holdout: float = _setting(
+        0.0, "share of the sequences that no block is tuned on: the weights that do best on them are kept"
+    )
+    patience: int = _setting(2, "epochs without a lower error on the held-out sequences before a block is done")
     target: str = _setting(
         "sparse-stream",
         "targets: the dense block applied to the block's input, or the dense model's own hidden states",
@@ -121,13 +139,21 @@ class EBFTConfig:
             raise EBFTError(f"--output is {self.output!r}; expected the path of a folder that has a name")
         if not 0 < self.sparsity < 1:
             raise EBFTError(f"--sparsity is {self.sparsity:g}; expected a number between 0 and 1, both excluded")
-        for name in ("samples", "epochs", "batch_size"):
+        self._check_recover()
+        for name in ("samples", "epochs", "batch_size", "cg_iterations", "patience"):
             if getattr(self, name) < 1:
                 raise EBFTError(f"{_flag(name)} is {getattr(self, name)}; expected a whole number of at least 1")
         for name in ("seqlen", "eval_seqlen"):
             if getattr(self, name) < 2:
                 raise EBFTError(f"{_flag(name)} is {getattr(self, name)}; expected a whole number of at least 2")
-        for name in ("lr", "weight_decay", "clip"):
+        for name in ("warmup", "holdout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise EBFTError(
+                    f"{_flag(name)} is {getattr(self, name):g}; expected a share from 0 up to, not including, 1"
+                )
+        if self.holdout and self.samples < 2:
+            raise EBFTError(f"--holdout is {self.holdout:g} of 1 sequence; expected --samples 2 or more")
+        for name in ("lr", "weight_decay", "clip", "cg_damping"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise EBFTError(f"{_flag(name)} is {getattr(self, name)}; expected a finite number of at least 0")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -148,6 +174,15 @@ class EBFTConfig:
         if self.update_in_backward:
             self._check_update_in_backward()
 
+    def _check_recover(self) -> None:
+        names = self.recover.split("+")
+        known = [name for name in RECOVERIES if name in names]
+        if names != known or ("none" in names and len(names) > 1):
+            raise EBFTError(
+                f"--recover is {self.recover!r}; expected none, or one or more of {', '.join(RECOVERIES[1:])} in this "
+                "order, joined by +"
+            )
+
     def _check_update_in_backward(self) -> None:
         """What cannot be had where a gradient is used before the others are known."""
         if self.clip:
@@ -167,6 +202,16 @@ class EBFTConfig:
     def mask_pattern(self) -> Pattern:
         """What is pruned of a matrix: a share of its weights, or M - N of every M."""
         return Pattern.parse(self.pattern) if self.pattern else Pattern(sparsity=self.sparsity)
+
+    @property
+    def recoveries(self) -> tuple[str, ...]:
+        """The names that ``--recover`` sums up, in order; none of them for ``none``."""
+        return tuple(name for name in self.recover.split("+") if name != "none")
+
+    @property
+    def uses_dense_inputs(self) -> bool:
+        """Whether a recovery looks at what the dense block is given, beside what it gives."""
+        return "layerwise" in self.recoveries
 
     @property
     def eval_texts(self) -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ebft.output import OutputFolder, checksum
 from ebft.pruning import Criterion, Masker, make_masker
 from ebft.ranks import Ranks, own_device
 from ebft.reconstruct import BlockReconstructor
+from ebft.recovery import BlockRecovery, Chain, Layerwise
 from ebft.report import Reporter
 from ebft.stream import Store
 from ebft.version import __version__
@@ -73,7 +74,7 @@ class Job:
     teacher: Decoder
     tokenizer: PreTrainedTokenizerBase | None
     masker: Masker
-    reconstructor: BlockReconstructor | None
+    recovery: BlockRecovery | None
     calibration: Tokens | None
     eval_tokens: dict[str, Tokens]
     store: Store
@@ -151,7 +152,7 @@ def prepare_job(
         teacher=dense,
         tokenizer=tokenizer,
         masker=masker,
-        reconstructor=BlockReconstructor(config, device, compute, sharing) if recovers else None,
+        recovery=_block_recovery(config, device, compute, sharing),
         calibration=calibration,
         eval_tokens=evaluation,
         store=store,
@@ -161,6 +162,18 @@ def prepare_job(
         ranks=ranks,
         sharing=sharing,
     )
+
+
+def _block_recovery(
+    config: EBFTConfig, device: torch.device, compute: torch.dtype, sharing: Ranks
+) -> BlockRecovery | None:
+    """What is done to every block once it is pruned; None for nothing."""
+    made: dict[str, Callable[[], BlockRecovery]] = {
+        "layerwise": lambda: Layerwise(config, device, sharing),
+        "ebft": lambda: BlockReconstructor(config, device, compute, sharing),
+    }
+    links = [made[name]() for name in config.recoveries if name in made]
+    return Chain(links) if links else None
 
 
 def blocks_are_independent(config: EBFTConfig) -> bool:

@@ -30,7 +30,7 @@ from ebft.output import LINES, MASKS, SUMMARY, OutputFolder
 from ebft.plan import fit_to_budget
 from ebft.pruning import BlockMasks, Criterion, InputObserver, Statistics
 from ebft.ranks import Ranks, joined
-from ebft.reconstruct import BlockResult
+from ebft.recovery import BlockResult, BlockTask
 from ebft.report import Reporter, model_card
 from ebft.report_page import report_page
 from ebft.stream import Store, Stream, Streams
@@ -272,7 +272,7 @@ def _walk(job: Job) -> list[dict[str, Any]]:
             statistics = _dense_pass(job, streams, index, block) if streams else {}
             masks = job.masker(name, block, decoder.matrices[index], statistics)
             apply_masks(block, masks.masks)
-            result = _recover(job, streams, index, block, masks, advance) if streams and job.reconstructor else None
+            result = _recover(job, streams, index, block, masks, advance) if streams and job.recovery else None
 
             weights = decoder.round_as_stored(index, block)  # the stream goes through the block as it is saved
             if not all(torch.isfinite(weight).all() for weight in weights.values()):
@@ -392,17 +392,23 @@ def _sum_statistics(statistics: Statistics, ranks: Ranks) -> None:
 def _recover(
     job: Job, streams: Streams, index: int, block: nn.Module, masks: BlockMasks, advance: Callable[..., None]
 ) -> BlockResult:
-    """Tune ``block`` in place."""
-    assert job.reconstructor is not None
-    result = job.reconstructor.fit(
-        block,
-        streams.inputs.states,
-        streams.targets.states,
-        masks=masks.masks,
+    """Recover ``block`` in place."""
+    assert job.recovery is not None
+    dense_inputs = streams.dense_inputs
+    task = BlockTask(
         index=index,
+        block=block,
+        matrices=job.decoder.matrices[index],
+        masks=masks.masks,
+        inputs=streams.inputs.states,
+        targets=streams.targets.states,
         forward=partial(job.decoder.run_block, index),
+        dense_block=partial(job.teacher.working_block, index),
+        dense_forward=partial(job.teacher.run_block, index),
+        dense_inputs=None if dense_inputs is None else dense_inputs.states,
         on_step=lambda done, steps: advance(index + done / steps),
     )
+    result = job.recovery.recover(task)
     if not math.isfinite(result.error_after):
         raise _not_finite(job, index, "its outputs are NaN or infinity, or too large for a mean square")
     return result
@@ -431,6 +437,8 @@ def _block_line(job: Job, index: int, masks: BlockMasks, result: BlockResult | N
         "loss_after": None,
         "relative_error_before": None,
         "relative_error_after": None,
+        "held_out_before": None,
+        "held_out_after": None,
         "losses": [],
         "gradient_norms": [],
         "seconds": seconds,
@@ -446,6 +454,8 @@ def _block_line(job: Job, index: int, masks: BlockMasks, result: BlockResult | N
             "loss_after": result.error_after,
             "relative_error_before": result.error_before / energy,
             "relative_error_after": result.error_after / energy,
+            "held_out_before": result.held_out_before,
+            "held_out_after": result.held_out_after,
             "tuning_seconds": result.seconds,
             "losses": result.losses,
             "gradient_norms": result.gradient_norms,
@@ -458,6 +468,8 @@ def _block_note(line: dict[str, Any]) -> str:
     said = f"{line['sparsity']:.1%} sparse"
     if line["loss_before"] is not None:
         said += f", relative error {line['relative_error_before']:.3g} -> {line['relative_error_after']:.3g}"
+    if line["held_out_before"] is not None:
+        said += f", held-out error {line['held_out_before']:.3g} -> {line['held_out_after']:.3g}"
     return "; ".join([said, *line["notes"]])
 
 

@@ -35,6 +35,7 @@ from ebft.evaluate import TOKENS_AT_ONCE
 from ebft.job import check_lengths, choose_device
 from ebft.pruning import InputStatistics, make_masker
 from ebft.reconstruct import BlockReconstructor, halves
+from ebft.recovery.layerwise import ROWS_AT_ONCE
 from ebft.report import duration
 from ebft.shapes import shapes_only, without_values
 from ebft_kernels import PackedMask, reconstruction_loss
@@ -54,6 +55,7 @@ WORKSPACES = 64 * _MIB  # cuBLAS: 32 MiB on Hopper, 8 MiB before; as much again 
 FRAGMENTS = 0.05  # of what is allocated: the caching allocator's rounding and holes
 AHEAD = 2  # batches that travel to a GPU while one is worked on
 HOST = 1536 * _MIB  # Python, torch, transformers and CUDA's part on the host
+SOLVED = 9  # tensors of rows while the closed form of a layer is made
 MASK_BYTES = 28  # a weight of the matrix at hand, while its mask is made in torch
 WIKITEXT2 = 350_000  # tokens of its test split, for vocabularies of 32 000; fewer with larger ones
 BYTES_A_TOKEN = 3  # of other texts: few tokenizers make more of English
@@ -218,7 +220,7 @@ class _Planner:
         config = self.config
         for place in self._places():
             yield (config := dataclasses.replace(config, streams=place))
-        if config.recover == "none":
+        if "ebft" not in config.recoveries:
             return
 
         def leaner(**changes: Any) -> EBFTConfig:
@@ -243,7 +245,7 @@ class _Planner:
 
     def _in_backward(self, config: EBFTConfig) -> EBFTConfig | None:
         """The same without gradients, where a step needs neither their norm nor their sum."""
-        if config.clip or config.compile or config.recover == "none" or self.compute == torch.float16:
+        if config.clip or config.compile or "ebft" not in config.recoveries or self.compute == torch.float16:
             return None
         return dataclasses.replace(config, micro_batch=None, update_in_backward=True)
 
@@ -304,7 +306,7 @@ class _Planner:
 
     def device(self, config: EBFTConfig) -> dict[str, int]:
         """Bytes on the device while a block is tuned."""
-        rows = dict(self.tuning(dataclasses.replace(config, streams="auto"))) if config.recover != "none" else {}
+        rows = dict(self.tuning(dataclasses.replace(config, streams="auto"))) if "ebft" in config.recoveries else {}
         return rows | self._around(config, sum(rows.values()))
 
     def stages(self, config: EBFTConfig) -> dict[str, int]:
@@ -337,7 +339,7 @@ class _Planner:
         }
         if config.model is None or Path(config.model).suffix.lower() == ".gguf":
             rows["the model, which is loaded whole"] = self.parameters * stored
-        if config.recover != "none":
+        if "ebft" in config.recoveries:
             rows["the best weights of a block"] = self.largest * (4 if config.weights == "fp32" else 2)
         if config.streams not in ("device", "disk"):
             rows["streams"] = self._streams(config)
@@ -354,8 +356,9 @@ class _Planner:
         return rows | ({"streams": self._streams(config)} if config.streams == "disk" else {})
 
     def _streams(self, config: EBFTConfig) -> int:
-        """Hidden states of calibration (two), or of an evaluation text."""
-        calibration = 2 * config.samples * config.seqlen * getattr(torch, config.stream_dtype).itemsize
+        """Hidden states of calibration (two, or three with dense inputs), or of evaluation texts."""
+        kept = 3 if config.uses_dense_inputs and config.target == "dense-stream" else 2
+        calibration = kept * config.samples * config.seqlen * getattr(torch, config.stream_dtype).itemsize
         return max(calibration, sum(map(_tokens_of, config.eval_texts)) * 4) * self.width
 
     # --- what the real code does with fake tensors ------------------------------------------------------------------
@@ -414,6 +417,12 @@ class _Planner:
         found = {
             "masks of a block": self.largest * 4 + sum(s.numel() for s in self.shapes.values()) + MASK_BYTES * matrix
         }
+        if "layerwise" in config.recoveries:
+            systems = [
+                m.experts * 2 * m.inputs**2 + SOLVED * min(m.outputs * m.inputs, ROWS_AT_ONCE)
+                for m in self.decoder.matrices[self.index]
+            ]
+            found["closed form, beside three blocks"] = 4 * (3 * self.largest + max(systems))
         shapes = {"dense pass, with statistics": (batch, config.seqlen)} if needs_inputs else {}
         if config.eval_texts:
             shapes["perplexity, a block"] = (max(1, TOKENS_AT_ONCE // config.eval_seqlen), config.eval_seqlen)
@@ -457,7 +466,7 @@ class _Planner:
                         loss.backward()
                 counted.append(counter.get_total_flops())
         passes = 2 + (self.config.epochs + 1) / 16  # dense, recovered, and the errors on the probe
-        steps = config.epochs if config.recover != "none" else 0
+        steps = config.epochs if "ebft" in config.recoveries else 0
         return float(len(self.decoder) * config.samples * (steps * counted[1] + passes * counted[0]))
 
     def _rates(self) -> dict[str, float]:

@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,34 +24,11 @@ from ebft.decoder import BlockCall
 from ebft.errors import EBFTError, MemoryRanOut
 from ebft.matrices import router_paths
 from ebft.ranks import Ranks
+from ebft.recovery import BlockResult, BlockTask, Forward
+from ebft.recovery.rates import learning_rate, set_scales
+from ebft.recovery.task import Errors, Split, samples_of_all
 from ebft.stream import carry
 from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, mask_linears_, reconstruction_loss_and_gradient
-
-Forward = Callable[[nn.Module, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """What tuning a block did.
-
-    Attributes:
-        losses: the loss (mean squared error) of every step, before that step.
-        gradient_norms: the gradient's L2 norm over kept weights of every step, before clipping; NaN with
-            ``update_in_backward``, which never has all gradients.
-        error_before, error_after: mean squared error on the probe samples.
-        branch_energy: mean of (Y - X)^2 on them, how far the targets are from the inputs; error / energy is the
-            relative error.
-        seconds: time that the steps took, with the errors on the probe between epochs.
-        notes: what is worth a line in the report, a sentence each.
-    """
-
-    losses: list[float]
-    gradient_norms: list[float]
-    error_before: float
-    error_after: float
-    branch_energy: float
-    seconds: float
-    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -111,6 +87,18 @@ class BlockReconstructor:
                 "scale; expected --dtype bfloat16 or float32"
             )
 
+    def recover(self, task: BlockTask) -> BlockResult:
+        """``fit`` on a block of the walk."""
+        return self.fit(
+            task.block,
+            task.inputs,
+            task.targets,
+            masks=task.masks,
+            index=task.index,
+            forward=task.forward,
+            on_step=task.on_step,
+        )
+
     def fit(
         self,
         block: nn.Module,
@@ -126,6 +114,8 @@ class BlockReconstructor:
         """Tune ``block`` in place.
 
         Where tuning ends worse than it began, or no longer in numbers, the best weights seen between epochs are kept.
+        With ``holdout`` the best are those of the least error on the samples held out; they are kept in any case, and
+        tuning ends ``patience`` epochs after them.
 
         Args:
             block: float32, on the device; its weights at pruned places are set to zero and stay so.
@@ -143,49 +133,48 @@ class BlockReconstructor:
         """
         config = self._config
         forward = forward or partial(BlockCall((), kwargs), compute=self._compute)
-        samples = self._summed(torch.tensor(len(inputs)))
-        share = self._ranks.share(samples)
-        probed = max(1, samples // 16)
-        probe = slice(0, max(0, probed - share.start))
-        steps = config.epochs * -(-samples // config.batch_size)
+        split = Split.of(samples_of_all(inputs, self._ranks), config.holdout, self._ranks)
+        errors = Errors(inputs, targets, split, self._device, self._ranks, self.micro_batch)
+        through = partial(forward, block)
+        steps = config.epochs * -(-len(split.tuned) // config.batch_size)
         losses, norms = torch.zeros(steps, device=self._device), torch.zeros(steps, device=self._device)
         with self.prepared(block, masks, forward, index) as tuning:
-            error_before = error = self._error(block, inputs[probe], targets[probe], forward, probed)
-            best = _Best(block, error)
+            set_scales(tuning.optimizer, config)
+            error_before = error = errors.of(through, split.probe)
+            watch: _Watch = _Probe(block, error)
+            if len(split.held_out):
+                watch = _HeldOut(block, error, lambda: errors.of(through, split.held_out), config.patience)
             step, began = 0, time.perf_counter()
             for epoch in range(config.epochs):
-                batches = batch_order(samples, config.seed, index, epoch).split(config.batch_size)
-                mine = [batch[(batch >= share.start) & (batch < share.stop)] - share.start for batch in batches]
+                order = batch_order(len(split.tuned), config.seed, index, epoch)
+                batches = split.tuned[order].split(config.batch_size)
+                mine = [split.here(batch) for batch in batches]
                 for batch, (x, y) in zip(batches, carry(self._device, (inputs, targets), mine), strict=True):
                     for group in tuning.optimizer.param_groups:
-                        group["lr"] = config.lr * (1 - step / steps)
+                        group["lr"] = learning_rate(config, step, steps) * group["scale"]
                     losses[step], norms[step] = self.step(tuning, x, y, of=len(batch))
                     step += 1
                     if on_step:
                         on_step(step, steps)
                 # The one sync point of an epoch.
-                error = self._error(block, inputs[probe], targets[probe], forward, probed)
-                best.see(error)
-                if not math.isfinite(error):
+                errors.at_once = self.micro_batch  # which may have been halved
+                error = errors.of(through, split.probe)
+                if watch.done(error) or not math.isfinite(error):
                     break
-            if not error <= error_before:
-                tuning.notes.append(
-                    f"tuning diverged: the error was {error_before:.3g} before it and {error:.3g} after epoch "
-                    f"{epoch + 1}; the best weights seen, of error {best.error:.3g}, were kept"
-                )
-                error = best.restore()
+            notes, error = watch.end(error)
             seconds = time.perf_counter() - began
         self._ranks.add_([losses])
-        energy = F.mse_loss(inputs[probe].float(), targets[probe].float(), reduction="sum").double().cpu()
 
         return BlockResult(
             losses=losses[:step].tolist(),
             gradient_norms=norms[:step].tolist(),
             error_before=error_before,
             error_after=error,
-            branch_energy=self._summed(energy) / (probed * targets.shape[1:].numel()),
+            branch_energy=errors.branch_energy(),
             seconds=seconds,
-            notes=tuning.notes,
+            notes=tuning.notes + notes,
+            held_out_before=watch.held_out_before,
+            held_out_after=watch.held_out_after,
         )
 
     @contextlib.contextmanager
@@ -207,9 +196,12 @@ class BlockReconstructor:
                 undone_after.enter_context(_masked_layers(block, masks))
             if config.recompute == "halves":
                 undone_after.enter_context(_recomputed(halves(block, masks)))
+            matrices = [[tuned[name] for name in masks]]
+            if config.lr_scale == "rms":  # each has a learning rate of its own
+                matrices = [[matrix] for matrix in matrices[0]]
             optimizer = MaskedAdamW(
                 [
-                    {"params": [tuned[name] for name in masks], "weight_decay": config.weight_decay},
+                    *({"params": of_group, "weight_decay": config.weight_decay} for of_group in matrices),
                     {"params": [tuned[name] for name in tuned if name not in masks], "weight_decay": 0.0},
                 ],
                 lr=config.lr,
@@ -284,20 +276,6 @@ class BlockReconstructor:
                 torch.cuda.empty_cache()
             self.micro_batch = size // 2
             tuning.notes.append(f"out of GPU memory with {size} sequences at once: {size // 2} from here on")
-
-    @torch.no_grad()
-    def _error(self, block: nn.Module, inputs: Tensor, targets: Tensor, forward: Forward, samples: int) -> float:
-        """Mean squared error over so many samples, these being this rank's. A sync point."""
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        parts = [slice(n, n + self.micro_batch) for n in range(0, len(inputs), self.micro_batch)]
-        for x, y in carry(self._device, (inputs, targets), parts):
-            total += F.mse_loss(forward(block, x), y, reduction="sum")
-        return self._summed(total) / (samples * targets.shape[1:].numel())
-
-    def _summed(self, number: Tensor) -> Any:
-        """A number summed over ranks. A sync point."""
-        self._ranks.add_([number])
-        return number.item()
 
 
 def batch_order(samples: int, seed: int, block: int, epoch: int) -> Tensor:
@@ -399,3 +377,85 @@ class _Best:
         for kept, parameter in zip(self._kept, self._tuned, strict=True):
             parameter.copy_(kept)
         return self.error
+
+
+class _Watch(Protocol):
+    """Looks at a block after every epoch: is it done, and which weights are kept?
+
+    Attributes:
+        held_out_before, held_out_after: as in ``BlockResult``.
+    """
+
+    held_out_before: float | None
+
+    @property
+    def held_out_after(self) -> float | None:
+        """See above."""
+
+    def done(self, error: float) -> bool:
+        """After an epoch, whose error on the probe this is: whether more epochs are of no use."""
+
+    def end(self, error: float) -> tuple[list[str], float]:
+        """After the last one: notes, and the error on the probe of the weights kept, which the block then has."""
+
+
+class _Probe:
+    """No samples are held out: the last weights are kept, but where tuning diverged."""
+
+    held_out_before: float | None = None
+    held_out_after: float | None = None
+
+    def __init__(self, block: nn.Module, error: float) -> None:
+        self._best, self._before, self._epochs = _Best(block, error), error, 0
+
+    def done(self, error: float) -> bool:
+        self._epochs += 1
+        self._best.see(error)
+        return False
+
+    def end(self, error: float) -> tuple[list[str], float]:
+        if error <= self._before:
+            return [], error
+        note = (
+            f"tuning diverged: the error was {self._before:.3g} before it and {error:.3g} after epoch {self._epochs}; "
+            f"the best weights seen, of error {self._best.error:.3g}, were kept"
+        )
+        return [note], self._best.restore()
+
+
+class _HeldOut:
+    """Samples are held out: the weights that do best on them are kept, and no more than ``patience`` epochs follow.
+
+    Args:
+        error: on the probe, before the first epoch.
+        judge: makes the error on the held-out samples, as the block is.
+    """
+
+    def __init__(self, block: nn.Module, error: float, judge: Callable[[], float], patience: int) -> None:
+        self._judge, self._patience = judge, patience
+        self._last = self._least = judge()
+        self.held_out_before: float | None = self._last
+        self._best, self._error, self._epochs, self._best_epoch = _Best(block, self._last), error, 0, 0
+
+    @property
+    def held_out_after(self) -> float | None:
+        """See ``_Watch``."""
+        return self._least
+
+    def done(self, error: float) -> bool:
+        self._epochs += 1
+        self._last = self._judge()
+        if self._last < self._least:
+            self._least, self._error, self._best_epoch = self._last, error, self._epochs
+            self._best.see(self._last)
+        return self._epochs - self._best_epoch >= self._patience
+
+    def end(self, error: float) -> tuple[list[str], float]:
+        if self._best_epoch == self._epochs:
+            return [], error
+        kept = f"the weights of epoch {self._best_epoch} were kept" if self._best_epoch else "no epoch's were kept"
+        rise = f"the error on held-out sequences rose from {self._least:.3g} to {self._last:.3g}"
+        if error < self._error:
+            rise = f"over-fitting: the calibration error fell from {self._error:.3g} to {error:.3g}, while {rise}"
+        self._best.restore()
+        return [f"{rise} in epoch {self._epochs}; {kept}"], self._error

@@ -199,7 +199,8 @@ class Streams:
     """The inputs of the block at hand, and its targets: two buffers in all, whatever the model's depth.
 
     On disk, what a finished block's commit names stays as it is until the next commit: what would be moved on in place
-    alternates between two files there.
+    alternates between two files there. So do the dense model's states, anywhere, where a recovery asks for a block's
+    dense inputs beside its dense outputs: one buffer more.
 
     Args:
         position: where an interrupted run's streams are (``position()``), in files that are whole; by default they
@@ -232,11 +233,15 @@ class Streams:
 
         names = position or {"inputs": "inputs-0", "targets": "targets-0"}
         self.inputs = stream(teacher if self._dense_inputs else decoder, names["inputs"])
-        self._spare: dict[str, Stream] = {}  # the other file of a stream that is moved on in place
+        self._spare: dict[
+            str, Stream
+        ] = {}  # the other buffer or file of a stream, which is left behind as it is moved on
         if self._dense_targets:
             self.targets = stream(teacher, names["targets"])
-            if store.kind == "disk":
-                self._spare = {s.name: s.empty(_other(s.name)) for s in (self.inputs, self.targets)}
+            moved = [self.inputs] if store.kind == "disk" else []
+            if store.kind == "disk" or config.uses_dense_inputs:
+                moved.append(self.targets)
+            self._spare = {s.name: s.empty(_other(s.name)) for s in moved}
         else:
             self.targets = self.inputs.empty(_other(self.inputs.name))
 
@@ -244,6 +249,11 @@ class Streams:
     def dense_source(self) -> Stream:
         """What the dense block is applied to."""
         return self.targets if self._dense_targets else self.inputs
+
+    @property
+    def dense_inputs(self) -> Stream | None:
+        """What the dense block was applied to, once ``dense_pass`` has run; None where it was not kept."""
+        return self._spare.get(self.targets.name) if self._dense_targets else self.inputs
 
     @property
     def follow_the_dense(self) -> bool:

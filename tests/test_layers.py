@@ -88,6 +88,7 @@ ORDER = {
         "stream",
         "calibration",
         "evaluate",
+        "recovery",
         "reconstruct",
         "job",
         "plan",

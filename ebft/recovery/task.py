@@ -1,0 +1,188 @@
+"""The interface of a recovery inside the walk: a pruned block and what it should do, in; the block changed, out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ebft.matrices import Matrix
+from ebft.ranks import Ranks
+from ebft.stream import carry
+from ebft_kernels import PackedMask
+
+Forward = Callable[[nn.Module, Tensor], Tensor]  # (block, hidden states) -> hidden states after it, float32
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """A pruned block, and what it is recovered from.
+
+    Attributes:
+        index: its number; with the seed it determines whatever is random.
+        block: float32, on the device; recovered in place. Its weights at pruned places are zero, and stay so.
+        matrices: those of its parameters that have masks.
+        masks: parameter name -> kept weights, in the parameter's shape.
+        inputs, targets: (samples, seqlen, width), float32 or bfloat16, in any memory; of several ranks, this one's
+            share of all samples.
+        forward: hidden states through the block.
+        dense_block: makes the block that ``targets`` came from, to work with and to throw away.
+        dense_forward: hidden states through that one.
+        dense_inputs: what it was given, as ``inputs``; None where ``config.uses_dense_inputs`` does not ask for them.
+        on_step: called with (steps done, steps in all).
+    """
+
+    index: int
+    block: nn.Module
+    matrices: Sequence[Matrix]
+    masks: Mapping[str, PackedMask]
+    inputs: Tensor
+    targets: Tensor
+    forward: Forward
+    dense_block: Callable[[], nn.Module]
+    dense_forward: Forward
+    dense_inputs: Tensor | None
+    on_step: Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What recovering a block did.
+
+    Attributes:
+        losses: the loss of every step, before that step.
+        gradient_norms: the gradient's L2 norm over kept weights of every step, before clipping; NaN with
+            ``update_in_backward``, which never has all gradients.
+        error_before, error_after: mean squared error on the probe samples, a sixteenth of those tuned on.
+        branch_energy: mean of (Y - X)^2 on them, how far the targets are from the inputs; error / energy is the
+            relative error.
+        seconds: time that the steps took, with the errors on the probe between epochs.
+        notes: what is worth a line in the report, a sentence each.
+        held_out_before, held_out_after: mean squared error on the samples that were held out; None without any.
+    """
+
+    losses: list[float]
+    gradient_norms: list[float]
+    error_before: float
+    error_after: float
+    branch_energy: float
+    seconds: float
+    notes: list[str]
+    held_out_before: float | None = None
+    held_out_after: float | None = None
+
+
+class BlockRecovery(Protocol):
+    """One way to recover a block; one object serves all blocks."""
+
+    def recover(self, task: BlockTask) -> BlockResult:
+        """Recover ``task.block`` in place; ``EBFTError`` where that cannot be done."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Recoveries one after the other, each of what the one before has left."""
+
+    links: Sequence[BlockRecovery]
+
+    def recover(self, task: BlockTask) -> BlockResult:
+        """Recover ``task.block`` by all of them; errors are those before the first and after the last."""
+        results: list[BlockResult] = []
+        for place, link in enumerate(self.links):
+            told = partial(_told, task.on_step, place, len(self.links))
+            results.append(link.recover(replace(task, on_step=told)))
+        return replace(
+            results[-1],
+            losses=[loss for result in results for loss in result.losses],
+            gradient_norms=[norm for result in results for norm in result.gradient_norms],
+            error_before=results[0].error_before,
+            held_out_before=results[0].held_out_before,
+            seconds=sum(result.seconds for result in results),
+            notes=[note for result in results for note in result.notes],
+        )
+
+
+def _told(on_step: Callable[[int, int], None], place: int, places: int, done: int, steps: int) -> None:
+    on_step(place * steps + done, places * steps)
+
+
+# --- samples and errors ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which of all samples a block is tuned on, and which are held out to judge it by.
+
+    Attributes:
+        tuned, held_out: their numbers among all samples of all ranks, int64, ascending.
+        share: the numbers that this rank holds.
+    """
+
+    tuned: Tensor
+    held_out: Tensor
+    share: slice
+
+    @classmethod
+    def of(cls, samples: int, held_out_share: float, ranks: Ranks) -> Split:
+        """``held_out_share`` of the samples held out, spread evenly over them: at least one and not all, but for 0."""
+        numbers = torch.arange(samples)
+        count = min(max(1, round(samples * held_out_share)), samples - 1) if held_out_share else 0
+        held = (numbers + 1) * count // samples > numbers * count // samples
+        return cls(numbers[~held], numbers[held], ranks.share(samples))
+
+    @property
+    def probe(self) -> Tensor:
+        """The samples that errors are measured on between epochs: the first sixteenth of those tuned on."""
+        return self.tuned[: max(1, len(self.tuned) // 16)]
+
+    def here(self, numbers: Tensor) -> Tensor:
+        """Where this rank has those of the samples that it holds."""
+        return numbers[(numbers >= self.share.start) & (numbers < self.share.stop)] - self.share.start
+
+
+@dataclass
+class Errors:
+    """Mean squared errors of a block, over the samples of all ranks.
+
+    Attributes:
+        device: where the block is.
+        at_once: samples that go through it together.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    split: Split
+    device: torch.device
+    ranks: Ranks
+    at_once: int
+
+    @torch.no_grad()
+    def of(self, forward: Callable[[Tensor], Tensor], numbers: Tensor) -> float:
+        """The mean of (forward(X) - Y)^2 over these samples. A sync point."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        parts = [part for part in self.split.here(numbers).split(self.at_once) if len(part)]
+        for x, y in carry(self.device, (self.inputs, self.targets), parts):
+            total += F.mse_loss(forward(x), y, reduction="sum")
+        return self._mean(total, numbers)
+
+    def branch_energy(self) -> float:
+        """The mean of (X - Y)^2 over the probe. A sync point."""
+        rows = self.split.here(self.split.probe)
+        energy = F.mse_loss(self.inputs[rows].float(), self.targets[rows].float(), reduction="sum").double().cpu()
+        return self._mean(energy, self.split.probe)
+
+    def _mean(self, total: Tensor, numbers: Tensor) -> float:
+        self.ranks.add_([total])
+        return float(total) / (len(numbers) * self.targets.shape[1:].numel())
+
+
+def samples_of_all(inputs: Tensor, ranks: Ranks) -> int:
+    """How many samples all ranks hold together. A sync point."""
+    count = torch.tensor(len(inputs))
+    ranks.add_([count])
+    return int(count)
