@@ -144,7 +144,9 @@ def test_a_run_comes_nearer_to_the_dense_block(family, target, config, tokenizer
     settings = config(recover="layerwise", target=target, samples=24)
     result = run_ebft(random_model(family), settings, tokenizer=tokenizer, reporter=silent)
     for line in result.blocks:  # the dense stream is also far for what the blocks before have done
-        assert line["loss_after"] < {"sparse-stream": 0.9, "dense-stream": 1}[target] * line["loss_before"], line["notes"]
+        assert line["loss_after"] < {"sparse-stream": 0.9, "dense-stream": 1}[target] * line["loss_before"], line[
+            "notes"
+        ]
         assert line["losses"] == []
     masks = load_masks(result.output / "masks.safetensors")
     for name, mask in masks.items():
