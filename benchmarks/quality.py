@@ -37,6 +37,7 @@ from ebft.decoder import Decoder
 from ebft.evaluate import perplexities
 
 CPU = torch.device("cpu")
+_ERRORS = ("relative_error_before", "relative_error_after", "relative_held_out_before", "relative_held_out_after")
 NOT_WORK = ("load", "save", "dense_perplexity", "pruned_perplexity", "recovered_perplexity")
 
 
@@ -175,10 +176,7 @@ def _cell(
     row["seconds"] = sum(s for stage, s in summary["stage_seconds"].items() if stage not in NOT_WORK)
     row["memory_bytes"] = max(block["peak_memory_bytes"] for block in blocks)
     row["sparsity"] = summary["sparsity"]
-    row["blocks"] = {
-        name: [block.get(name) for block in blocks]
-        for name in ("relative_error_before", "relative_error_after", "holdout_error_before", "holdout_error_after")
-    }
+    row["blocks"] = {name: [block[name] for block in blocks] for name in _ERRORS}
     row["versions"], row["audited"] = summary["versions"], True
     if not given.keep:
         for file in output.glob("*.safetensors"):
@@ -247,15 +245,16 @@ class Summary:
     minutes: float
     gigabytes: float
     calibration_error: float | None
-    holdout_error: float | None
+    held_out_error: float | None
 
     @classmethod
     def of(cls, rows: list[dict[str, Any]]) -> Summary:
         """Of rows that differ in the seed alone."""
         texts = {name: [row["perplexity"][name] for row in rows] for name in rows[0]["perplexity"]}
-        errors = {
-            name: [_mean(row["blocks"][f"{name}_error_after"]) for row in rows] for name in ("relative", "holdout")
-        }
+        calibration, held_out = (
+            _mean(_mean(row["blocks"][name]) for row in rows)
+            for name in ("relative_error_after", "relative_held_out_after")
+        )
         return cls(
             method=rows[0]["method"],
             target=rows[0]["target"],
@@ -263,8 +262,8 @@ class Summary:
             perplexity={name: (statistics.mean(v), statistics.stdev(v) if v[1:] else 0.0) for name, v in texts.items()},
             minutes=statistics.mean(row["seconds"] for row in rows) / 60,
             gigabytes=max(row["memory_bytes"] for row in rows) / 2**30,
-            calibration_error=_mean(errors["relative"]),
-            holdout_error=_mean(errors["holdout"]),
+            calibration_error=calibration,
+            held_out_error=held_out,
         )
 
 
@@ -289,7 +288,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for cell in summaries(rows):
         values = [f"{mean:.2f}" + (f" ± {deviation:.2f}" if cell.seeds > 1 else "") for mean, deviation in
                   cell.perplexity.values()]  # fmt: skip
-        errors = ["" if e is None else f"{e:.3f}" for e in (cell.calibration_error, cell.holdout_error)]
+        errors = ["" if e is None else f"{e:.3f}" for e in (cell.calibration_error, cell.held_out_error)]
         columns = [cell.target, cell.method, *values, f"{cell.minutes:.1f}", f"{cell.gigabytes:.1f}", *errors]
         lines.append(f"| {' | '.join(columns)} | {cell.seeds} |")
     return "\n".join(lines) + "\n"

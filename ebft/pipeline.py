@@ -437,8 +437,8 @@ def _block_line(job: Job, index: int, masks: BlockMasks, result: BlockResult | N
         "loss_after": None,
         "relative_error_before": None,
         "relative_error_after": None,
-        "held_out_before": None,
-        "held_out_after": None,
+        "relative_held_out_before": None,
+        "relative_held_out_after": None,
         "losses": [],
         "gradient_norms": [],
         "seconds": seconds,
@@ -454,8 +454,8 @@ def _block_line(job: Job, index: int, masks: BlockMasks, result: BlockResult | N
             "loss_after": result.error_after,
             "relative_error_before": result.error_before / energy,
             "relative_error_after": result.error_after / energy,
-            "held_out_before": result.held_out_before,
-            "held_out_after": result.held_out_after,
+            "relative_held_out_before": _over(result.held_out_before, energy),
+            "relative_held_out_after": _over(result.held_out_after, energy),
             "tuning_seconds": result.seconds,
             "losses": result.losses,
             "gradient_norms": result.gradient_norms,
@@ -464,12 +464,16 @@ def _block_line(job: Job, index: int, masks: BlockMasks, result: BlockResult | N
     return line
 
 
+def _over(error: float | None, energy: float) -> float | None:
+    return None if error is None else error / energy
+
+
 def _block_note(line: dict[str, Any]) -> str:
     said = f"{line['sparsity']:.1%} sparse"
     if line["loss_before"] is not None:
         said += f", relative error {line['relative_error_before']:.3g} -> {line['relative_error_after']:.3g}"
-    if line["held_out_before"] is not None:
-        said += f", held-out error {line['held_out_before']:.3g} -> {line['held_out_after']:.3g}"
+    if line["relative_held_out_before"] is not None:
+        said += f", held out {line['relative_held_out_before']:.3g} -> {line['relative_held_out_after']:.3g}"
     return "; ".join([said, *line["notes"]])
 
 

@@ -52,7 +52,7 @@ def test_cells_are_run_once_and_make_a_table(flags, monkeypatch, tmp_path):
 
 def test_seeds_are_means_and_deviations():
     def row(seed, perplexity, seconds):
-        blocks = {"relative_error_after": [0.1, 0.3], "holdout_error_after": [None, None]}
+        blocks = {"relative_error_after": [0.1, 0.3], "relative_held_out_after": [None, None]}
         cell = {"method": "light", "target": "2:4", "seed": seed, "perplexity": {"text": perplexity}}
         return {**cell, "seconds": seconds, "memory_bytes": 2**30, "blocks": blocks}
 
@@ -61,5 +61,5 @@ def test_seeds_are_means_and_deviations():
     assert (cell.seeds, cell.minutes, cell.gigabytes) == (2, 2.0, 1.0)
     assert cell.perplexity["text"] == (12.0, pytest.approx(2.828, abs=1e-3))
     assert cell.calibration_error == pytest.approx(0.2)
-    assert cell.holdout_error is None
+    assert cell.held_out_error is None
     assert "| 2:4 | light | 12.00 ± 2.83 | 2.0 | 1.0 | 0.200 |  | 2 |" in quality.table(rows)
