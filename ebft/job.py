@@ -119,7 +119,7 @@ def prepare_job(
         _check_teacher(decoder, dense)
     _check_masks(config, masker, decoder, recovers_towards_itself=recovers and dense is decoder)
 
-    needs_calibration = recovers or masker.needs_inputs
+    needs_calibration = recovers or bool(masker.needs) or masker.surveyor is not None
     if tokenizer is None and not isinstance(source, PreTrainedModel):
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     if tokenizer is None and (config.eval_texts or needs_calibration):

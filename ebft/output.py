@@ -195,16 +195,35 @@ class OutputFolder:
         """The folder for streams that are kept on disk."""
         return self.path / _STREAMS
 
-    def write_block(self, index: int, weights: Mapping[str, Tensor], masks: Mapping[str, PackedMask]) -> list[Path]:
-        """Write the finished weights (under the checkpoint's names) and masks of one block; gives the files."""
+    def write_block(
+        self,
+        index: int,
+        weights: Mapping[str, Tensor],
+        masks: Mapping[str, PackedMask],
+        pruned: Mapping[str, Tensor] | None = None,
+    ) -> list[Path]:
+        """Write the finished weights (under the checkpoint's names) and masks of one block; gives the files.
+
+        Args:
+            pruned: its weights before recovery, where these are not the dense ones with zeros.
+        """
+        files = {self._block_file(index): weights}
+        if pruned is not None:
+            files[self._pruned_file(index)] = pruned
         with self.writing():
-            save_file({name: weight.contiguous() for name, weight in weights.items()}, self._block_file(index))
+            for file, of_file in files.items():
+                save_file({name: weight.contiguous() for name, weight in of_file.items()}, file)
             save_masks(masks, self._mask_file(index))
-        return [self._block_file(index), self._mask_file(index)]
+        return [*files, self._mask_file(index)]
 
     def block(self, index: int) -> Tensors:
         """The weights that ``write_block`` wrote."""
         return Tensors([self._block_file(index)])
+
+    def pruned_block(self, index: int) -> Tensors | None:
+        """The weights before recovery that ``write_block`` wrote; None where they are the dense ones with zeros."""
+        file = self._pruned_file(index)
+        return Tensors([file]) if file.is_file() else None
 
     def block_masks(self, index: int) -> dict[str, PackedMask]:
         """The masks that ``write_block`` wrote."""
@@ -340,6 +359,9 @@ class OutputFolder:
 
     def _block_file(self, index: int) -> Path:
         return self.path / _BLOCKS / f"{index:05d}.safetensors"
+
+    def _pruned_file(self, index: int) -> Path:
+        return self.path / _BLOCKS / f"{index:05d}.pruned.safetensors"
 
     def _mask_file(self, index: int) -> Path:
         return self.path / _BLOCKS / f"{index:05d}.masks.safetensors"

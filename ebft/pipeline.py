@@ -28,12 +28,13 @@ from ebft.evaluate import perplexities
 from ebft.job import Job, blocks_are_independent, implementations, prepare_job, summarise
 from ebft.output import LINES, MASKS, SUMMARY, OutputFolder
 from ebft.plan import fit_to_budget
-from ebft.pruning import BlockMasks, Criterion, InputObserver, Statistics
-from ebft.ranks import Ranks, joined
+from ebft.pruning import BlockMasks, Criterion, InputObserver, Statistics, sum_over_ranks_
+from ebft.ranks import joined
 from ebft.recovery import BlockResult, BlockTask
 from ebft.report import Reporter, model_card
 from ebft.report_page import report_page
 from ebft.stream import Store, Stream, Streams
+from ebft.survey import survey
 from ebft.weights import ShardedWeights
 from ebft_kernels import PackedMask, load_masks
 
@@ -155,6 +156,8 @@ def _run(job: Job, given: PreTrainedModel | None) -> RunResult:
         job.reporter.say("there is nothing to resume: the run begins")
 
     dense = _stage(job, "dense_perplexity", lambda: _measure(job, "dense perplexity", job.teacher))
+    if surveyor := job.masker.surveyor:
+        surveyor.take(_stage(job, "survey", partial(survey, job, surveyor)))
     lines = _walk(job)
     pruned = _stage(job, "pruned_perplexity", lambda: _measure(job, "pruned perplexity", decoder, _pruned(job)))
     if not isinstance(decoder.weights, ShardedWeights):  # a model in memory takes the recovered weights
@@ -211,7 +214,8 @@ def _pruned(job: Job) -> Callable[[int], nn.Module]:
     """The blocks pruned and not recovered."""
 
     def block_at(index: int) -> nn.Module:
-        block, prefix = job.decoder.working_block(index), f"{job.decoder.names[index]}."
+        block = job.decoder.working_block(index, job.output.pruned_block(index))
+        prefix = f"{job.decoder.names[index]}."
         masks = job.output.block_masks(index)
         apply_masks(block, {name.removeprefix(prefix): mask for name, mask in masks.items()})
         return block
@@ -272,6 +276,7 @@ def _walk(job: Job) -> list[dict[str, Any]]:
             statistics = _dense_pass(job, streams, index, block) if streams else {}
             masks = job.masker(name, block, decoder.matrices[index], statistics)
             apply_masks(block, masks.masks)
+            pruned = decoder.round_as_stored(index, block) if masks.changed else None
             result = _recover(job, streams, index, block, masks, advance) if streams and job.recovery else None
 
             weights = decoder.round_as_stored(index, block)  # the stream goes through the block as it is saved
@@ -282,7 +287,7 @@ def _walk(job: Job) -> list[dict[str, Any]]:
                 _check_finite(job, index, streams.inputs, "the next block's inputs")
             lines[index] = _block_line(job, index, masks, result, time.perf_counter() - began)
             job.clock.lap("blocks")
-            sharing.first(partial(_commit_block, job, index, weights, masks, streams, lines[index]))
+            sharing.first(partial(_commit_block, job, index, weights, pruned, masks, streams, lines[index]))
             advance(index + 1, _block_note(lines[index]))
     lines = {index: line for of_rank in job.ranks.gathered(lines) for index, line in of_rank.items()}
     in_order = [lines[index] for index in range(len(decoder))]
@@ -309,6 +314,7 @@ def _commit_block(
     job: Job,
     index: int,
     weights: dict[str, Tensor],
+    pruned: dict[str, Tensor] | None,
     masks: BlockMasks,
     streams: Streams | None,
     line: dict[str, Any],
@@ -316,7 +322,8 @@ def _commit_block(
     """Write a finished block, and commit it."""
     out, name = job.output, job.decoder.names[index]
     full_masks = {f"{name}.{matrix}": mask for matrix, mask in masks.masks.items()}
-    files = out.write_block(index, job.decoder.weights.as_stored(weights), full_masks)
+    stored = job.decoder.weights.as_stored
+    files = out.write_block(index, stored(weights), full_masks, stored(pruned) if pruned else None)
     with out.writing():
         position = streams.position() if streams and job.ranks.count == 1 else None
     out.commit_part(_part_of(index), {"line": line, "streams": position, "clock": job.clock.read()}, files)
@@ -363,30 +370,21 @@ def _dense_pass(job: Job, streams: Streams, index: int, block: nn.Module) -> Sta
     Where the teacher is another model, the statistics are those of the block that is pruned, from a pass of its own.
     """
     decoder, teacher = job.decoder, job.teacher
-    observer = InputObserver(block, decoder.matrices[index])
-    watching = observer.watching() if job.masker.needs_inputs else contextlib.nullcontext()
+    observer = InputObserver(block, decoder.matrices[index], job.masker.needs)
+    watching = observer.watching() if job.masker.needs else contextlib.nullcontext()
     run = partial(decoder.run_block, index, block)
     if teacher is decoder:
         with watching:
             streams.dense_pass(run)
     else:
-        if job.masker.needs_inputs:
+        if job.masker.needs:
             with watching, torch.no_grad():
                 for hidden in streams.dense_source.batches():
                     run(hidden)
         streams.dense_pass(partial(teacher.run_block, index, teacher.working_block(index)))
     _check_finite(job, index, streams.targets, "the dense block's outputs")
-    _sum_statistics(observer.statistics, job.sharing)
+    sum_over_ranks_(observer.statistics, job.sharing)
     return observer.statistics
-
-
-def _sum_statistics(statistics: Statistics, ranks: Ranks) -> None:
-    """Over the ranks that share the sequences, in float64, so that the masks do not depend on who saw what."""
-    inputs = [of_expert for of_matrix in statistics.values() for of_expert in of_matrix] if ranks.count > 1 else []
-    sums = [(torch.tensor(seen.tokens), seen.squares.double()) for seen in inputs]
-    ranks.add_(number for pair in sums for number in pair)
-    for seen, (tokens, squares) in zip(inputs, sums, strict=True):
-        seen.tokens, seen.squares = int(tokens), squares.float()
 
 
 def _recover(

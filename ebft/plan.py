@@ -411,7 +411,7 @@ class _Planner:
         """Peak bytes of the other stages."""
         config, cpu = self.config, torch.device("cpu")
         batch = min(config.batch_size, config.samples)
-        needs_inputs = make_masker(config.prune, config.mask_pattern).needs_inputs or config.recover != "none"
+        needs_inputs = bool(make_masker(config.prune, config.mask_pattern).needs) or config.recover != "none"
         experts = [m.experts for m in self.decoder.matrices[self.index]]
         matrix = max(shape.numel() // n for shape, n in zip(self.shapes.values(), experts, strict=True))
         found = {

@@ -4,23 +4,11 @@ A criterion is a function ``(weight, inputs, pattern) -> mask``: weight float (o
 ``Pattern``; mask bool (outputs, inputs), True = kept. Anybody's own can be given to ``ebft.run_ebft``.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
-
-import torch
-from torch import Tensor, nn
-
-from ebft.errors import EBFTError
-from ebft.matrices import Matrix
 from ebft.pruning.magnitude import magnitude
+from ebft.pruning.masker import CRITERIA, BlockMasks, Criterion, Masker, Surveyor, make_masker
 from ebft.pruning.pattern import Pattern, mask_of_best
-from ebft.pruning.statistics import InputObserver, InputStatistics
+from ebft.pruning.statistics import InputObserver, InputStatistics, Statistics, sum_over_ranks_
 from ebft.pruning.wanda import wanda
-from ebft_kernels import PackedMask, load_masks
 
 __all__ = [
     "CRITERIA",
@@ -30,148 +18,11 @@ __all__ = [
     "InputStatistics",
     "Masker",
     "Pattern",
+    "Statistics",
+    "Surveyor",
     "magnitude",
     "make_masker",
     "mask_of_best",
+    "sum_over_ranks_",
     "wanda",
 ]
-
-Criterion = Callable[[Tensor, InputStatistics, Pattern], Tensor]
-Statistics = dict[str, list[InputStatistics]]
-
-CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "wanda": wanda}
-_WITHOUT_INPUTS = {magnitude}  # these never look at the statistics, so none need be gathered
-
-
-@dataclass
-class BlockMasks:
-    """The masks of one block by parameter name, in the parameters' shapes, and what is worth a line in the report."""
-
-    masks: dict[str, PackedMask] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def sparsity(self) -> float:
-        """Pruned share of all matrices of the block."""
-        total = sum(mask.numel() for mask in self.masks.values())
-        return 1 - sum(mask.count() for mask in self.masks.values()) / total
-
-
-class Masker(Protocol):
-    """Makes the masks of a block.
-
-    Attributes:
-        needs_inputs: statistics of what flows into each matrix are wanted.
-        given: the masks are there beforehand and need no statistics; calling it is cheap.
-        name: how the report calls it.
-    """
-
-    needs_inputs: bool
-    given: bool
-
-    name: str
-
-    def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
-        """Raise ``EBFTError`` for what cannot work on these blocks (full names, modules, matrices), before any work."""
-
-    def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
-        """The masks of ``block``, whose full name in the model is ``block_name``."""
-
-
-def make_masker(prune: str, pattern: Pattern, criterion: Criterion | None = None) -> Masker:
-    """The masker for ``--prune``: a criterion's name, ``zeros``, or a file of masks; or a user's own criterion."""
-    if criterion is not None:
-        return _ByCriterion(criterion, pattern, getattr(criterion, "__name__", type(criterion).__name__))
-    if prune in CRITERIA:
-        return _ByCriterion(CRITERIA[prune], pattern, prune)
-    if prune == "zeros":
-        return _Zeros()
-    if not Path(prune).is_file():
-        raise EBFTError(f"--prune is {prune!r}; expected {', '.join(CRITERIA)}, zeros or an existing file of masks")
-    return _FromFile(prune)
-
-
-class _ByCriterion:
-    given = False
-
-    def __init__(self, criterion: Criterion, pattern: Pattern, name: str) -> None:
-        self._criterion, self._pattern = criterion, pattern
-        self.needs_inputs = criterion not in _WITHOUT_INPUTS
-        self.name = f"{name} {pattern}"
-
-    def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
-        for name, of_block in zip(names, matrices, strict=True):
-            for matrix in of_block:
-                self._pattern.check_width(f"{name}.{matrix.name}", matrix.inputs)
-
-    def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
-        result = BlockMasks()
-        for matrix in matrices:
-            name = f"{block_name}.{matrix.name}"
-            weight = block.get_parameter(matrix.name).detach()
-            mask = torch.empty_like(weight, dtype=torch.bool)
-            of_experts = (
-                statistics.get(matrix.name) or [InputStatistics.empty(matrix.inputs, weight.device)] * matrix.experts
-            )
-            unseen = []
-            rows = zip(matrix.by_expert(weight), matrix.by_expert(mask), of_experts, strict=True)
-            for expert, (expert_weight, expert_mask, inputs) in enumerate(rows):
-                starved = self.needs_inputs and inputs.tokens == 0
-                unseen += [expert] if starved else []
-                made = (magnitude if starved else self._criterion)(expert_weight, inputs, self._pattern)
-                if made.shape != expert_mask.shape or made.dtype != torch.bool:
-                    raise EBFTError(
-                        f"the criterion gave {name} a mask of {made.dtype} {tuple(made.shape)}; "
-                        f"expected torch.bool {tuple(expert_mask.shape)}"
-                    )
-                expert_mask.copy_(made)
-            if unseen:
-                which = f"experts {', '.join(map(str, unseen))} of " if matrix.experts > 1 else ""
-                result.notes.append(f"{which}{matrix.name} saw no tokens and fell back to magnitude")
-            result.masks[matrix.name] = PackedMask.from_dense(mask)
-        return result
-
-
-class _Zeros:
-    needs_inputs, given, name = False, True, "zeros that were there"
-
-    def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
-        pass
-
-    def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
-        names = [matrix.name for matrix in matrices]
-        return BlockMasks({name: PackedMask.from_nonzero(block.get_parameter(name)) for name in names})
-
-
-class _FromFile:
-    needs_inputs, given, name = False, True, "masks from a file"
-
-    def __init__(self, file: str) -> None:
-        self._file = file
-        try:
-            self._masks = load_masks(file)
-        except (OSError, ValueError) as error:
-            raise EBFTError(f"--prune {file} is not a file of masks: {' '.join(str(error).split())}") from None
-
-    def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
-        expected = {
-            f"{name}.{matrix.name}": tuple(block.get_parameter(matrix.name).shape)
-            for name, block, of_block in zip(names, blocks, matrices, strict=True)
-            for matrix in of_block
-        }
-        for name, shape in expected.items():
-            if name not in self._masks:
-                raise EBFTError(f"--prune {self._file} has no mask for {name}; it holds {_some(self._masks)}")
-            if tuple(self._masks[name].shape) != shape:
-                given = tuple(self._masks[name].shape)
-                raise EBFTError(f"--prune {self._file}: the mask of {name} has shape {given}; expected {shape}")
-        unknown = {name: mask for name, mask in self._masks.items() if name not in expected}
-        if unknown:
-            raise EBFTError(f"--prune {self._file} has masks for {_some(unknown)}, which the model does not prune")
-
-    def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
-        return BlockMasks({matrix.name: self._masks[f"{block_name}.{matrix.name}"] for matrix in matrices})
-
-
-def _some(names: dict[str, PackedMask]) -> str:
-    first = list(names)[:3]
-    return f"{', '.join(first) or 'none'}{' …' if len(names) > 3 else ''} ({len(names)} in all)"

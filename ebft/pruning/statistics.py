@@ -6,7 +6,7 @@ so that ``nn.Linear``, GPT-2's Conv1D and the experts of a fused 3-D parameter a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ebft.matrices import Matrix
+from ebft.ranks import Ranks
 
 
 @dataclass
@@ -26,44 +27,72 @@ class InputStatistics:
     Attributes:
         tokens: how many input vectors were seen.
         squares: float32 (inputs,), the sum of x_j^2.
+        sums: float32 (inputs,), the sum of x_j; where ``"sums"`` are needed.
+        gram: float32 (inputs, inputs), the sum of x_j x_k; where ``"gram"`` is needed.
     """
 
     tokens: int
     squares: Tensor
+    sums: Tensor | None = None
+    gram: Tensor | None = None
 
     @classmethod
-    def empty(cls, inputs: int, device: torch.device) -> InputStatistics:
-        """Nothing seen yet."""
-        return cls(0, torch.zeros(inputs, device=device))
+    def empty(cls, inputs: int, device: torch.device, needs: Collection[str] = ()) -> InputStatistics:
+        """Nothing seen yet; ``needs``: which there are beside tokens and squares."""
+        shapes = {"sums": (inputs,), "gram": (inputs, inputs)}
+        wanted = {name: torch.zeros(shape, device=device) for name, shape in shapes.items() if name in needs}
+        return cls(0, torch.zeros(inputs, device=device), **wanted)
 
     def add(self, x: Tensor) -> None:
         """Take in x of shape (..., inputs)."""
-        rows = x.detach().reshape(-1, x.shape[-1])
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
         self.tokens += rows.shape[0]
-        self.squares += rows.float().square().sum(0)
+        self.squares += rows.square().sum(0)
+        if self.sums is not None:
+            self.sums += rows.sum(0)
+        if self.gram is not None:
+            self.gram.addmm_(rows.T, rows)
 
     def norm(self) -> Tensor:
         """||X_j||_2 for each input j, divided by the square root of the token count: float32 (inputs,)."""
         return (self.squares / max(self.tokens, 1)).sqrt()
 
 
+Statistics = dict[str, list[InputStatistics]]  # parameter name -> those of each expert; one of a plain matrix
+
+
+def sum_over_ranks_(statistics: Statistics, ranks: Ranks) -> None:
+    """Over the ranks that share the sequences, in float64, so that the masks do not depend on who saw what."""
+    for of_matrix in statistics.values() if ranks.count > 1 else ():
+        for seen in of_matrix:
+            parts = [part for part in (seen.squares, seen.sums, seen.gram) if part is not None]
+            sums = [torch.tensor(seen.tokens), *(part.double() for part in parts)]
+            ranks.add_(sums)
+            seen.tokens = int(sums[0])
+            for part, total in zip(parts, sums[1:], strict=True):
+                part.copy_(total)
+
+
 class InputObserver(TorchFunctionMode):
     """While active, adds the input of every product with one of ``matrices`` to ``statistics[name][expert]``.
 
     Used as ``with observer.watching(): block(x)``. A matrix without experts has the one entry 0.
+
+    Args:
+        needs: what is gathered beside tokens and squares (``InputStatistics``).
     """
 
-    def __init__(self, block: nn.Module, matrices: list[Matrix]) -> None:
+    def __init__(self, block: nn.Module, matrices: list[Matrix], needs: Collection[str] = ()) -> None:
         super().__init__()
         self._block = block
         self._where: list[tuple[int, int, int, Matrix]] = []  # first byte, last byte + 1, bytes of one expert, matrix
-        self.statistics: dict[str, list[InputStatistics]] = {}
+        self.statistics: Statistics = {}
         for matrix in matrices:
             weight = block.get_parameter(matrix.name)
             start, size = weight.data_ptr(), weight.numel() * weight.element_size()
             self._where.append((start, start + size, size // matrix.experts, matrix))
             self.statistics[matrix.name] = [
-                InputStatistics.empty(matrix.inputs, weight.device) for _ in range(matrix.experts)
+                InputStatistics.empty(matrix.inputs, weight.device, needs) for _ in range(matrix.experts)
             ]
 
     @contextmanager

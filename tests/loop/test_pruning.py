@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebft import run_ebft
-from ebft.pruning import InputStatistics, Pattern, magnitude, mask_of_best, wanda
+from ebft.pruning import InputStatistics, Pattern, magnitude, make_masker, mask_of_best, wanda
 
 
 def statistics(inputs):
@@ -110,3 +110,55 @@ def test_a_users_own_criterion_and_text(config, silent, tokenizer):
     assert result.summary["calibration"]["begins"].startswith("My own text, number 0")
     assert result.summary["calibration"]["source"] == "an iterable of strings"
     assert result.summary["recipe"] == "every_other 50%, recovered by ebft"
+
+
+def test_a_masker_may_change_weights_and_look_at_all_blocks_first(trained, config, silent, tmp_path, monkeypatch):
+    """The pruned perplexity is that of the weights it left, and what it concluded is there when a run is resumed."""
+
+    class Doubling:
+        needs, given, name = frozenset({"sums", "gram"}), False, "doubling"
+
+        def __init__(self, of):
+            self.of, self.surveyor, self.taken = of, self, []
+
+        def check(self, *_):
+            pass
+
+        def look(self, name, block, matrices, statistics):
+            assert all(seen.gram.diagonal().allclose(seen.squares, rtol=1e-4) for (seen,) in statistics.values())
+            assert all(seen.sums.shape == seen.squares.shape for (seen,) in statistics.values())
+            return name, statistics[matrices[0].name][0].tokens
+
+        def conclude(self, seen):
+            return [list(pair) for pair in seen]
+
+        def take(self, concluded):
+            self.taken.append(concluded)
+
+        def __call__(self, name, block, matrices, statistics):
+            result = self.of(name, block, matrices, statistics)
+            last = matrices[-1].name
+            block.get_parameter(last).mul_(2)
+            result.changed.append(last)
+            return result
+
+    made = []
+
+    def doubling(*args):
+        made.append(Doubling(make_masker(*args)))
+        return made[-1]
+
+    def run(output):
+        settings = config(
+            model=str(trained), recover="none", samples=4, seqlen=16, eval="builtin", eval_seqlen=64, output=output
+        )
+        return run_ebft(config=settings, reporter=silent)
+
+    plain = run(str(tmp_path / "plain"))
+    monkeypatch.setattr("ebft.job.make_masker", doubling)
+    doubled = run(str(tmp_path / "doubled"))
+    (concluded,) = made[0].taken
+    assert concluded == [[line["name"], 64] for line in doubled.blocks]
+    values, before = (result.summary["perplexity"]["builtin"] for result in (doubled, plain))
+    assert values["pruned"] == pytest.approx(values["recovered"], rel=1e-6)
+    assert values["pruned"] != pytest.approx(before["pruned"], rel=1e-3)

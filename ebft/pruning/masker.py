@@ -1,0 +1,190 @@
+"""Maskers: how a whole block is pruned, by a criterion, by a file of masks, or by the zeros that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ebft.errors import EBFTError
+from ebft.matrices import Matrix
+from ebft.pruning.magnitude import magnitude
+from ebft.pruning.pattern import Pattern
+from ebft.pruning.statistics import InputStatistics, Statistics
+from ebft.pruning.wanda import wanda
+from ebft_kernels import PackedMask, load_masks
+
+Criterion = Callable[[Tensor, InputStatistics, Pattern], Tensor]
+
+CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "wanda": wanda}
+_WITHOUT_INPUTS = {magnitude}  # these never look at the statistics, so none need be gathered
+NOTHING: frozenset[str] = frozenset()
+
+
+@dataclass
+class BlockMasks:
+    """How one block was pruned.
+
+    Attributes:
+        masks: by parameter name, in the parameters' shapes.
+        notes: what is worth a line in the report.
+        changed: parameters whose kept weights the masker has changed in the block, so that the pruned block is not the
+            dense one with zeros.
+    """
+
+    masks: dict[str, PackedMask] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+
+    def sparsity(self) -> float:
+        """Pruned share of all matrices of the block."""
+        total = sum(mask.numel() for mask in self.masks.values())
+        return 1 - sum(mask.count() for mask in self.masks.values()) / total
+
+
+class Surveyor(Protocol):
+    """Looks at every dense block before the first is pruned, where what one loses depends on all.
+
+    Attributes:
+        needs: statistics that it wants, of the dense model on the calibration tokens (``InputStatistics``).
+    """
+
+    needs: frozenset[str]
+
+    def look(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> Any:
+        """What it remembers of a block."""
+
+    def conclude(self, seen: list[Any]) -> Any:
+        """What follows from all blocks, in order: a value that JSON can hold, kept for a resumed run."""
+
+    def take(self, concluded: Any) -> None:
+        """Go by what ``conclude`` gave, in this run or an interrupted one; called before any block is pruned."""
+
+
+class Masker(Protocol):
+    """Prunes a block.
+
+    Attributes:
+        name: how the report calls it.
+        needs: which statistics of what flows into each matrix are wanted (``InputStatistics``), if any.
+        given: the masks are there beforehand and need no statistics; calling it is cheap.
+        surveyor: looks at all blocks first; None where each block is pruned on its own.
+    """
+
+    name: str
+    needs: frozenset[str]
+    given: bool
+    surveyor: Surveyor | None
+
+    def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
+        """Raise ``EBFTError`` for what cannot work on these blocks (full names, modules, matrices), before any work."""
+
+    def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
+        """The masks of ``block``, called ``block_name`` in the model; its kept weights may be changed in place."""
+
+
+def make_masker(prune: str, pattern: Pattern, criterion: Criterion | None = None) -> Masker:
+    """The masker for ``--prune``: a criterion's name, ``zeros``, or a file of masks; or a user's own criterion."""
+    if criterion is not None:
+        return _ByCriterion(criterion, pattern, getattr(criterion, "__name__", type(criterion).__name__))
+    if prune in CRITERIA:
+        return _ByCriterion(CRITERIA[prune], pattern, prune)
+    if prune == "zeros":
+        return _Zeros()
+    if not Path(prune).is_file():
+        raise EBFTError(f"--prune is {prune!r}; expected {', '.join(CRITERIA)}, zeros or an existing file of masks")
+    return _FromFile(prune)
+
+
+class _ByCriterion:
+    given = False
+    surveyor: Surveyor | None = None
+
+    def __init__(self, criterion: Criterion, pattern: Pattern, name: str) -> None:
+        self._criterion, self._pattern = criterion, pattern
+        self.needs = NOTHING if criterion in _WITHOUT_INPUTS else frozenset({"squares"})
+        self.name = f"{name} {pattern}"
+
+    def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
+        for name, of_block in zip(names, matrices, strict=True):
+            for matrix in of_block:
+                self._pattern.check_width(f"{name}.{matrix.name}", matrix.inputs)
+
+    def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
+        result = BlockMasks()
+        for matrix in matrices:
+            name = f"{block_name}.{matrix.name}"
+            weight = block.get_parameter(matrix.name).detach()
+            mask = torch.empty_like(weight, dtype=torch.bool)
+            of_experts = (
+                statistics.get(matrix.name) or [InputStatistics.empty(matrix.inputs, weight.device)] * matrix.experts
+            )
+            unseen = []
+            rows = zip(matrix.by_expert(weight), matrix.by_expert(mask), of_experts, strict=True)
+            for expert, (expert_weight, expert_mask, inputs) in enumerate(rows):
+                starved = bool(self.needs) and inputs.tokens == 0
+                unseen += [expert] if starved else []
+                made = (magnitude if starved else self._criterion)(expert_weight, inputs, self._pattern)
+                if made.shape != expert_mask.shape or made.dtype != torch.bool:
+                    raise EBFTError(
+                        f"the criterion gave {name} a mask of {made.dtype} {tuple(made.shape)}; "
+                        f"expected torch.bool {tuple(expert_mask.shape)}"
+                    )
+                expert_mask.copy_(made)
+            if unseen:
+                which = f"experts {', '.join(map(str, unseen))} of " if matrix.experts > 1 else ""
+                result.notes.append(f"{which}{matrix.name} saw no tokens and fell back to magnitude")
+            result.masks[matrix.name] = PackedMask.from_dense(mask)
+        return result
+
+
+class _Zeros:
+    name, needs, given = "zeros that were there", NOTHING, True
+    surveyor: Surveyor | None = None
+
+    def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
+        pass
+
+    def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
+        names = [matrix.name for matrix in matrices]
+        return BlockMasks({name: PackedMask.from_nonzero(block.get_parameter(name)) for name in names})
+
+
+class _FromFile:
+    name, needs, given = "masks from a file", NOTHING, True
+    surveyor: Surveyor | None = None
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        try:
+            self._masks = load_masks(file)
+        except (OSError, ValueError) as error:
+            raise EBFTError(f"--prune {file} is not a file of masks: {' '.join(str(error).split())}") from None
+
+    def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
+        expected = {
+            f"{name}.{matrix.name}": tuple(block.get_parameter(matrix.name).shape)
+            for name, block, of_block in zip(names, blocks, matrices, strict=True)
+            for matrix in of_block
+        }
+        for name, shape in expected.items():
+            if name not in self._masks:
+                raise EBFTError(f"--prune {self._file} has no mask for {name}; it holds {_some(self._masks)}")
+            if tuple(self._masks[name].shape) != shape:
+                given = tuple(self._masks[name].shape)
+                raise EBFTError(f"--prune {self._file}: the mask of {name} has shape {given}; expected {shape}")
+        unknown = {name: mask for name, mask in self._masks.items() if name not in expected}
+        if unknown:
+            raise EBFTError(f"--prune {self._file} has masks for {_some(unknown)}, which the model does not prune")
+
+    def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
+        return BlockMasks({matrix.name: self._masks[f"{block_name}.{matrix.name}"] for matrix in matrices})
+
+
+def _some(names: dict[str, PackedMask]) -> str:
+    first = list(names)[:3]
+    return f"{', '.join(first) or 'none'}{' …' if len(names) > 3 else ''} ({len(names)} in all)"
