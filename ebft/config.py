@@ -87,6 +87,16 @@ class EBFTConfig:
     betas: tuple[float, float] = _setting((0.9, 0.95), "AdamW betas")
     weight_decay: float = _setting(0.1, "AdamW weight decay of the pruned matrices (norms and biases: 0)")
     clip: float = _setting(1.0, "clip the gradient norm over kept weights, after unscaling; 0 turns it off")
+    loss: str = _setting(
+        "mse",
+        "what ebft minimises: the mean squared error, one with every channel by its own energy, or plus 1 - cosine",
+        choices=("mse", "channel", "cosine"),
+    )
+    token_weights: str = _setting(
+        "none",
+        "what a token counts in it: all the same, or by 1 / ||Y - X||^2, for tokens of enormous hidden states",
+        choices=("none", "norm"),
+    )
     holdout: float = _setting(
         0.0, "share of the sequences that no block is tuned on: the weights that do best on them are kept"
     )

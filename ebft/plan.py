@@ -36,6 +36,7 @@ from ebft.job import check_lengths, choose_device
 from ebft.pruning import InputStatistics, make_masker
 from ebft.reconstruct import BlockReconstructor, halves
 from ebft.recovery.layerwise import ROWS_AT_ONCE
+from ebft.recovery.losses import Loss
 from ebft.report import duration
 from ebft.shapes import shapes_only, without_values
 from ebft_kernels import PackedMask, reconstruction_loss
@@ -388,7 +389,7 @@ class _Planner:
             reconstructor = BlockReconstructor(config, torch.device("cpu"), self.compute)
             with reconstructor.prepared(block, masks, forward) as tuning:
                 unscaled = torch.amp.GradScaler("cpu", enabled=False)  # a scale is a number, which fakes do not have
-                tuning = dataclasses.replace(tuning, scaler=unscaled)
+                tuning = dataclasses.replace(tuning, scaler=unscaled, loss=Loss.even(config, self.width))
                 tensors = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
                 tracker.track_external(block, tuning.optimizer, x, y, *tensors)
                 with tracker:

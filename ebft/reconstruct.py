@@ -1,6 +1,6 @@
 """Reconstruction of one block (arXiv 2402.12419): tune its kept weights until it gives the dense block's outputs.
 
-    minimise over W:  mean || f(X; M * W) - Y ||^2
+    minimise over W:  mean || f(X; M * W) - Y ||^2        (or another loss, ebft/recovery/losses.py)
 
 Pruned weights are held at exactly zero by the optimizer, so the block runs as it is, without masks (docs/method.md).
 """
@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,10 +25,11 @@ from ebft.errors import EBFTError, MemoryRanOut
 from ebft.matrices import router_paths
 from ebft.ranks import Ranks
 from ebft.recovery import BlockResult, BlockTask, Forward
+from ebft.recovery.losses import Loss, Measured
 from ebft.recovery.rates import learning_rate, set_scales
 from ebft.recovery.task import Errors, Split, samples_of_all
 from ebft.stream import carry
-from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, mask_linears_, reconstruction_loss_and_gradient
+from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, mask_linears_
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ class Tuning:
     Attributes:
         forward: hidden states through the block, recomputed and compiled as the settings say.
         notes: what happened, for the report.
+        loss: what is minimised.
     """
 
     forward: Callable[[Tensor], Tensor]
     optimizer: MaskedAdamW
     scaler: torch.amp.GradScaler
     notes: list[str]
+    loss: Loss = field(default_factory=Loss)
 
 
 class BlockReconstructor:
@@ -139,11 +142,13 @@ class BlockReconstructor:
         steps = config.epochs * -(-len(split.tuned) // config.batch_size)
         losses, norms = torch.zeros(steps, device=self._device), torch.zeros(steps, device=self._device)
         with self.prepared(block, masks, forward, index) as tuning:
+            tuning = replace(tuning, loss=Loss.of(config, errors))
+            judged = partial(tuning.loss.measured, errors, through)
             set_scales(tuning.optimizer, config)
-            error_before = error = errors.of(through, split.probe)
-            watch: _Watch = _Probe(block, error)
+            before = now = judged(split.probe)
+            watch: _Watch = _Probe(block, before)
             if len(split.held_out):
-                watch = _HeldOut(block, error, lambda: errors.of(through, split.held_out), config.patience)
+                watch = _HeldOut(block, before, lambda: judged(split.held_out), config.patience)
             step, began = 0, time.perf_counter()
             for epoch in range(config.epochs):
                 order = batch_order(len(split.tuned), config.seed, index, epoch)
@@ -158,17 +163,17 @@ class BlockReconstructor:
                         on_step(step, steps)
                 # The one sync point of an epoch.
                 errors.at_once = self.micro_batch  # which may have been halved
-                error = errors.of(through, split.probe)
-                if watch.done(error) or not math.isfinite(error):
+                now = judged(split.probe)
+                if watch.done(now) or not math.isfinite(now.loss):
                     break
-            notes, error = watch.end(error)
+            notes, error = watch.end(now)
             seconds = time.perf_counter() - began
         self._ranks.add_([losses])
 
         return BlockResult(
             losses=losses[:step].tolist(),
             gradient_norms=norms[:step].tolist(),
-            error_before=error_before,
+            error_before=before.error,
             error_after=error,
             branch_energy=errors.branch_energy(),
             seconds=seconds,
@@ -310,7 +315,7 @@ def _name(dtype: torch.dtype) -> str:
 def _backward(tuning: Tuning, x: Tensor, y: Tensor, share: float) -> Tensor:
     """Add the gradients of a part of a batch, ``share`` of its samples; gives the part's share of the loss."""
     output = tuning.forward(x)
-    loss, gradient = reconstruction_loss_and_gradient(output, y)
+    loss, gradient = tuning.loss(output, y, x)
     if share != 1:
         loss, gradient = loss * share, gradient.mul_(share)
     output.backward(tuning.scaler.scale(gradient))
@@ -355,28 +360,28 @@ def _masked_layers(block: nn.Module, masks: Mapping[str, PackedMask]) -> Iterato
 
 
 class _Best:
-    """The weights with the least error on the probe so far, on the host."""
+    """The weights with the least loss so far, on the host."""
 
-    def __init__(self, block: nn.Module, error: float) -> None:
+    def __init__(self, block: nn.Module, loss: float) -> None:
         self._tuned = [parameter for parameter in block.parameters() if parameter.requires_grad]
         self._kept = [torch.empty_like(p, device="cpu", pin_memory=p.is_cuda, requires_grad=False) for p in self._tuned]
-        self.error = math.inf
-        self.see(error)
+        self._loss = math.inf
+        self.see(loss)
 
     @torch.no_grad()
-    def see(self, error: float) -> None:
-        """Keep the weights as they are now if ``error``, which is theirs, is the least (the first are kept anyway)."""
-        if error <= self.error or math.isinf(self.error):
-            self.error = error
+    def see(self, loss: float) -> bool:
+        """Keep the weights as they are now if ``loss``, which is theirs, is the least (the first are kept anyway)."""
+        if least := loss <= self._loss or math.isinf(self._loss):
+            self._loss = loss
             for kept, parameter in zip(self._kept, self._tuned, strict=True):
                 kept.copy_(parameter, non_blocking=True)
+        return least
 
     @torch.no_grad()
-    def restore(self) -> float:
-        """Bring them back; gives their error."""
+    def restore(self) -> None:
+        """Bring them back."""
         for kept, parameter in zip(self._kept, self._tuned, strict=True):
             parameter.copy_(kept)
-        return self.error
 
 
 class _Watch(Protocol):
@@ -392,10 +397,10 @@ class _Watch(Protocol):
     def held_out_after(self) -> float | None:
         """See above."""
 
-    def done(self, error: float) -> bool:
-        """After an epoch, whose error on the probe this is: whether more epochs are of no use."""
+    def done(self, now: Measured) -> bool:
+        """After an epoch, which this is measured on the probe after: whether more epochs are of no use."""
 
-    def end(self, error: float) -> tuple[list[str], float]:
+    def end(self, now: Measured) -> tuple[list[str], float]:
         """After the last one: notes, and the error on the probe of the weights kept, which the block then has."""
 
 
@@ -405,57 +410,68 @@ class _Probe:
     held_out_before: float | None = None
     held_out_after: float | None = None
 
-    def __init__(self, block: nn.Module, error: float) -> None:
-        self._best, self._before, self._epochs = _Best(block, error), error, 0
+    def __init__(self, block: nn.Module, before: Measured) -> None:
+        self._best, self._before, self._least, self._epochs = _Best(block, before.loss), before, before, 0
 
-    def done(self, error: float) -> bool:
+    def done(self, now: Measured) -> bool:
         self._epochs += 1
-        self._best.see(error)
+        if self._best.see(now.loss):
+            self._least = now
         return False
 
-    def end(self, error: float) -> tuple[list[str], float]:
-        if error <= self._before:
-            return [], error
+    def end(self, now: Measured) -> tuple[list[str], float]:
+        if now.loss <= self._before.loss:
+            return [], now.error
+        self._best.restore()
+        what = _what(now)
         note = (
-            f"tuning diverged: the error was {self._before:.3g} before it and {error:.3g} after epoch {self._epochs}; "
-            f"the best weights seen, of error {self._best.error:.3g}, were kept"
+            f"tuning diverged: the {what} was {self._before.loss:.3g} before it and {now.loss:.3g} after epoch "
+            f"{self._epochs}; the best weights seen, of {what} {self._least.loss:.3g}, were kept"
         )
-        return [note], self._best.restore()
+        return [note], self._least.error
 
 
 class _HeldOut:
     """Samples are held out: the weights that do best on them are kept, and no more than ``patience`` epochs follow.
 
     Args:
-        error: on the probe, before the first epoch.
-        judge: makes the error on the held-out samples, as the block is.
+        before: on the probe, before the first epoch.
+        judge: measures the block as it is on the held-out samples.
     """
 
-    def __init__(self, block: nn.Module, error: float, judge: Callable[[], float], patience: int) -> None:
+    def __init__(self, block: nn.Module, before: Measured, judge: Callable[[], Measured], patience: int) -> None:
         self._judge, self._patience = judge, patience
         self._last = self._least = judge()
-        self.held_out_before: float | None = self._last
-        self._best, self._error, self._epochs, self._best_epoch = _Best(block, self._last), error, 0, 0
+        self.held_out_before: float | None = self._last.error
+        self._best, self._kept, self._epochs, self._best_epoch = _Best(block, self._last.loss), before, 0, 0
 
     @property
     def held_out_after(self) -> float | None:
         """See ``_Watch``."""
-        return self._least
+        return self._least.error
 
-    def done(self, error: float) -> bool:
+    def done(self, now: Measured) -> bool:
         self._epochs += 1
         self._last = self._judge()
-        if self._last < self._least:
-            self._least, self._error, self._best_epoch = self._last, error, self._epochs
-            self._best.see(self._last)
+        if self._last.loss < self._least.loss:
+            self._least, self._kept, self._best_epoch = self._last, now, self._epochs
+            self._best.see(self._last.loss)
         return self._epochs - self._best_epoch >= self._patience
 
-    def end(self, error: float) -> tuple[list[str], float]:
+    def end(self, now: Measured) -> tuple[list[str], float]:
         if self._best_epoch == self._epochs:
-            return [], error
+            return [], now.error
+        what = _what(now)
         kept = f"the weights of epoch {self._best_epoch} were kept" if self._best_epoch else "no epoch's were kept"
-        rise = f"the error on held-out sequences rose from {self._least:.3g} to {self._last:.3g}"
-        if error < self._error:
-            rise = f"over-fitting: the calibration error fell from {self._error:.3g} to {error:.3g}, while {rise}"
+        rise = f"the {what} on held-out sequences rose from {self._least.loss:.3g} to {self._last.loss:.3g}"
+        if now.loss < self._kept.loss:
+            rise = (
+                f"over-fitting: the calibration {what} fell from {self._kept.loss:.3g} to {now.loss:.3g}, while {rise}"
+            )
         self._best.restore()
-        return [f"{rise} in epoch {self._epochs}; {kept}"], self._error
+        return [f"{rise} in epoch {self._epochs}; {kept}"], self._kept.error
+
+
+def _what(measured: Measured) -> str:
+    """What a block is judged by, in a word: the loss, where that is something else than the error."""
+    return "error" if measured.loss == measured.error or math.isnan(measured.loss) else "loss"

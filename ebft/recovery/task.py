@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -55,7 +55,7 @@ class BlockResult:
     """What recovering a block did.
 
     Attributes:
-        losses: the loss of every step, before that step.
+        losses: what is minimised (``--loss``) in every step, before that step.
         gradient_norms: the gradient's L2 norm over kept weights of every step, before clipping; NaN with
             ``update_in_backward``, which never has all gradients.
         error_before, error_after: mean squared error on the probe samples, a sixteenth of those tuned on.
@@ -165,10 +165,14 @@ class Errors:
     def of(self, forward: Callable[[Tensor], Tensor], numbers: Tensor) -> float:
         """The mean of (forward(X) - Y)^2 over these samples. A sync point."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        parts = [part for part in self.split.here(numbers).split(self.at_once) if len(part)]
-        for x, y in carry(self.device, (self.inputs, self.targets), parts):
+        for x, y in self.batches(numbers):
             total += F.mse_loss(forward(x), y, reduction="sum")
         return self._mean(total, numbers)
+
+    def batches(self, numbers: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """X and Y of those of these samples that this rank holds, on the device."""
+        parts = [part for part in self.split.here(numbers).split(self.at_once) if len(part)]
+        return carry(self.device, (self.inputs, self.targets), parts)
 
     def branch_energy(self) -> float:
         """The mean of (X - Y)^2 over the probe. A sync point."""
