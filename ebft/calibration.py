@@ -6,8 +6,8 @@ import hashlib
 import itertools
 import random
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ebft.config import apportion
 from ebft.errors import EBFTError
 
 HUB_TEXTS: dict[str, dict[str, Any]] = {
@@ -36,7 +37,7 @@ DOCUMENTS_A_SAMPLE = 500  # are looked at, at the most
 
 @dataclass(frozen=True)
 class TextUse:
-    """The text that was actually used, for the report."""
+    """The text that was actually used, for the report; of a mixture, also that of each part."""
 
     source: str
     windows: str
@@ -44,12 +45,15 @@ class TextUse:
     tokens: int
     sha256: str
     begins: str
+    parts: tuple[TextUse, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
+        if self.parts:
+            return " and ".join(map(str, self.parts))
         return f"{self.tokens} tokens of {self.source} ({self.windows}, {self.documents} documents)"
 
 
@@ -89,7 +93,34 @@ def calibration_tokens(
         documents = _shuffled(documents, seed)
     take = _random_windows if windows == "random-window" else _packed_windows
     ids, used, first = take(documents, tokenizer, samples, seqlen, seed, source)
-    return Tokens(ids, _use(source, windows, used, ids, first))
+    return Tokens(ids, use_of(source, windows, used, ids, first))
+
+
+def mixture(parts: Sequence[Tokens], groups: Sequence[Tensor]) -> Tokens:
+    """The sequences of several texts as one.
+
+    Args:
+        parts: of each text its sequences, all of one length.
+        groups: places in the mixture, each in one group; every group gets sequences of all texts, in proportion,
+            interleaved (such as those held out, and those that are not).
+    """
+    first, places = parts[0], torch.empty(sum(len(part.ids) for part in parts), dtype=torch.long)
+    left = [list(range(len(part.ids))) for part in parts]
+    offsets = [sum(len(before.ids) for before in parts[:number]) for number in range(len(parts))]
+    for group in groups:
+        counts = apportion(len(group), [len(numbers) for numbers in left]) if len(group) else [0] * len(parts)
+        chosen = [
+            ((place + 0.5) / count, offset + numbers.pop(0))
+            for count, offset, numbers in zip(counts, offsets, left, strict=True)
+            for place in range(count)
+        ]
+        places[group] = torch.tensor([number for _, number in sorted(chosen)], dtype=torch.long)
+    ids, uses = torch.cat([part.ids for part in parts])[places], tuple(part.use for part in parts)
+    source, windows = (
+        ", ".join(dict.fromkeys(of_each)) for of_each in zip(*((u.source, u.windows) for u in uses), strict=True)
+    )
+    used = use_of(source, windows, sum(use.documents for use in uses), ids, first.use.begins)
+    return Tokens(ids, replace(used, parts=uses))
 
 
 def evaluation_tokens(text: str, tokenizer: PreTrainedTokenizerBase, *, seqlen: int) -> Tokens:
@@ -100,7 +131,7 @@ def evaluation_tokens(text: str, tokenizer: PreTrainedTokenizerBase, *, seqlen: 
     if count == 0:
         raise EBFTError(f"--eval {text} has {len(ids)} tokens; expected at least --eval-seqlen {seqlen}")
     cut = torch.tensor(ids[: count * seqlen]).reshape(count, seqlen)
-    return Tokens(cut, _use(text, "packed", len(documents), cut, documents[0] if documents else ""))
+    return Tokens(cut, use_of(text, "packed", len(documents), cut, documents[0] if documents else ""))
 
 
 def read_documents(text: str | Iterable[str], use: str, shuffle_seed: int | None = None) -> Iterator[str]:
@@ -236,6 +267,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, verbose=False)["input_ids"])
 
 
-def _use(source: str, windows: str, documents: int, ids: Tensor, first: str) -> TextUse:
+def use_of(source: str, windows: str, documents: int, ids: Tensor, first: str) -> TextUse:
+    """What there is to say of token ids (windows, seqlen) from so many documents, the first of which is ``first``."""
     digest = hashlib.sha256(ids.to(torch.int32).numpy().tobytes()).hexdigest()
     return TextUse(source, windows, documents, ids.numel(), digest, " ".join(first.split())[:80])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import re
 import types
@@ -45,10 +46,15 @@ class EBFTConfig:
     recover: str = _setting("ebft", "recoveries after pruning: none, or a sum in order such as layerwise+ebft")
     cg_iterations: int = _setting(20, "iterations of conjugate gradients in each layer (--recover layerwise)")
     cg_damping: float = _setting(0.01, "what holds weights where they were, as a share of the inputs' mean square")
-    calibration: str = _setting("c4", "c4, wikitext2, builtin, or a .txt/.jsonl/.parquet file", metavar="NAME_OR_FILE")
+    calibration: str = _setting(
+        "c4",
+        "c4, wikitext2, builtin, self (text that the dense model writes), a .txt/.jsonl/.parquet file, or several of "
+        "them with their shares of the sequences, such as c4:0.75,self:0.25 (default shares: equal; paper: c4)",
+        metavar="NAME_OR_FILE[:SHARE],…",
+    )
     windows: str = _setting(
         "random-window",
-        "one random window of each random document, or documents packed end to end",
+        "one random window of each random document, or documents packed end to end (self is whole sequences)",
         choices=("random-window", "packed"),
     )
     samples: int = _setting(256, "calibration sequences")
@@ -156,6 +162,7 @@ class EBFTConfig:
         for name in ("seqlen", "eval_seqlen"):
             if getattr(self, name) < 2:
                 raise EBFTError(f"{_flag(name)} is {getattr(self, name)}; expected a whole number of at least 2")
+        self.calibration_parts  # noqa: B018  (parses names and shares, so that a wrong one is said now)
         for name in ("warmup", "holdout"):
             if not 0 <= getattr(self, name) < 1:
                 raise EBFTError(
@@ -222,6 +229,24 @@ class EBFTConfig:
     def uses_dense_inputs(self) -> bool:
         """Whether a recovery looks at what the dense block is given, beside what it gives."""
         return "layerwise" in self.recoveries
+
+    @property
+    def calibration_parts(self) -> dict[str, int]:
+        """The names or files of ``--calibration``, in order, and how many of the ``samples`` are of each."""
+        shares = _names_and_shares(self.calibration)
+        fault = f"--calibration is {self.calibration!r}; expected "
+        if not all(name for name, _ in shares) or len(dict(shares)) < len(shares):
+            raise EBFTError(f"{fault}names or files, each once, joined by commas")
+        if len({share is None for _, share in shares}) > 1:
+            raise EBFTError(f"{fault}a share for each of the texts, as in c4:0.75,self:0.25, or for none")
+        weights = [1.0 if share is None else share for _, share in shares]
+        if not all(0 < weight < float("inf") for weight in weights):
+            raise EBFTError(f"{fault}shares above 0")
+        counts = apportion(self.samples, weights)
+        for (name, _), count in zip(shares, counts, strict=True):
+            if not count:
+                raise EBFTError(f"--samples is {self.samples}, of which none is left for {name}; expected more")
+        return {name: count for (name, _), count in zip(shares, counts, strict=True)}
 
     @property
     def eval_texts(self) -> list[str]:
@@ -323,6 +348,16 @@ def parse_bytes(text: str, what: str) -> int:
     return int(size)
 
 
+def apportion(total: int, shares: Sequence[float]) -> list[int]:
+    """``total`` things in whole parts, as nearly as they can be in proportion to ``shares`` (largest remainders)."""
+    quotas = [total * share / sum(shares) for share in shares]
+    parts = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(shares)), key=lambda place: parts[place] - quotas[place])
+    for place in by_remainder[: total - sum(parts)]:
+        parts[place] += 1
+    return parts
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, with errors in the sentence that every other error has."""
 
@@ -345,6 +380,26 @@ def _add_flag(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any]) 
     elif meta["metavar"]:
         options["metavar"] = meta["metavar"]
     parser.add_argument(_flag(setting.name), **options)
+
+
+def _names_and_shares(mixture: str) -> list[tuple[str, float | None]]:
+    """``a:0.5,b:0.5`` as names and shares; a file that is there wins, whatever commas and colons its name has."""
+    pieces, found = mixture.split(","), []
+    while pieces:
+        heads = [(count, _name_and_share(",".join(pieces[:count]))) for count in range(len(pieces), 0, -1)]
+        count, part = next((head for head in heads if Path(head[1][0]).expanduser().is_file()), heads[-1])
+        found.append(part)
+        pieces = pieces[count:]
+    return found
+
+
+def _name_and_share(part: str) -> tuple[str, float | None]:
+    part = part.strip()
+    name, colon, share = part.rpartition(":")
+    if colon and not Path(part).expanduser().is_file():
+        with contextlib.suppress(ValueError):
+            return name.strip(), float(share)
+    return part, None
 
 
 def _flag(name: str) -> str:

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ebft.calibration import Tokens, calibration_tokens, evaluation_tokens
-from ebft.checkpoint import DEFAULT_MODEL, Source, load_tokenizer, open_model
+from ebft.calibration import Tokens, calibration_tokens, evaluation_tokens, mixture
+from ebft.checkpoint import DEFAULT_MODEL, Source, load_model, load_tokenizer, open_model
 from ebft.config import ORGANISATION, EBFTConfig
 from ebft.decoder import Decoder
 from ebft.errors import EBFTError
+from ebft.generation import SELF, Generated, generate
 from ebft.glue import liger_missing
 from ebft.output import OutputFolder, checksum
 from ebft.pruning import Criterion, Masker, make_masker
 from ebft.ranks import Ranks, own_device
 from ebft.reconstruct import BlockReconstructor
 from ebft.recovery import BlockRecovery, Chain, Layerwise
+from ebft.recovery.task import Split
 from ebft.report import Reporter
 from ebft.stream import Store
 from ebft.version import __version__
@@ -64,6 +67,7 @@ class Job:
     """Everything a run works with, checked.
 
     Attributes:
+        generated: what of the calibration text the dense model has written.
         ranks: all processes of the run.
         sharing: of these, those that share the calibration sequences: all, or in a block-parallel run this one alone.
     """
@@ -76,6 +80,7 @@ class Job:
     masker: Masker
     recovery: BlockRecovery | None
     calibration: Tokens | None
+    generated: Generated | None
     eval_tokens: dict[str, Tokens]
     store: Store
     output: OutputFolder
@@ -124,11 +129,21 @@ def prepare_job(
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     if tokenizer is None and (config.eval_texts or needs_calibration):
         raise EBFTError("a model in memory was given without its tokenizer, which turns text into tokens")
-    evaluation, calibration = {}, None
+    evaluation, calibration, generated = {}, None, None
     if tokenizer is not None:
         evaluation = {t: evaluation_tokens(t, tokenizer, seqlen=config.eval_seqlen) for t in config.eval_texts}
         if needs_calibration:
-            calibration = _calibrate(config, tokenizer, text)
+            if text is None and SELF in config.calibration_parts:
+                clock.lap("load")
+                whole = None if dense.weights.on_disk else dense.model
+                named = config.teacher or (source if isinstance(source, str) else None)
+
+                def load() -> PreTrainedModel:
+                    return whole or load_model(named, trust_remote_code=config.trust_remote_code)
+
+                generated = ranks.first(partial(_write_text, config, dense, load, tokenizer, output, reporter))
+                clock.lap("generation")
+            calibration = _calibrate(config, tokenizer, text, generated)
             reporter.say(f"calibration: {calibration.use}")
     if config.fused and device.type == "cuda":
         reporter.say(
@@ -154,6 +169,7 @@ def prepare_job(
         masker=masker,
         recovery=_block_recovery(config, device, compute, sharing),
         calibration=calibration,
+        generated=generated,
         eval_tokens=evaluation,
         store=store,
         output=output,
@@ -191,15 +207,51 @@ def _open(config: EBFTConfig, source: str | PreTrainedModel | None, reporter: Re
     return open_model(source, trust_remote_code=config.trust_remote_code, say=reporter.say)
 
 
-def _calibrate(config: EBFTConfig, tokenizer: PreTrainedTokenizerBase, text: Iterable[str] | None) -> Tokens:
-    return calibration_tokens(
-        config.calibration if text is None else text,
-        tokenizer,
-        samples=config.samples,
-        seqlen=config.seqlen,
-        windows=config.windows,
-        seed=config.seed,
-    )
+def _calibrate(
+    config: EBFTConfig, tokenizer: PreTrainedTokenizerBase, text: Iterable[str] | None, generated: Generated | None
+) -> Tokens:
+    """The calibration sequences; of a mixture, held-out and other ones are of all its texts in proportion."""
+
+    def read(text: str | Iterable[str], samples: int) -> Tokens:
+        return calibration_tokens(
+            text, tokenizer, samples=samples, seqlen=config.seqlen, windows=config.windows, seed=config.seed
+        )
+
+    if text is not None:
+        return read(text, config.samples)
+    parts = [
+        generated.tokens if generated and name == SELF else read(name, samples)
+        for name, samples in config.calibration_parts.items()
+    ]
+    split = Split.of(config.samples, config.holdout, Ranks())
+    return parts[0] if len(parts) == 1 else mixture(parts, [split.held_out, split.tuned])
+
+
+def _write_text(
+    config: EBFTConfig,
+    teacher: Decoder,
+    load: Callable[[], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    output: OutputFolder,
+    reporter: Reporter,
+) -> Generated:
+    """Text by the dense model, or what an interrupted run has kept of the same; ``load`` gives the model whole."""
+    samples = config.calibration_parts[SELF]
+    depends_on = [teacher.weights.fingerprint(), _settings_of(teacher.model), samples, config.seqlen, config.seed]
+    made_from = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+    ids = output.generated(made_from)
+    if ids is None:
+        with reporter.progress("sequences by the dense model", samples) as advance:
+            ids = generate(
+                load(),
+                tokenizer,
+                samples=samples,
+                seqlen=config.seqlen,
+                seed=config.seed,
+                device=teacher.device,
+                on_batch=advance,
+            )
+    return Generated.of(ids, made_from, tokenizer)
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ from ebft.weights import Tensors
 from ebft_kernels import PackedMask, load_masks, save_masks
 
 SUMMARY, MASKS, LINES = "ebft_summary.json", "masks.safetensors", "blocks.jsonl"
-_BLOCKS, _COMMITS, _STREAMS = "blocks", "commits", "streams"  # what only the run itself needs
+_BLOCKS, _COMMITS, _STREAMS, _TEXT = "blocks", "commits", "streams", "text"  # what only the run itself needs
 _WORKING = ".ebft-working"  # is there from a run's first moment to its last, and says what the run was begun with
 _REPLACED = ".replaced"  # an earlier run's output, for the moment that the new one takes its place
 _AT_ONCE = 2**24  # bytes of a file that a thread makes a checksum of
@@ -187,6 +187,27 @@ class OutputFolder:
 
     def _is(self, name: str, known: str) -> bool:
         return (self.path / name).is_file() and checksum(self.path / name) == known
+
+    # --- text that the dense model has written ------------------------------------------------------------------
+
+    def write_generated(self, ids: Tensor, made_from: str) -> list[Path]:
+        """Keep token ids, int64, and a digest of what they depend on; gives the file."""
+        file = self.path / _TEXT / "generated.safetensors"
+        with self.writing():
+            file.parent.mkdir(exist_ok=True)
+            save_file({"ids": ids}, file, metadata={"made_from": made_from, "sha256": _digest_of(ids.tolist())})
+        return [file]
+
+    def generated(self, made_from: str) -> Tensor | None:
+        """The token ids that an interrupted run kept, if it is to be resumed and they are whole and depend on these."""
+        file = self.path / _TEXT / "generated.safetensors"
+        if not self._resume or not file.is_file():
+            return None
+        with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="pt") as opened:
+            ids, about = opened.get_tensor("ids"), opened.metadata()
+            if about == {"made_from": made_from, "sha256": _digest_of(ids.tolist())}:
+                return ids
+        return None
 
     # --- what is written ----------------------------------------------------------------------------------------
 
@@ -352,7 +373,7 @@ class OutputFolder:
 
     def _tidy(self) -> None:
         """Take from the output what only the run needed; the marker last, so that this can be gone on with."""
-        for folder in (_STREAMS, _BLOCKS, _COMMITS, _REPLACED):
+        for folder in (_STREAMS, _BLOCKS, _COMMITS, _TEXT, _REPLACED):
             if (self.final / folder).exists():
                 shutil.rmtree(self.final / folder)
         (self.final / _WORKING).unlink()

@@ -155,6 +155,8 @@ def _run(job: Job, given: PreTrainedModel | None) -> RunResult:
     if job.config.resume and not out.resumed:
         job.reporter.say("there is nothing to resume: the run begins")
 
+    if text := job.generated:
+        _stage(job, "generated", lambda: None, partial(out.write_generated, text.tokens.ids, text.made_from))
     dense = _stage(job, "dense_perplexity", lambda: _measure(job, "dense perplexity", job.teacher))
     if surveyor := job.masker.surveyor:
         surveyor.take(_stage(job, "survey", partial(survey, job, surveyor)))

@@ -32,6 +32,7 @@ from ebft.decoder import BlockCall, Decoder, autocast, find_blocks
 from ebft.devices import DEVICES, HERE, SHARE
 from ebft.errors import EBFTError
 from ebft.evaluate import TOKENS_AT_ONCE
+from ebft.generation import SELF, WRITTEN_AT_ONCE
 from ebft.job import check_lengths, choose_device
 from ebft.pruning import InputStatistics, make_masker
 from ebft.reconstruct import BlockReconstructor, halves
@@ -56,6 +57,7 @@ WORKSPACES = 64 * _MIB  # cuBLAS: 32 MiB on Hopper, 8 MiB before; as much again 
 FRAGMENTS = 0.05  # of what is allocated: the caching allocator's rounding and holes
 AHEAD = 2  # batches that travel to a GPU while one is worked on
 HOST = 1536 * _MIB  # Python, torch, transformers and CUDA's part on the host
+DRAWN = 4  # tensors of logits in float64 while a token is drawn
 SOLVED = 9  # tensors of rows while the closed form of a layer is made
 MASK_BYTES = 28  # a weight of the matrix at hand, while its mask is made in torch
 WIKITEXT2 = 350_000  # tokens of its test split, for vocabularies of 32 000; fewer with larger ones
@@ -180,7 +182,8 @@ class _Planner:
             model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
         check_lengths(config, model_config)
         self.stored = model_config.dtype or torch.float32
-        self.vocabulary = model_config.get_text_config().vocab_size
+        self.model_config = model_config.get_text_config()
+        self.vocabulary = self.model_config.vocab_size
         whole = _on_meta(config, model_config)
         self.parameters = sum(p.numel() for p in whole.parameters())  # tied ones once
         self.tied = whole.get_input_embeddings().weight is whole.get_output_embeddings().weight
@@ -312,7 +315,21 @@ class _Planner:
 
     def stages(self, config: EBFTConfig) -> dict[str, int]:
         """Bytes on the device in each of the other stages, with all that is there beside."""
-        return {name: size + sum(self._around(config, size).values()) for name, size in self._passes.items()}
+        passes = self._passes | ({"text by the dense model": self._writing()} if self._writes else {})
+        return {name: size + sum(self._around(config, size).values()) for name, size in passes.items()}
+
+    @property
+    def _writes(self) -> bool:
+        return SELF in self.config.calibration_parts
+
+    def _writing(self) -> int:
+        """Bytes for the whole model, keys and values of all tokens that are written together, and a few logits."""
+        text = self.model_config
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        sequences = max(1, WRITTEN_AT_ONCE // self.config.seqlen)
+        cache = 2 * len(self.decoder) * width * sequences * self.config.seqlen * self.stored.itemsize
+        return self.parameters * self.stored.itemsize + cache + DRAWN * 8 * sequences * self.vocabulary
 
     def _around(self, config: EBFTConfig, tracked: int) -> dict[str, int]:
         """What lies on a GPU beside a stage's own tensors."""
@@ -340,6 +357,8 @@ class _Planner:
         }
         if config.model is None or Path(config.model).suffix.lower() == ".gguf":
             rows["the model, which is loaded whole"] = self.parameters * stored
+        elif self._writes and self.gpu:
+            rows["the dense model, while it writes text"] = self.parameters * stored
         if "ebft" in config.recoveries:
             rows["the best weights of a block"] = self.largest * (4 if config.weights == "fp32" else 2)
         if config.streams not in ("device", "disk"):

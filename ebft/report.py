@@ -99,8 +99,10 @@ _NOT_OF_THE_RECIPE = ORGANISATION | {"fused", "device"}
 
 
 def _without_folder(value: Any) -> Any:
-    """The name of a file or folder of this machine, in place of its path."""
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    """The name of a file or folder of this machine, in place of its path; of several too, joined by commas."""
+    if not isinstance(value, str):
+        return value
+    return ",".join(Path(part).name if Path(part).is_absolute() else part for part in value.split(","))
 
 
 def model_card(summary: dict[str, Any]) -> str:

@@ -87,6 +87,7 @@ ORDER = {
         "decoder",
         "stream",
         "calibration",
+        "generation",
         "evaluate",
         "recovery",
         "reconstruct",
