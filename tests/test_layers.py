@@ -72,6 +72,7 @@ ORDER = {
     "ebft": [
         "version",
         "errors",
+        "ranks",
         "devices",
         "shapes",
         "glue",
@@ -83,7 +84,6 @@ ORDER = {
         "weights",
         "checkpoint",
         "output",
-        "ranks",
         "decoder",
         "stream",
         "calibration",
@@ -93,6 +93,7 @@ ORDER = {
         "reconstruct",
         "job",
         "plan",
+        "survey",
         "pipeline",
         "audit",
         "compressed",
