@@ -80,7 +80,12 @@ class EBFTConfig:
         False, "update a matrix as soon as its gradient is made, which is never kept (needs --clip 0)"
     )
     compile: bool = _setting(False, "run the block through torch.compile while it is tuned")
-    lr: float = _setting(2e-4, "AdamW learning rate, decayed linearly to 0 in each block")
+    optimizer: str = _setting(
+        "adamw",
+        "AdamW; Lion (the sign of a momentum), for a lower learning rate; or Muon, with AdamW for norms and biases",
+        choices=("adamw", "sign", "muon"),
+    )
+    lr: float = _setting(2e-4, "learning rate, decayed linearly to 0 in each block")
     lr_scale: str = _setting(
         "absolute",
         "what --lr is: a learning rate, or a share of the root mean square of each matrix's kept weights",
@@ -90,8 +95,8 @@ class EBFTConfig:
         "linear", "how the learning rate falls in each block", choices=("linear", "cosine", "constant")
     )
     warmup: float = _setting(0.0, "share of each block's steps in which the learning rate rises to --lr")
-    betas: tuple[float, float] = _setting((0.9, 0.95), "AdamW betas")
-    weight_decay: float = _setting(0.1, "AdamW weight decay of the pruned matrices (norms and biases: 0)")
+    betas: tuple[float, float] = _setting((0.9, 0.95), "betas of AdamW and Lion; Muon's momentum is the first")
+    weight_decay: float = _setting(0.1, "decoupled weight decay of the pruned matrices (norms and biases: 0)")
     clip: float = _setting(1.0, "clip the gradient norm over kept weights, after unscaling; 0 turns it off")
     loss: str = _setting(
         "mse",
@@ -188,6 +193,7 @@ class EBFTConfig:
                 "--recompute halves does not go with --compile, which would compile the halves of every block anew; "
                 "expected --recompute none or block"
             )
+        self._check_optimizer()
         if self.update_in_backward:
             self._check_update_in_backward()
 
@@ -199,6 +205,22 @@ class EBFTConfig:
                 f"--recover is {self.recover!r}; expected none, or one or more of {', '.join(RECOVERIES[1:])} in this "
                 "order, joined by +"
             )
+
+    def _check_optimizer(self) -> None:
+        """Layouts of weights and states, which only AdamW has."""
+        for name, usual in (
+            ("weights", "fp32"),
+            ("moments", "fp32"),
+            ("compact", False),
+            ("update_in_backward", False),
+        ):
+            given = getattr(self, name)
+            if self.optimizer != "adamw" and given != usual:
+                said = _flag(name) if given is True else f"{_flag(name)} {given}"
+                raise EBFTError(
+                    f"{said} is a layout of AdamW, and --optimizer is {self.optimizer}; expected "
+                    f"{f'no {said}' if given is True else f'{_flag(name)} {usual}'} or --optimizer adamw"
+                )
 
     def _check_update_in_backward(self) -> None:
         """What cannot be had where a gradient is used before the others are known."""

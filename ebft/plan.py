@@ -232,9 +232,10 @@ class _Planner:
             config = dataclasses.replace(config, **changes)
             return config
 
-        if not config.compact:
+        layouts = config.optimizer == "adamw"
+        if layouts and not config.compact:
             yield leaner(compact=True)
-        if config.weights == "fp32" and self.compute == torch.bfloat16:
+        if layouts and config.weights == "fp32" and self.compute == torch.bfloat16:
             yield leaner(weights="master")
         size = config.micro_batch or config.batch_size
         while size > 1 and not config.update_in_backward:
@@ -242,6 +243,8 @@ class _Planner:
             yield leaner(micro_batch=size)
         if config.recompute != "halves" and self._has_halves and not config.compile:
             yield leaner(recompute="halves")
+        if not layouts:
+            return
         for moments in {"fp32": ("bf16", "int8"), "bf16": ("int8",), "int8": ()}[config.moments]:
             yield leaner(moments=moments)
         if config.weights == "master":
@@ -249,7 +252,8 @@ class _Planner:
 
     def _in_backward(self, config: EBFTConfig) -> EBFTConfig | None:
         """The same without gradients, where a step needs neither their norm nor their sum."""
-        if config.clip or config.compile or "ebft" not in config.recoveries or self.compute == torch.float16:
+        another = config.optimizer != "adamw" or "ebft" not in config.recoveries
+        if config.clip or config.compile or another or self.compute == torch.float16:
             return None
         return dataclasses.replace(config, micro_batch=None, update_in_backward=True)
 

@@ -26,6 +26,7 @@ from ebft.matrices import router_paths
 from ebft.ranks import Ranks
 from ebft.recovery import BlockResult, BlockTask, Forward
 from ebft.recovery.losses import Loss, Measured
+from ebft.recovery.optimizers import MaskedOptimizer, make_optimizer
 from ebft.recovery.rates import learning_rate, set_scales
 from ebft.recovery.task import Errors, Split, samples_of_all
 from ebft.stream import carry
@@ -43,7 +44,7 @@ class Tuning:
     """
 
     forward: Callable[[Tensor], Tensor]
-    optimizer: MaskedAdamW
+    optimizer: MaskedAdamW | MaskedOptimizer
     scaler: torch.amp.GradScaler
     notes: list[str]
     loss: Loss = field(default_factory=Loss)
@@ -204,20 +205,12 @@ class BlockReconstructor:
             matrices = [[tuned[name] for name in masks]]
             if config.lr_scale == "rms":  # each has a learning rate of its own
                 matrices = [[matrix] for matrix in matrices[0]]
-            optimizer = MaskedAdamW(
-                [
-                    *({"params": of_group, "weight_decay": config.weight_decay} for of_group in matrices),
-                    {"params": [tuned[name] for name in tuned if name not in masks], "weight_decay": 0.0},
-                ],
-                lr=config.lr,
-                betas=config.betas,
-                masks={tuned[name]: mask for name, mask in masks.items()},
-                weights=config.weights,
-                moments=config.moments,
-                compact=config.compact,
-                update_in_backward=config.update_in_backward,
-                seed=(config.seed * 1_000_003 + index) % 2**63,
-            )
+            groups = [
+                *({"params": of_group, "weight_decay": config.weight_decay} for of_group in matrices),
+                {"params": [tuned[name] for name in tuned if name not in masks], "weight_decay": 0.0},
+            ]
+            seed = (config.seed * 1_000_003 + index) % 2**63
+            optimizer = make_optimizer(config, groups, {tuned[name]: mask for name, mask in masks.items()}, seed)
             through: Callable[[Tensor], Tensor] = partial(forward, torch.compile(block) if config.compile else block)
             if config.recompute == "block":
                 through = partial(_recompute, through)

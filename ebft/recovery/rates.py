@@ -7,6 +7,7 @@ import math
 import torch
 
 from ebft.config import EBFTConfig
+from ebft.recovery.optimizers import MaskedOptimizer
 from ebft_kernels import MaskedAdamW
 
 
@@ -21,7 +22,7 @@ def learning_rate(config: EBFTConfig, step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def set_scales(optimizer: MaskedAdamW, config: EBFTConfig) -> None:
+def set_scales(optimizer: MaskedAdamW | MaskedOptimizer, config: EBFTConfig) -> None:
     """What the learning rate is multiplied by in each parameter group (``--lr-scale``), as ``group["scale"]``.
 
     With ``rms`` it is the root mean square of the group's kept weights as they are now, so that a step moves them by
