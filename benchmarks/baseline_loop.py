@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ebft.config import EBFTConfig
-from ebft.reconstruct import batch_order
+from ebft.recovery.task import batch_order
 
 
 @dataclass

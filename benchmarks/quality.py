@@ -38,7 +38,7 @@ from ebft.evaluate import perplexities
 
 CPU = torch.device("cpu")
 _ERRORS = ("relative_error_before", "relative_error_after", "relative_held_out_before", "relative_held_out_after")
-NOT_WORK = ("load", "save", "dense_perplexity", "pruned_perplexity", "recovered_perplexity")
+NOT_WORK = ("load", "save", "dense_perplexity", "pruned_perplexity", "plain_merge_perplexity", "recovered_perplexity")
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _cell(
         of = rows.find(same_time, target, seed)
         if of is None:
             raise SystemExit(f"{method} takes the time of {same_time}, whose cell at {target} comes first")
-        flags += ["--lm-seconds", f"{of['seconds']:.0f}"]
+        flags += ["--lm-seconds", f"{of['seconds']:.0f}", "--lm-epochs", "100000"]
     print(f"{method} at {target}, seed {seed}: {' '.join(flags)}", flush=True)
     command = [sys.executable, "-m", "ebft.run", *flags, "--output", str(output), "--resume"]
     if not _is_done(output, flags):

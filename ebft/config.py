@@ -43,9 +43,25 @@ class EBFTConfig:
     prune: str = _setting("wanda", "magnitude, wanda, zeros (those already there), or a masks.safetensors file")
     sparsity: float = _setting(0.7, "share of each matrix's weights that is pruned, between 0 and 1")
     pattern: str | None = _setting(None, "keep N of every M consecutive inputs, in place of --sparsity", metavar="N:M")
-    recover: str = _setting("ebft", "recoveries after pruning: none, or a sum in order such as layerwise+ebft")
+    recover: str = _setting(
+        "ebft",
+        "recoveries after pruning: none, or a sum in order such as layerwise+ebft (lora, full: the model is in memory)",
+    )
     cg_iterations: int = _setting(20, "iterations of conjugate gradients in each layer (--recover layerwise)")
     cg_damping: float = _setting(0.01, "what holds weights where they were, as a share of the inputs' mean square")
+    lm_lr: float = _setting(
+        3e-4, "AdamW learning rate of whole-model recoveries (lora, full), decayed linearly to 0 over their time"
+    )
+    lm_epochs: int = _setting(2, "their passes over the calibration sequences, with the language-model loss")
+    lm_seconds: float | None = _setting(
+        None, "they end after so many seconds if that comes first, and the learning rate falls by time", metavar="S"
+    )
+    lora_rank: int = _setting(8, "rank of the adapters (--recover lora)")
+    lora_alpha: float = _setting(16.0, "what adapters are scaled by, times their rank (--recover lora)")
+    lora_dropout: float = _setting(0.0, "share of the adapters' inputs that is dropped (needs --no-lora-masked)")
+    lora_masked: bool = _setting(
+        True, "adapters work under the mask while they are tuned, so that the masked merge loses nothing"
+    )
     calibration: str = _setting(
         "c4",
         "c4, wikitext2, builtin, self (text that the dense model writes), a .txt/.jsonl/.parquet file, or several of "
@@ -161,23 +177,30 @@ class EBFTConfig:
         if not 0 < self.sparsity < 1:
             raise EBFTError(f"--sparsity is {self.sparsity:g}; expected a number between 0 and 1, both excluded")
         self._check_recover()
-        for name in ("samples", "epochs", "batch_size", "cg_iterations", "patience"):
+        for name in ("samples", "epochs", "batch_size", "cg_iterations", "patience", "lm_epochs", "lora_rank"):
             if getattr(self, name) < 1:
                 raise EBFTError(f"{_flag(name)} is {getattr(self, name)}; expected a whole number of at least 1")
         for name in ("seqlen", "eval_seqlen"):
             if getattr(self, name) < 2:
                 raise EBFTError(f"{_flag(name)} is {getattr(self, name)}; expected a whole number of at least 2")
         self.calibration_parts  # noqa: B018  (parses names and shares, so that a wrong one is said now)
-        for name in ("warmup", "holdout"):
+        for name in ("warmup", "holdout", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise EBFTError(
                     f"{_flag(name)} is {getattr(self, name):g}; expected a share from 0 up to, not including, 1"
                 )
         if self.holdout and self.samples < 2:
             raise EBFTError(f"--holdout is {self.holdout:g} of 1 sequence; expected --samples 2 or more")
-        for name in ("lr", "weight_decay", "clip", "cg_damping"):
+        for name in ("lr", "weight_decay", "clip", "cg_damping", "lm_lr", "lora_alpha"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise EBFTError(f"{_flag(name)} is {getattr(self, name)}; expected a finite number of at least 0")
+        if self.lm_seconds is not None and not 0 < self.lm_seconds < float("inf"):
+            raise EBFTError(f"--lm-seconds is {self.lm_seconds:g}; expected a finite number above 0")
+        if self.lora_dropout and self.lora_masked:
+            raise EBFTError(
+                f"--lora-dropout is {self.lora_dropout:g}, and with --lora-masked adapters are a part of the weight, "
+                "where no input can be dropped for them alone; expected --no-lora-masked or --lora-dropout 0"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise EBFTError(f"--betas is {self.betas}; expected two numbers from 0 up to, not including, 1")
         if not 0 <= self.seed < 2**63:
@@ -246,6 +269,16 @@ class EBFTConfig:
     def recoveries(self) -> tuple[str, ...]:
         """The names that ``--recover`` sums up, in order; none of them for ``none``."""
         return tuple(name for name in self.recover.split("+") if name != "none")
+
+    @property
+    def whole_model_recoveries(self) -> tuple[str, ...]:
+        """Those of them that follow the walk, and hold the whole model in memory."""
+        return tuple(name for name in self.recoveries if name in ("lora", "full"))
+
+    @property
+    def block_recoveries(self) -> tuple[str, ...]:
+        """Those of them that are a part of the walk."""
+        return tuple(name for name in self.recoveries if name not in self.whole_model_recoveries)
 
     @property
     def uses_dense_inputs(self) -> bool:

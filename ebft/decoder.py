@@ -141,6 +141,14 @@ class Decoder:
         """A copy of block ``index`` as it is stored."""
         return self._filled(index, self._read(index))
 
+    def whole(self, block_at: Callable[[int], Tensors]) -> PreTrainedModel:
+        """The whole model to work on, with blocks as they were saved: on the device, float32, as ``working_block``."""
+        model = _without_values(self._skeleton)
+        for index, name in enumerate(self.names):
+            put(model.get_submodule(name), self._read(index, block_at(index)))
+        put(model, self.weights.read(dict.fromkeys(self._entrance + self._exit)))
+        return _cast_parameters(model, self.device).requires_grad_(False)
+
     def store_block(self, index: int, tensors: Tensors) -> None:
         """Write a block's saved weights into the model in memory."""
         with torch.no_grad():

@@ -27,7 +27,7 @@ from ebft.output import OutputFolder, checksum
 from ebft.pruning import Criterion, Masker, make_masker
 from ebft.ranks import Ranks, own_device
 from ebft.reconstruct import BlockReconstructor
-from ebft.recovery import BlockRecovery, Chain, Layerwise
+from ebft.recovery import BlockRecovery, Chain, FullFineTuning, Layerwise, LoRA, WholeModelRecovery
 from ebft.recovery.task import Split
 from ebft.report import Reporter
 from ebft.stream import Store
@@ -79,6 +79,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase | None
     masker: Masker
     recovery: BlockRecovery | None
+    whole_model: dict[str, WholeModelRecovery]
     calibration: Tokens | None
     generated: Generated | None
     eval_tokens: dict[str, Tokens]
@@ -108,6 +109,7 @@ def prepare_job(
     for choice in choices:
         if config.fused and not choice.fused:
             raise EBFTError(f"--fused cannot be had: {choice}")
+    whole_model = _whole_model_recoveries(config)
     masker = make_masker(config.prune, config.mask_pattern, criterion)
     recovers = config.recover != "none"
 
@@ -122,7 +124,7 @@ def prepare_job(
         opened = _open(config, teacher or config.teacher, reporter)
         dense = Decoder(opened.model, device, compute, fuse_glue, opened.weights)
         _check_teacher(decoder, dense)
-    _check_masks(config, masker, decoder, recovers_towards_itself=recovers and dense is decoder)
+    _check_masks(config, masker, decoder, recovers_towards_itself=bool(config.block_recoveries) and dense is decoder)
 
     needs_calibration = recovers or bool(masker.needs) or masker.surveyor is not None
     if tokenizer is None and not isinstance(source, PreTrainedModel):
@@ -168,6 +170,7 @@ def prepare_job(
         tokenizer=tokenizer,
         masker=masker,
         recovery=_block_recovery(config, device, compute, sharing),
+        whole_model=whole_model,
         calibration=calibration,
         generated=generated,
         eval_tokens=evaluation,
@@ -190,6 +193,12 @@ def _block_recovery(
     }
     links = [made[name]() for name in config.recoveries if name in made]
     return Chain(links) if links else None
+
+
+def _whole_model_recoveries(config: EBFTConfig) -> dict[str, WholeModelRecovery]:
+    """What is done to the whole model after the walk, in order."""
+    made: dict[str, Callable[[EBFTConfig], WholeModelRecovery]] = {"lora": LoRA, "full": FullFineTuning}
+    return {name: made[name](config) for name in config.whole_model_recoveries}
 
 
 def blocks_are_independent(config: EBFTConfig) -> bool:
@@ -379,8 +388,10 @@ def _check_masks(config: EBFTConfig, masker: Masker, decoder: Decoder, *, recove
 # --- the summary --------------------------------------------------------------------------------------------------
 
 
-def summarise(job: Job, sparsity: float, stages: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """What ``ebft_summary.json`` holds."""
+def summarise(
+    job: Job, sparsity: float, stages: dict[str, dict[str, float]], whole_model: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """What ``ebft_summary.json`` holds; ``whole_model``: what recoveries of the whole model came to, by name."""
     config = job.config
     recovery = "no recovery" if config.recover == "none" else f"recovered by {config.recover}"
     return {
@@ -391,6 +402,7 @@ def summarise(job: Job, sparsity: float, stages: dict[str, dict[str, float]]) ->
         "seconds": job.clock.total(),
         "stage_seconds": job.clock.laps,
         "sparsity": sparsity,
+        **whole_model,
         "calibration": job.calibration.use.to_dict() if job.calibration else None,
         "evaluation": {name: tokens.use.to_dict() for name, tokens in job.eval_tokens.items()},
         "implementations": implementations(job.decoder),

@@ -50,6 +50,7 @@ class OutputFolder:
             is the same.
         resumed: whether there was an interrupted run to go on with; known once entered.
         notes: what was found broken, in sentences.
+        newest: the recovery of the whole model that ``block`` reads what it has left; none: the walk.
 
     Raises:
         EBFTError: ``OUT`` cannot be written, is there already and ``overwrite`` is not set, or is no run's output; or
@@ -61,6 +62,7 @@ class OutputFolder:
         self.fingerprint: dict[str, dict[str, Any]] = {}
         self.resumed = False
         self.notes: list[str] = []
+        self.newest = ""
         self._resume, self._made_by = resume, made_by
         self._accepted: set[str] = set()
         self._opened = contextlib.ExitStack()
@@ -237,9 +239,15 @@ class OutputFolder:
             save_masks(masks, self._mask_file(index))
         return [*files, self._mask_file(index)]
 
+    def rewrite_block(self, index: int, weights: Mapping[str, Tensor], by: str) -> Path:
+        """Write what the recovery ``by`` has made of a finished block, whose file stays; gives the file."""
+        with self.writing():
+            save_file({name: weight.contiguous() for name, weight in weights.items()}, self._block_file(index, by))
+        return self._block_file(index, by)
+
     def block(self, index: int) -> Tensors:
-        """The weights that ``write_block`` wrote."""
-        return Tensors([self._block_file(index)])
+        """The weights of a block as they are now: ``write_block``'s, or ``rewrite_block``'s by ``newest``."""
+        return Tensors([self._block_file(index, self.newest)])
 
     def pruned_block(self, index: int) -> Tensors | None:
         """The weights before recovery that ``write_block`` wrote; None where they are the dense ones with zeros."""
@@ -378,8 +386,8 @@ class OutputFolder:
                 shutil.rmtree(self.final / folder)
         (self.final / _WORKING).unlink()
 
-    def _block_file(self, index: int) -> Path:
-        return self.path / _BLOCKS / f"{index:05d}.safetensors"
+    def _block_file(self, index: int, by: str = "") -> Path:
+        return self.path / _BLOCKS / f"{index:05d}{by and '.' + by}.safetensors"
 
     def _pruned_file(self, index: int) -> Path:
         return self.path / _BLOCKS / f"{index:05d}.pruned.safetensors"

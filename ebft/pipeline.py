@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from ebft.output import LINES, MASKS, SUMMARY, OutputFolder
 from ebft.plan import fit_to_budget
 from ebft.pruning import BlockMasks, Criterion, InputObserver, Statistics, sum_over_ranks_
 from ebft.ranks import joined
-from ebft.recovery import BlockResult, BlockTask
+from ebft.recovery import BlockResult, BlockTask, WholeTask
 from ebft.report import Reporter, model_card
 from ebft.report_page import report_page
 from ebft.stream import Store, Stream, Streams
@@ -162,6 +163,7 @@ def _run(job: Job, given: PreTrainedModel | None) -> RunResult:
         surveyor.take(_stage(job, "survey", partial(survey, job, surveyor)))
     lines = _walk(job)
     pruned = _stage(job, "pruned_perplexity", lambda: _measure(job, "pruned perplexity", decoder, _pruned(job)))
+    whole_model = {name: _recover_whole(job, name) for name in job.whole_model}
     if not isinstance(decoder.weights, ShardedWeights):  # a model in memory takes the recovered weights
         for index in range(len(decoder)):
             decoder.store_block(index, out.block(index))
@@ -170,7 +172,7 @@ def _run(job: Job, given: PreTrainedModel | None) -> RunResult:
 
     kept = sum(line["kept_weights"] for line in lines)
     sparsity = 1 - kept / sum(line["prunable_weights"] for line in lines)
-    summary = summarise(job, sparsity, {"dense": dense, "pruned": pruned, "recovered": recovered})
+    summary = summarise(job, sparsity, {"dense": dense, "pruned": pruned, "recovered": recovered}, whole_model)
 
     def commit() -> None:
         out.write_json(SUMMARY, summary)
@@ -225,6 +227,77 @@ def _pruned(job: Job) -> Callable[[int], nn.Module]:
     return block_at
 
 
+def _recover_whole(job: Job, name: str) -> dict[str, Any]:
+    """Recover the whole model by ``name``, with all its blocks in memory; gives its entry in the summary."""
+    decoder, out, recovered = job.decoder, job.output, {}
+
+    def make() -> dict[str, Any]:
+        assert job.calibration is not None
+        model = decoder.whole(out.block)
+        recovered.update({block: model.get_submodule(block) for block in decoder.names})
+        with job.reporter.progress(name, 1) as advance:
+            task = WholeTask(
+                model=model,
+                blocks=recovered,
+                masks={n: mask for index in range(len(decoder)) for n, mask in out.block_masks(index).items()},
+                tokens=job.calibration.ids,
+                device=decoder.device,
+                compute=decoder.compute,
+                ranks=job.ranks,
+                on_step=advance,
+            )
+            result = job.whole_model[name].recover(task)
+        job.clock.lap(name)
+        entry: dict[str, Any] = {
+            "losses": result.losses,
+            "held_out_before": result.held_out_before,
+            "held_out_after": result.held_out_after,
+            "seconds": result.seconds,
+            "notes": result.notes,
+        }
+        if result.left_out:
+            entry["plain_merge"] = _plain_merge(job, recovered, result.left_out)
+            job.clock.lap("plain_merge_perplexity")
+        return entry
+
+    def write() -> list[Path]:
+        files = []
+        for index, block in enumerate(recovered.values()):
+            weights = decoder.round_as_stored(index, block)
+            if not all(torch.isfinite(weight).all() for weight in weights.values()):
+                raise _not_finite(job, index, f"its weights hold NaN or infinity after --recover {name}")
+            files.append(out.rewrite_block(index, decoder.weights.as_stored(weights), name))
+        return files
+
+    entry = _stage(job, name, make, write)
+    out.newest = name
+    return entry
+
+
+def _plain_merge(
+    job: Job, blocks: Mapping[str, nn.Module], left_out: Mapping[str, Callable[[], Tensor]]
+) -> dict[str, Any]:
+    """Perplexity and sparsity of what would be saved without masks, a block of which is there at a time."""
+    decoder = job.decoder
+
+    def block_at(index: int) -> nn.Module:
+        name = decoder.names[index]
+        block = copy.deepcopy(blocks[name])
+        for matrix in decoder.matrices[index]:
+            if f"{name}.{matrix.name}" in left_out:
+                block.get_parameter(matrix.name).add_(left_out[f"{name}.{matrix.name}"]())
+        decoder.round_as_stored(index, block)
+        return block
+
+    zeros = weights = 0
+    for index, matrices in enumerate(decoder.matrices):
+        block = block_at(index)
+        for weight in (block.get_parameter(matrix.name) for matrix in matrices):
+            zeros, weights = zeros + int((weight == 0).sum()), weights + weight.numel()
+    perplexity = _measure(job, "perplexity of the plain merge", decoder, block_at)
+    return {"perplexity": perplexity, "sparsity": zeros / weights}
+
+
 def _save(job: Job) -> list[Path]:
     """The recovered model as an ordinary folder; gives the files with weights and masks."""
     decoder, out, count = job.decoder, job.output, len(job.decoder)
@@ -264,7 +337,8 @@ def _walk(job: Job) -> list[dict[str, Any]]:
     mine = left[job.ranks.rank :: job.ranks.count] if blocks_are_independent(job.config) else left
     if mine:
         position = finished[mine[0] - 1]["streams"] if mine[0] - 1 in finished else None
-        streams = _streams(job, mine[0], position) if job.calibration else None
+        walks_with_text = job.calibration and (job.recovery or job.masker.needs)
+        streams = _streams(job, mine[0], position) if walks_with_text else None
     with job.reporter.progress("block", len(decoder)) as advance:
         for index in range(mine[0], mine[-1] + 1) if mine else ():
             if index not in mine:

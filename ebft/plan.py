@@ -142,6 +142,11 @@ def make_plan(config: EBFTConfig, on: str = HERE, model_config: Any = None) -> P
     Raises:
         EBFTError: the model or the settings cannot be used.
     """
+    if config.whole_model_recoveries:
+        raise EBFTError(
+            f"--recover {config.recover} holds the whole model in memory, which neither --plan nor a memory budget "
+            f"counts; expected recoveries of blocks alone"
+        )
     return _Planner(config, on, model_config).fitting()
 
 

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ebft.config import EBFTConfig
 from ebft.decoder import BlockCall
@@ -28,7 +27,8 @@ from ebft.recovery import BlockResult, BlockTask, Forward
 from ebft.recovery.losses import Loss, Measured
 from ebft.recovery.optimizers import MaskedOptimizer, make_optimizer
 from ebft.recovery.rates import learning_rate, set_scales
-from ebft.recovery.task import Errors, Split, samples_of_all
+from ebft.recovery.recompute import recompute, recomputed
+from ebft.recovery.task import Errors, Split, batch_order, samples_of_all
 from ebft.stream import carry
 from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, mask_linears_
 
@@ -201,7 +201,7 @@ class BlockReconstructor:
             if config.update_in_backward:
                 undone_after.enter_context(_masked_layers(block, masks))
             if config.recompute == "halves":
-                undone_after.enter_context(_recomputed(halves(block, masks)))
+                undone_after.enter_context(recomputed(halves(block, masks)))
             matrices = [[tuned[name] for name in masks]]
             if config.lr_scale == "rms":  # each has a learning rate of its own
                 matrices = [[matrix] for matrix in matrices[0]]
@@ -213,7 +213,7 @@ class BlockReconstructor:
             optimizer = make_optimizer(config, groups, {tuned[name]: mask for name, mask in masks.items()}, seed)
             through: Callable[[Tensor], Tensor] = partial(forward, torch.compile(block) if config.compile else block)
             if config.recompute == "block":
-                through = partial(_recompute, through)
+                through = partial(recompute, through)
             scaler = torch.amp.GradScaler(self._device.type, enabled=self._compute == torch.float16)
             yield Tuning(through, optimizer, scaler, notes=[])
         block.requires_grad_(False)
@@ -276,12 +276,6 @@ class BlockReconstructor:
             tuning.notes.append(f"out of GPU memory with {size} sequences at once: {size // 2} from here on")
 
 
-def batch_order(samples: int, seed: int, block: int, epoch: int) -> Tensor:
-    """A permutation of the samples that depends on (seed, block, epoch) alone, so that a resumed run has the same."""
-    generator = torch.Generator().manual_seed(((seed * 1_000_003 + block) * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(samples, generator=generator)
-
-
 def halves(block: nn.Module, masks: Mapping[str, PackedMask]) -> list[nn.Module]:
     """The modules of ``block`` that hold its matrices between them: attention and MLP.
 
@@ -313,27 +307,6 @@ def _backward(tuning: Tuning, x: Tensor, y: Tensor, share: float) -> Tensor:
         loss, gradient = loss * share, gradient.mul_(share)
     output.backward(tuning.scaler.scale(gradient))
     return loss
-
-
-def _recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``function``, whose activations are made again in the backward pass; nothing in a block is random."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-@contextlib.contextmanager
-def _recomputed(modules: list[nn.Module]) -> Iterator[None]:
-    """Recompute each of ``modules`` on its own while inside."""
-    before = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        module.forward = partial(_recompute, module.forward)
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, before, strict=True):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
 
 
 @contextlib.contextmanager

@@ -83,6 +83,19 @@ def won_back(values: dict[str, float]) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
+def plain_merge(summary: dict[str, Any]) -> str:
+    """What merging adapters without the masks would have given, in a sentence; nothing where there were none."""
+    if "plain_merge" not in summary.get("lora", {}):
+        return ""
+    merged, masked = summary["lora"]["plain_merge"], summary["config"]["lora_masked"]
+    figures = ", ".join(f"{number(value)} on {text}" for text, value in merged["perplexity"].items())
+    return (
+        f" The plain merge of the adapters, which fills the zeros and was not saved, would be {merged['sparsity']:.2%} "
+        f"sparse{f', of perplexity {figures}' if figures else ''}; the adapters were tuned "
+        f"{'under the masks, as they were merged' if masked else 'without masks'}."
+    )
+
+
 def number(value: float) -> str:
     """A perplexity for people."""
     return f"{value:.2f}" if value < 1e4 else f"{value:.3g}"
@@ -117,11 +130,16 @@ def model_card(summary: dict[str, Any]) -> str:
         shown.pop("sparsity")
     recipe = "\n".join(f"| {name} | {_without_folder(value)} |" for name, value in shown.items())
     use = summary["calibration"]
+    ways = {"lora": "by adapters merged under the masks", "full": "as a whole on the language-model loss"}
+    names = [] if config["recover"] == "none" else config["recover"].split("+")
+    said = list(dict.fromkeys(ways.get(name, "block by block") for name in names))
     tuned = ""
-    if config["recover"] != "none":
+    if said:
         tuned = (
-            f" The kept ones were tuned block by block on {use['tokens']} tokens of {use['source']} ({use['windows']})."
+            f" The kept ones were tuned {', then '.join(said)}, on {use['tokens']} tokens of {use['source']} "
+            f"({use['windows']})."
         )
+    tuned += plain_merge(summary)
     base = summary["model"] if "/" in summary["model"] and not Path(summary["model"]).exists() else None
     data = ModelCardData(
         base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=["sparse", "pruned", "ebft"]

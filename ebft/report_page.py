@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ebft.report import STAGES, duration, number, won_back
+from ebft.report import STAGES, duration, number, plain_merge, won_back
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a2330 }
@@ -28,7 +29,9 @@ def report_page(summary: dict[str, Any], blocks: list[dict[str, Any]]) -> str:
     """The page for a finished run: its summary and its ``blocks.jsonl`` lines."""
     figures = _rows([[text, *(number(v[s]) for s in STAGES), won_back(v)] for text, v in summary["perplexity"].items()])
     settings = _rows([[name, str(value)] for name, value in summary["config"].items() if value is not None])
-    notes = "".join(f"<li>{escape(block['name'])}: {escape(note)}</li>" for block in blocks for note in block["notes"])
+    wholes = [name for name in ("lora", "full") if name in summary]
+    noted = [(block["name"], block["notes"]) for block in blocks] + [(name, summary[name]["notes"]) for name in wholes]
+    notes = "".join(f"<li>{escape(name)}: {escape(note)}</li>" for name, of_it in noted for note in of_it)
     tuned = [block for block in blocks if block["losses"]]
     curves = (
         _section(
@@ -42,8 +45,16 @@ def report_page(summary: dict[str, Any], blocks: list[dict[str, Any]]) -> str:
             lambda axes: _losses(axes, tuned),
         )
         if tuned
-        else "<p>No recovery was asked for.</p>"
+        else ""
     )
+    for name in wholes:
+        held_out = [summary[name][f"held_out_{when}"] for when in ("before", "after")]
+        note = f"Of the whole model, nats a token, before each step.{plain_merge(summary) if name == 'lora' else ''}"
+        if held_out[0] is not None:
+            note += f" On held-out sequences: {held_out[0]:.3f} before, {held_out[1]:.3f} after."
+        losses = summary[name]["losses"]
+        curves += _section(f"Language-model loss ({name})", note, partial(_language_model_losses, losses=losses))
+    curves = curves or "<p>No recovery was asked for.</p>"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <title>ebft: {escape(summary["model"])}</title><style>{_STYLE}</style></head>
@@ -93,6 +104,11 @@ def _losses(axes: Axes, blocks: list[dict[str, Any]]) -> None:
         shade = colormaps["viridis"](0.9 * place / max(1, len(blocks) - 1))
         axes.plot(steps, [loss / smooth[0] if smooth[0] else 1.0 for loss in smooth], lw=1, color=shade)
     axes.set(xlabel="step", ylabel="loss / first")
+
+
+def _language_model_losses(axes: Axes, losses: list[float]) -> None:
+    axes.plot(range(1, len(losses) + 1), losses, lw=1, color="#2a6fb0")
+    axes.set(xlabel="step", ylabel="loss")
 
 
 def _sparsity(axes: Axes, blocks: list[dict[str, Any]]) -> None:

@@ -1,6 +1,21 @@
-"""Recoveries of one block inside the walk: what they are given and give back, and how they follow one another."""
+"""Recoveries, of one block inside the walk and of the whole model after it: what they are given and give back."""
 
+from ebft.recovery.full import FullFineTuning
 from ebft.recovery.layerwise import Layerwise
+from ebft.recovery.lora import LoRA
 from ebft.recovery.task import BlockRecovery, BlockResult, BlockTask, Chain, Forward
+from ebft.recovery.whole_model import WholeModelRecovery, WholeResult, WholeTask
 
-__all__ = ["BlockRecovery", "BlockResult", "BlockTask", "Chain", "Forward", "Layerwise"]
+__all__ = [
+    "BlockRecovery",
+    "BlockResult",
+    "BlockTask",
+    "Chain",
+    "Forward",
+    "FullFineTuning",
+    "Layerwise",
+    "LoRA",
+    "WholeModelRecovery",
+    "WholeResult",
+    "WholeTask",
+]

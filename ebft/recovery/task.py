@@ -114,6 +114,12 @@ def _told(on_step: Callable[[int, int], None], place: int, places: int, done: in
 # --- samples and errors ---------------------------------------------------------------------------------------------
 
 
+def batch_order(samples: int, seed: int, block: int, epoch: int) -> Tensor:
+    """A permutation of the samples that depends on (seed, block, epoch) alone, so that a resumed run has the same."""
+    generator = torch.Generator().manual_seed(((seed * 1_000_003 + block) * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(samples, generator=generator)
+
+
 @dataclass(frozen=True)
 class Split:
     """Which of all samples a block is tuned on, and which are held out to judge it by.

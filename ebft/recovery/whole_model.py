@@ -1,0 +1,184 @@
+"""The interface of a recovery of the whole pruned model, after the walk; and how one is tuned on text.
+
+The loss is the language model's own: next-token cross-entropy on the calibration tokens. The model is in memory whole,
+in float32, on the device; only parameters of its blocks are tuned.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ebft.config import EBFTConfig
+from ebft.decoder import autocast
+from ebft.errors import EBFTError
+from ebft.ranks import Ranks
+from ebft.recovery.recompute import recomputed
+from ebft.recovery.task import Split, batch_order
+from ebft_kernels import MaskedAdamW, PackedMask
+
+_WHOLE = -1  # in place of a block's number, for the batch order
+
+
+@dataclass(frozen=True)
+class WholeTask:
+    """A pruned model, and what it is recovered on.
+
+    Attributes:
+        model: float32, on ``device``, evaluation mode, no gradients; recovered in place. Its weights at pruned places
+            are zero, and are so again at the end.
+        blocks: the model's, by their full names.
+        masks: full parameter name -> kept weights, in the parameter's shape.
+        tokens: all of them on every rank, (samples, seqlen), int64.
+        compute: dtype of the products.
+        ranks: those that share every batch.
+        on_step: called with the share of the work that is done.
+    """
+
+    model: PreTrainedModel
+    blocks: Mapping[str, nn.Module]
+    masks: Mapping[str, PackedMask]
+    tokens: Tensor
+    device: torch.device
+    compute: torch.dtype
+    ranks: Ranks
+    on_step: Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class WholeResult:
+    """What recovering the model did.
+
+    Attributes:
+        losses: the loss of every step, before that step; nats a token.
+        held_out_before, held_out_after: the loss on the samples that were held out; None without any.
+        seconds: time that the steps took.
+        notes: what is worth a line in the report, a sentence each.
+        left_out: full parameter name -> makes what the mask kept out of the weight, (outputs, inputs) as the
+            parameter: added to it, the weight is that of the plain merge. Empty where nothing was kept out.
+    """
+
+    losses: list[float]
+    held_out_before: float | None
+    held_out_after: float | None
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+    left_out: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+
+
+class WholeModelRecovery(Protocol):
+    """One way to recover a whole model."""
+
+    def recover(self, task: WholeTask) -> WholeResult:
+        """Recover ``task.model`` in place; ``EBFTError`` where that cannot be done."""
+
+
+def fit(task: WholeTask, config: EBFTConfig, optimizer: MaskedAdamW) -> WholeResult:
+    """Tune what ``optimizer`` holds on the language-model loss, for ``lm_epochs`` or ``lm_seconds``, a step at least.
+
+    The learning rate falls linearly from ``lm_lr`` to 0 over whichever of the two ends first. Every step takes
+    ``batch_size`` sequences, ``micro_batch`` at once; of several ranks each takes its share, and gradients are summed.
+    Sequences that ``holdout`` sets apart are not tuned on; their loss is measured before and after.
+
+    Raises:
+        EBFTError: the loss is NaN or infinity.
+    """
+    split = Split.of(len(task.tokens), config.holdout, Ranks())
+    steps = config.lm_epochs * -(-len(split.tuned) // config.batch_size)
+    tuned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    scaler = torch.amp.GradScaler(task.device.type, enabled=task.compute == torch.float16)
+    losses, step = torch.zeros(steps, device=task.device), 0
+    before = _held_out_loss(task, config, split)
+    clock = _Clock(task, config.lm_seconds)
+    with recomputed(list(task.blocks.values()) if config.recompute != "none" else [], random=config.lora_dropout > 0):
+        for batch in _batches(split.tuned, config):
+            passed = max(step / steps, clock.passed()) if step else 0.0
+            if passed >= 1:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = config.lm_lr * (1 - passed)
+            for part in _mine(batch, task.ranks, config):
+                loss = _loss(task, part) * (len(part) / len(batch))
+                scaler.scale(loss).backward()
+                losses[step] += loss.detach()
+            _sum_gradients(tuned, task.ranks)
+            scaler.unscale_(optimizer)
+            optimizer.clip_grad_norm_(config.clip or float("inf"))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            step += 1
+            task.on_step(passed)
+    task.ranks.add_([losses])
+    of_steps = losses[:step].tolist()
+    seconds = time.perf_counter() - clock.began
+    after = _held_out_loss(task, config, split)
+    if not all(map(torch.isfinite, map(torch.tensor, [*of_steps, 0.0 if after is None else after]))):
+        raise EBFTError(
+            f"the language-model loss is no longer a number with --lm-lr {config.lm_lr:g}; expected a smaller one"
+        )
+    return WholeResult(of_steps, before, after, seconds)
+
+
+@dataclass
+class _Clock:
+    """How much of ``seconds`` has passed; with several ranks in their mean, so that all do the same."""
+
+    task: WholeTask
+    seconds: float | None
+    began: float = field(default_factory=lambda: time.perf_counter())
+
+    def passed(self) -> float:
+        """The share; 0 without a limit. A sync point with one."""
+        if self.seconds is None:
+            return 0.0
+        if self.task.device.type == "cuda":
+            torch.cuda.synchronize(self.task.device)
+        elapsed = torch.tensor(time.perf_counter() - self.began, dtype=torch.float64)
+        self.task.ranks.add_([elapsed])
+        return float(elapsed) / self.task.ranks.count / self.seconds
+
+
+def _batches(tuned: Tensor, config: EBFTConfig) -> Iterator[Tensor]:
+    """Numbers of the samples of each step."""
+    for epoch in range(config.lm_epochs):
+        yield from tuned[batch_order(len(tuned), config.seed, _WHOLE, epoch)].split(config.batch_size)
+
+
+def _mine(batch: Tensor, ranks: Ranks, config: EBFTConfig) -> Sequence[Tensor]:
+    """This rank's share of the samples, in parts that go through the model at once."""
+    parts = batch[ranks.share(len(batch))].split(config.micro_batch or config.batch_size)
+    return [part for part in parts if len(part)]
+
+
+def _loss(task: WholeTask, samples: Tensor) -> Tensor:
+    """The model's own loss: the mean over predicted tokens."""
+    ids = task.tokens[samples].to(task.device)
+    with autocast(task.device, task.compute):
+        return task.model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+@torch.no_grad()
+def _held_out_loss(task: WholeTask, config: EBFTConfig, split: Split) -> float | None:
+    """The mean loss on the samples held out. A sync point."""
+    if not len(split.held_out):
+        return None
+    total = torch.zeros((), dtype=torch.float64, device=task.device)
+    for part in _mine(split.held_out, task.ranks, config):
+        total += _loss(task, part).double() * len(part)
+    task.ranks.add_([total])
+    return float(total) / len(split.held_out)
+
+
+def _sum_gradients(tuned: Sequence[Tensor], ranks: Ranks) -> None:
+    if ranks.count > 1:
+        for parameter in tuned:
+            if parameter.grad is None:  # none of the batch's samples are here
+                parameter.grad = torch.zeros_like(parameter)
+        ranks.add_(parameter.grad for parameter in tuned if parameter.grad is not None)
