@@ -135,8 +135,11 @@ class EBFTConfig:
     )
     input: str = _setting(
         "sparse-stream",
-        "inputs: hidden states of the tuned sparse blocks before, or of the dense model",
-        choices=("sparse-stream", "dense-stream"),
+        "inputs: hidden states of the tuned sparse blocks before, or of the dense model, or of each for some samples",
+        choices=("sparse-stream", "dense-stream", "mix"),
+    )
+    mix: float = _setting(
+        0.5, "share of the samples that --input mix takes from the dense model, others block by block"
     )
     eval: str = _setting("wikitext2", "texts for perplexity, comma-separated; empty for none", metavar="NAME_OR_FILE,…")
     eval_seqlen: int = _setting(2048, "tokens in an evaluation window")
@@ -189,6 +192,13 @@ class EBFTConfig:
                 raise EBFTError(
                     f"{_flag(name)} is {getattr(self, name):g}; expected a share from 0 up to, not including, 1"
                 )
+        if not 0 <= self.mix <= 1:
+            raise EBFTError(f"--mix is {self.mix:g}; expected a share from 0 to 1")
+        if self.input == "mix" and self.target != "dense-stream":
+            raise EBFTError(
+                "--input mix aims at one target from the inputs of both streams, and --target is sparse-stream, where "
+                "every input has its own; expected --target dense-stream"
+            )
         if self.holdout and self.samples < 2:
             raise EBFTError(f"--holdout is {self.holdout:g} of 1 sequence; expected --samples 2 or more")
         for name in ("lr", "weight_decay", "clip", "cg_damping", "lm_lr", "lora_alpha"):

@@ -414,12 +414,13 @@ def _part_of(index: int) -> str:
 def _streams(job: Job, done: int, position: dict[str, Any] | None) -> Streams:
     """The streams before block ``done``: an interrupted run's from its files, or made again through finished blocks."""
     assert job.calibration is not None
-    decoder, tokens = job.decoder, job.calibration.ids[job.sharing.share(len(job.calibration.ids))]
+    decoder, share = job.decoder, job.sharing.share(len(job.calibration.ids))
+    make = partial(Streams, job.config, decoder, job.teacher, job.calibration.ids[share], job.store, share=share)
     if position and job.store.kind == "disk" and job.ranks.count == 1:
         if job.output.are_whole(position["files"]):
-            return Streams(job.config, decoder, job.teacher, tokens, job.store, position)
+            return make(position=position)
         job.reporter.say("the streams on disk are broken, or further than the last whole commit: made again")
-    streams = Streams(job.config, decoder, job.teacher, tokens, job.store)
+    streams = make()
     if done:
         with job.reporter.progress("streams through finished blocks", done) as advance:
             for index in range(done):

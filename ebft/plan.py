@@ -345,7 +345,7 @@ class _Planner:
         if not self.gpu:
             return {}
         size = getattr(torch, config.stream_dtype).itemsize
-        streams = 2 * config.samples * config.seqlen * self.width * size
+        streams = _buffers(config) * config.samples * config.seqlen * self.width * size
         travelling = AHEAD * 2 * min(config.batch_size, config.samples) * config.seqlen * self.width * size
         rows = {"streams": streams} if config.streams == "device" else {"batches on their way": travelling}
         allocated = tracked + sum(rows.values()) + WORKSPACES
@@ -385,8 +385,8 @@ class _Planner:
         return rows | ({"streams": self._streams(config)} if config.streams == "disk" else {})
 
     def _streams(self, config: EBFTConfig) -> int:
-        """Hidden states of calibration (two, or three with dense inputs), or of evaluation texts."""
-        kept = 3 if config.uses_dense_inputs and config.target == "dense-stream" else 2
+        """Hidden states of calibration, or of evaluation texts."""
+        kept = _buffers(config)
         calibration = kept * config.samples * config.seqlen * getattr(torch, config.stream_dtype).itemsize
         return max(calibration, sum(map(_tokens_of, config.eval_texts)) * 4) * self.width
 
@@ -507,6 +507,11 @@ class _Planner:
         device, _ = choose_device(self.config.device, self.config.dtype)
         rate = _matmul_rate(device, self.compute)
         return {f"this machine at the {rate / 1e9:.0f} GFLOP/s that a product reaches now": rate}
+
+
+def _buffers(config: EBFTConfig) -> int:
+    """Streams of calibration: inputs and targets; with them the dense block's inputs, and the mixed ones."""
+    return 2 + (config.uses_dense_inputs and config.target == "dense-stream") + (config.input == "mix")
 
 
 def _where(config: EBFTConfig, on: str) -> tuple[bool, torch.dtype]:

@@ -202,12 +202,16 @@ class Streams:
     alternates between two files there. So do the dense model's states, anywhere, where a recovery asks for a block's
     dense inputs beside its dense outputs: one buffer more.
 
+    With ``--input mix`` one buffer more holds what the block is given, made anew for every block of both streams.
+
     Args:
+        tokens: (samples, seqlen), of several ranks this one's share.
         position: where an interrupted run's streams are (``position()``), in files that are whole; by default they
             begin before the first block.
+        share: which of all ``samples`` those of ``tokens`` are; by default they are all.
 
     Attributes:
-        inputs: what the block is given: the sparse stream, or the dense one (``--input``).
+        inputs: what the block is given: the sparse stream, or the dense one, or a mix of them (``--input``).
         targets: what it should give, once ``dense_pass`` has run.
     """
 
@@ -219,6 +223,7 @@ class Streams:
         tokens: Tensor,
         store: Store | None = None,
         position: dict[str, Any] | None = None,
+        share: slice | None = None,
     ) -> None:
         store = store or Store(decoder.device)
         self._store, self._dense_inputs = store, config.input == "dense-stream"
@@ -231,19 +236,29 @@ class Streams:
             shape = (*tokens.shape, of.width())
             return Stream(shape, store, config.batch_size, name, again=True)
 
+        self._block: int = (position or {}).get("block", 0)
+        self._config, self._share = config, share or slice(len(tokens))
+
         names = position or {"inputs": "inputs-0", "targets": "targets-0"}
-        self.inputs = stream(teacher if self._dense_inputs else decoder, names["inputs"])
+        self._walked = stream(teacher if self._dense_inputs else decoder, names["inputs"])
+        self._mixed = self._walked.empty("mixed-0") if config.input == "mix" else None
         self._spare: dict[
             str, Stream
         ] = {}  # the other buffer or file of a stream, which is left behind as it is moved on
         if self._dense_targets:
             self.targets = stream(teacher, names["targets"])
-            moved = [self.inputs] if store.kind == "disk" else []
+            moved = [self._walked] if store.kind == "disk" else []
             if store.kind == "disk" or config.uses_dense_inputs:
                 moved.append(self.targets)
             self._spare = {s.name: s.empty(_other(s.name)) for s in moved}
         else:
-            self.targets = self.inputs.empty(_other(self.inputs.name))
+            self.targets = self._walked.empty(_other(self._walked.name))
+        self._mix()
+
+    @property
+    def inputs(self) -> Stream:
+        """See above."""
+        return self._mixed or self._walked
 
     @property
     def dense_source(self) -> Stream:
@@ -265,27 +280,40 @@ class Streams:
         if self._dense_targets:
             self.targets = self._moved_on(self.targets, run)
         else:
-            self.inputs.through(run, out=self.targets)
+            self._walked.through(run, out=self.targets)
 
     def sparse_pass(self, run: Run | None) -> None:
         """Move on to the next block's inputs, with the finished sparse block; none is needed for dense inputs."""
+        self._block += 1
         if self._dense_inputs:  # they are the targets
-            self.inputs, self.targets = self.targets, self.inputs
+            self._walked, self.targets = self.targets, self._walked
             return
         assert run is not None
         if self._dense_targets:
-            self.inputs = self._moved_on(self.inputs, run)
+            self._walked = self._moved_on(self._walked, run)
+            self._mix()
         else:  # the targets are done with: their buffer takes the new inputs
-            self.inputs.through(run, out=self.targets)
-            self.inputs, self.targets = self.targets, self.inputs
+            self._walked.through(run, out=self.targets)
+            self._walked, self.targets = self.targets, self._walked
 
     def position(self) -> dict[str, Any] | None:
         """Names of the files that the next block begins with, and their checksums; None where streams are in memory."""
         if self._store.kind != "disk" or self._store.output is None:
             return None
-        names = {"inputs": self.inputs.name, "targets": self.targets.name if self._dense_targets else None}
+        names = {"inputs": self._walked.name, "targets": self.targets.name if self._dense_targets else None}
         files = self._store.files([name for name in names.values() if name])
-        return {**names, "files": self._store.output.checksums(files)}
+        return {**names, "block": self._block, "files": self._store.output.checksums(files)}
+
+    def _mix(self) -> None:
+        """Make the mixed inputs of the block at hand, while the targets are still what the dense block is given."""
+        if self._mixed is None:
+            return
+        dense = dense_samples(self._config, self._block)[self._share]
+        streams = (stream.states.split(stream.batch_size) for stream in (self._mixed, self._walked, self.targets))
+        for chosen, mixed, sparse, of_dense in zip(dense.split(self._mixed.batch_size), *streams, strict=True):
+            mixed.copy_(sparse)
+            for row in chosen.nonzero().flatten().tolist():
+                mixed[row].copy_(of_dense[row])
 
     def _moved_on(self, stream: Stream, run: Run) -> Stream:
         out = self._spare.pop(stream.name, stream)
@@ -293,6 +321,14 @@ class Streams:
         if out is not stream:
             self._spare[out.name] = stream
         return out
+
+
+def dense_samples(config: EBFTConfig, block: int) -> Tensor:
+    """Which samples ``--input mix`` takes from the dense stream, bool (samples,): a function of (seed, block) alone."""
+    generator = torch.Generator().manual_seed(((config.seed * 1_000_003 + block) * 1_000_003 - 1) % 2**63)
+    chosen = torch.zeros(config.samples, dtype=torch.bool)
+    chosen[torch.randperm(config.samples, generator=generator)[: round(config.mix * config.samples)]] = True
+    return chosen
 
 
 def _other(name: str) -> str:
