@@ -62,6 +62,7 @@ def audit(output: str, against: str | None = None) -> Audit:
         settings = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["config"]
         pattern = Pattern.parse(settings["pattern"]) if settings["pattern"] else None
         recovered, trust = settings["recover"] != "none", bool(settings["trust_remote_code"])
+        structured = bool(settings.get("structured"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EBFTError(f"{folder / SUMMARY} is not what a run writes: {type(error).__name__} {error}") from None
     found = Audit()
@@ -88,7 +89,7 @@ def audit(output: str, against: str | None = None) -> Audit:
         dense = open_model(
             None if against == DEFAULT_MODEL else against, trust_remote_code=trust, say=found.notes.append
         )
-        _compare(found, model, dense, masks, recovered)
+        _compare(found, model, dense, masks, recovered, structured)
     return found
 
 
@@ -232,17 +233,24 @@ def _bits(tensor: Tensor) -> Tensor:
 # --- against the dense model --------------------------------------------------------------------------------------
 
 
-def _compare(found: Audit, model: Source, dense: Source, masks: dict[str, PackedMask], recovered: bool) -> None:
-    """Whatever the run had no business with is as it was, bit for bit (in the dtype of the output)."""
+def _compare(
+    found: Audit, model: Source, dense: Source, masks: dict[str, PackedMask], recovered: bool, structured: bool
+) -> None:
+    """Whatever the run had no business with is as it was, bit for bit (in the dtype of the output).
+
+    Structured pruning may put something into biases of blocks, those among them that the dense model has not got.
+    """
     path, blocks = find_blocks(model.model)
     tuned = {
         f"{path}.{i}.{name}"
         for i, block in enumerate(blocks)
         for name, _ in block.named_parameters()
-        if recovered and name.rpartition(".")[0] not in router_paths(block)
+        if (recovered and name.rpartition(".")[0] not in router_paths(block)) or (structured and name.endswith(".bias"))
     }
     theirs = {name: tuple(p.shape) for name, p in dense.model.named_parameters()}
     for name, parameter in model.model.named_parameters():
+        if structured and name in tuned and name not in theirs:
+            continue
         if theirs.get(name) != tuple(parameter.shape):
             raise EBFTError(
                 f"--against has {theirs.get(name, 'nothing')} for {name}; expected {tuple(parameter.shape)}, as the "

@@ -40,8 +40,13 @@ class EBFTConfig:
     teacher: str | None = _setting(None, "dense model whose blocks are the targets (default: the model as loaded)")
     output: str = _setting("ebft-output", "folder for the recovered model and its report")
     overwrite: bool = _setting(False, "replace OUTPUT if an earlier run made it, once this run has committed")
-    prune: str = _setting("wanda", "magnitude, wanda, zeros (those already there), or a masks.safetensors file")
+    prune: str = _setting(
+        "wanda", "magnitude, wanda, flap (--structured), zeros (those already there), or a masks.safetensors file"
+    )
     sparsity: float = _setting(0.7, "share of each matrix's weights that is pruned, between 0 and 1")
+    structured: bool = _setting(
+        False, "prune whole heads (KV groups) and MLP channels; --sparsity is then the share of the blocks' parameters"
+    )
     pattern: str | None = _setting(None, "keep N of every M consecutive inputs, in place of --sparsity", metavar="N:M")
     recover: str = _setting(
         "ebft",
@@ -215,6 +220,12 @@ class EBFTConfig:
             raise EBFTError(f"--betas is {self.betas}; expected two numbers from 0 up to, not including, 1")
         if not 0 <= self.seed < 2**63:
             raise EBFTError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 - 1")
+        if self.structured and self.pattern:
+            raise EBFTError(
+                f"--structured prunes whole heads and channels, and --pattern is {self.pattern}; expected one"
+            )
+        if self.prune == "flap" and not self.structured:
+            raise EBFTError("--prune flap scores whole heads and channels; expected --structured with it")
         self.mask_pattern  # noqa: B018  (parses N:M, so that a wrong one is said now)
         for name in ("gpu_memory", "host_memory", "max_shard_size"):
             if getattr(self, name) is not None:
@@ -289,6 +300,11 @@ class EBFTConfig:
     def block_recoveries(self) -> tuple[str, ...]:
         """Those of them that are a part of the walk."""
         return tuple(name for name in self.recoveries if name not in self.whole_model_recoveries)
+
+    @property
+    def fills_biases(self) -> bool:
+        """Whether pruning puts something into biases, so that layers without any get some."""
+        return self.structured and self.prune == "flap"
 
     @property
     def uses_dense_inputs(self) -> bool:

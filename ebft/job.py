@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ebft.biases import consumers, with_biases
 from ebft.calibration import Tokens, calibration_tokens, evaluation_tokens, mixture
 from ebft.checkpoint import DEFAULT_MODEL, Source, load_model, load_tokenizer, open_model
 from ebft.config import ORGANISATION, EBFTConfig
@@ -24,7 +25,7 @@ from ebft.errors import EBFTError
 from ebft.generation import SELF, Generated, generate
 from ebft.glue import liger_missing
 from ebft.output import OutputFolder, checksum
-from ebft.pruning import Criterion, Masker, make_masker
+from ebft.pruning import Criterion, Masker, make_masker, make_structured_masker
 from ebft.ranks import Ranks, own_device
 from ebft.reconstruct import BlockReconstructor
 from ebft.recovery import BlockRecovery, Chain, FullFineTuning, Layerwise, LoRA, WholeModelRecovery
@@ -110,7 +111,7 @@ def prepare_job(
         if config.fused and not choice.fused:
             raise EBFTError(f"--fused cannot be had: {choice}")
     whole_model = _whole_model_recoveries(config)
-    masker = make_masker(config.prune, config.mask_pattern, criterion)
+    masker = choose_masker(config, criterion)
     recovers = config.recover != "none"
 
     source = config.model if model is None else model
@@ -210,10 +211,21 @@ def _name_of(source: str | PreTrainedModel | None) -> str:
     return source if isinstance(source, str) else DEFAULT_MODEL if source is None else type(source).__name__
 
 
+def choose_masker(config: EBFTConfig, criterion: Criterion | None = None) -> Masker:
+    """How blocks are pruned; ``criterion``: by a user's own."""
+    if not config.structured:
+        return make_masker(config.prune, config.mask_pattern, criterion)
+    if criterion is not None:
+        raise EBFTError("--structured scores heads and channels, and a criterion of one's own scores weights")
+    return make_structured_masker(config.prune, config.sparsity)
+
+
 def _open(config: EBFTConfig, source: str | PreTrainedModel | None, reporter: Reporter) -> Source:
     if isinstance(source, PreTrainedModel):
-        return Source(source, ModelWeights(source))
-    return open_model(source, trust_remote_code=config.trust_remote_code, say=reporter.say)
+        opened = Source(source, ModelWeights(source))
+    else:
+        opened = open_model(source, trust_remote_code=config.trust_remote_code, say=reporter.say)
+    return with_biases(opened, consumers(opened.model), reporter.say) if config.fills_biases else opened
 
 
 def _calibrate(

@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ebft.biases import fill_in_biases_
 from ebft.checkpoint import load_model, open_saved
 from ebft.config import ORGANISATION, EBFTConfig, parse_bytes
 from ebft.decoder import Decoder
@@ -305,6 +306,7 @@ def _save(job: Job) -> list[Path]:
     if isinstance(decoder.weights, ShardedWeights):
         files = out.save_shards(decoder.weights.tensors, count, largest)
     else:
+        fill_in_biases_(decoder.model)
         files = out.save_model(decoder.model, largest)
     out.save_settings(decoder.model, job.tokenizer)
     return files + out.save_masks(count)

@@ -33,8 +33,8 @@ from ebft.devices import DEVICES, HERE, SHARE
 from ebft.errors import EBFTError
 from ebft.evaluate import TOKENS_AT_ONCE
 from ebft.generation import SELF, WRITTEN_AT_ONCE
-from ebft.job import check_lengths, choose_device
-from ebft.pruning import InputStatistics, make_masker
+from ebft.job import check_lengths, choose_device, choose_masker
+from ebft.pruning import InputStatistics
 from ebft.reconstruct import BlockReconstructor, halves
 from ebft.recovery.layerwise import ROWS_AT_ONCE
 from ebft.recovery.losses import Loss
@@ -440,7 +440,8 @@ class _Planner:
         """Peak bytes of the other stages."""
         config, cpu = self.config, torch.device("cpu")
         batch = min(config.batch_size, config.samples)
-        needs_inputs = bool(make_masker(config.prune, config.mask_pattern).needs) or config.recover != "none"
+        masker = choose_masker(config)
+        needs_inputs = bool(masker.needs) or masker.surveyor is not None or config.recover != "none"
         experts = [m.experts for m in self.decoder.matrices[self.index]]
         matrix = max(shape.numel() // n for shape, n in zip(self.shapes.values(), experts, strict=True))
         found = {
@@ -494,7 +495,8 @@ class _Planner:
                     if grad:
                         loss.backward()
                 counted.append(counter.get_total_flops())
-        passes = 2 + (self.config.epochs + 1) / 16  # dense, recovered, and the errors on the probe
+        surveyed = choose_masker(config).surveyor is not None
+        passes = 2 + surveyed + (self.config.epochs + 1) / 16  # dense, recovered, and the errors on the probe
         steps = config.epochs if "ebft" in config.recoveries else 0
         return float(len(self.decoder) * config.samples * (steps * counted[1] + passes * counted[0]))
 

@@ -33,24 +33,30 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Tensors:
-    """Tensors by name in safetensors files, memory-mapped: ``tensors[name]`` is a view, read when it is touched."""
+    """Tensors by name in safetensors files, memory-mapped: ``tensors[name]`` is a view, read when it is touched.
 
-    def __init__(self, files: Iterable[Path]) -> None:
-        self.files = list(files)
+    Args:
+        zeros: shapes and dtypes of tensors that are in no file, and are 0.
+    """
+
+    def __init__(self, files: Iterable[Path], zeros: Mapping[str, Tensor] | None = None) -> None:
+        self.files, self._zeros = list(files), dict(zeros or {})
         self._where: dict[str, Any] = {}
         for file in self.files:
             opened = safe_open(file, framework="pt")
             self._where |= dict.fromkeys(opened.keys(), opened)
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._zeros:
+            return torch.zeros_like(self._zeros[name], device="cpu")
         return self._where[name].get_tensor(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._where
+        return name in self._where or name in self._zeros
 
     def names(self) -> list[str]:
         """All names, layers and experts in the order of their numbers."""
-        return sorted(self._where, key=dot_natural_key)
+        return sorted([*self._where, *self._zeros], key=dot_natural_key)
 
     def shapes(self) -> dict[str, Tensor]:
         """Every tensor without its values (on the meta device)."""

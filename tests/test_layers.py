@@ -85,6 +85,7 @@ ORDER = {
         "checkpoint",
         "output",
         "decoder",
+        "biases",
         "stream",
         "calibration",
         "generation",

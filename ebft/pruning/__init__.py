@@ -8,6 +8,7 @@ from ebft.pruning.magnitude import magnitude
 from ebft.pruning.masker import CRITERIA, BlockMasks, Criterion, Masker, Surveyor, make_masker
 from ebft.pruning.pattern import Pattern, mask_of_best
 from ebft.pruning.statistics import InputObserver, InputStatistics, Statistics, sum_over_ranks_
+from ebft.pruning.structured import make_structured_masker
 from ebft.pruning.wanda import wanda
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Surveyor",
     "magnitude",
     "make_masker",
+    "make_structured_masker",
     "mask_of_best",
     "sum_over_ranks_",
     "wanda",

@@ -10,7 +10,8 @@ costly part is a product with the shared H (Hestenes and Stiefel, 1952; for prun
 
 Layers that multiply the same tensor (q, k, v; o; gate, up; down) are a group. Groups are solved in the order of their
 use, each on the inputs that the solved ones before it give, so that a later layer repairs what earlier ones left over.
-Biases and norms stay as they are. Experts have their own tokens, which the dense router would choose otherwise: there
+Biases and norms stay as they are; where structured pruning has put something into a bias, the weights are solved for
+what it does not give already. Experts have their own tokens, which the dense router would choose otherwise: there
 both inputs are those of the sparse block (C = H).
 """
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from ebft.config import EBFTConfig
 from ebft.matrices import Matrix
 from ebft.pruning import InputObserver, InputStatistics
+from ebft.pruning.units import bias_of
 from ebft.ranks import Ranks
 from ebft.recovery.task import BlockResult, BlockTask, Errors, Forward, Split, samples_of_all
 from ebft.stream import carry
@@ -114,19 +116,21 @@ class Layerwise:
                 whole = all(len(inputs) == x.shape[0] * x.shape[1] for inputs in (sparse, of_dense_x))
                 products.add(sparse, of_dense_x if whole else sparse)
         for products in sums:
-            self._ranks.add_([products.gram, products.cross])
+            self._ranks.add_([products.gram, products.cross, products.sums])
         for matrix, (own, of_dense), same in zip(group, pairs, alike, strict=True):
             if not same:
                 continue
+            offset = _offset(task.block, dense, matrix)
             kept = matrix.by_expert(task.masks[matrix.name].dense().to(self._device))
             for weight, target, mask, products in zip(own, of_dense, kept, sums, strict=True):
+                aim, cross = products.aimed_at(target, offset)
                 weight.copy_(
                     masked_least_squares(
-                        target,
+                        aim,
                         weight,
                         mask,
                         products.gram,
-                        products.cross,
+                        cross,
                         iterations=self._config.cg_iterations,
                         damping=self._config.cg_damping,
                     )
@@ -134,26 +138,41 @@ class Layerwise:
         return notes
 
 
+def _offset(block: nn.Module, dense: nn.Module, matrix: Matrix) -> Tensor | None:
+    """What the dense layer's bias gives beyond the block's own (outputs,); None where they are the same."""
+    own, of_dense = bias_of(block, matrix), bias_of(dense, matrix)
+    return None if own is None or of_dense is None or torch.equal(own, of_dense) else of_dense - own
+
+
 # --- the system of a layer ------------------------------------------------------------------------------------------
 
 
 @dataclass
 class InputProducts:
-    """Sums over tokens: ``gram`` = Xs' Xs (inputs, inputs) and ``cross`` = Xd' Xs (dense inputs, inputs), float32."""
+    """Sums over tokens, float32: ``gram`` = Xs' Xs, ``cross`` = Xd' Xs (dense inputs, inputs), ``sums`` of Xs."""
 
     gram: Tensor
     cross: Tensor
+    sums: Tensor
 
     @classmethod
     def empty(cls, inputs: int, dense_inputs: int, device: torch.device) -> InputProducts:
         """Nothing seen yet."""
-        return cls(torch.zeros(inputs, inputs, device=device), torch.zeros(dense_inputs, inputs, device=device))
+        shapes = ((inputs, inputs), (dense_inputs, inputs), (inputs,))
+        return cls(*(torch.zeros(shape, device=device) for shape in shapes))
 
     def add(self, sparse: Tensor, dense: Tensor) -> None:
         """Take in the same tokens' inputs of both, (tokens, inputs) each."""
         sparse = sparse.float()
         self.gram.addmm_(sparse.T, sparse)
         self.cross.addmm_(dense.float().T, sparse)
+        self.sums += sparse.sum(0)
+
+    def aimed_at(self, target: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``target`` and ``cross``, with ``offset`` (outputs,) among what is aimed at: a weight whose input is 1."""
+        if offset is None:
+            return target, self.cross
+        return torch.cat([target, offset.unsqueeze(1)], 1), torch.cat([self.cross, self.sums.unsqueeze(0)])
 
 
 @torch.no_grad()

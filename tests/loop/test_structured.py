@@ -1,0 +1,253 @@
+"""Structured pruning: what a unit is, which ones go, and that nothing of them is left in what is saved."""
+
+import pytest
+import torch
+from conftest import random_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from ebft import EBFTConfig, run_ebft
+from ebft.audit import audit
+from ebft.decoder import Decoder, find_blocks
+from ebft.errors import EBFTError
+from ebft.matrices import find_matrices
+from ebft.pruning import InputStatistics
+from ebft.pruning.structured import SCORES, least_of_all, remove
+from ebft.pruning.units import bias_of, find_units, masks_without, removed_by
+from ebft.recovery import BlockTask, Layerwise
+from ebft.recovery.layerwise import inputs_of
+
+FAMILIES = ["llama", "llama-gqa", "mistral", "qwen2", "qwen3", "opt", "gpt2", "gpt-neox", "phi", "gemma2"]
+GROUPS = {"llama-gqa": 2, "mistral": 2, "qwen2": 2, "qwen3": 2, "gemma2": 2}
+
+
+def first_block(family):
+    decoder = Decoder(random_model(family), torch.device("cpu"))
+    block = decoder.working_block(0)
+    return decoder, block, find_units(decoder.names[0], block, decoder.matrices[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_unit_s_rows_change_its_columns_of_the_consumer_s_input_and_no_others(family):
+    decoder, block, units = first_block(family)
+    assert [(of_kind.kind, len(of_kind)) for of_kind in units] == [
+        ("heads", GROUPS.get(family, 4)),
+        ("channels", 128 if family == "gpt2" else 48),
+    ]
+    assert sum(len(of_kind) * of_kind.parameters for of_kind in units) == sum(
+        matrix.outputs * matrix.inputs for matrix in decoder.matrices[0]
+    )
+    hidden = torch.randn(2, 6, 32)
+
+    def seen(of_kind):
+        return inputs_of(block, of_kind.consumer, lambda b, h: decoder.run_block(0, b, h), hidden)[0]
+
+    for of_kind in units:
+        before = seen(of_kind)
+        for matrix, rows in of_kind.rows.items():
+            weight = block.get_parameter(matrix.name)
+            kept = weight.clone()
+            matrix.by_expert(weight)[0][rows[1]] += torch.randn(rows.shape[1], matrix.inputs)
+            changed = (seen(of_kind) != before).any(0).nonzero().flatten().tolist()
+            assert set(changed) <= set(of_kind.columns[1].tolist())
+            assert changed
+            weight.copy_(kept)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "gpt-neox"])
+def test_scores_are_those_of_the_paper(family):
+    decoder, block, units = first_block(family)
+    statistics, hidden = {}, torch.randn(4, 10, 32)
+    for of_kind in units:
+        x = inputs_of(block, of_kind.consumer, lambda b, h: decoder.run_block(0, b, h), hidden)[0]
+        statistics[of_kind.consumer.name] = [InputStatistics.empty(x.shape[1], x.device, {"sums"})]
+        statistics[of_kind.consumer.name][0].add(x)
+        weight = of_kind.consumer.by_expert(block.get_parameter(of_kind.consumer.name))[0].double()
+        columns = weight.square().sum(0)
+        for name, of_inputs in (
+            ("flap", x.double().var(0, correction=0)),
+            ("wanda", x.double().square().mean(0)),
+        ):
+            wanted = [float((of_inputs * columns)[unit].mean()) for unit in of_kind.columns]
+            torch.testing.assert_close(
+                SCORES[name](block, of_kind, statistics), torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=0
+            )
+        masks = masks_without(block, [of_kind], [torch.tensor([1])])
+        gone = torch.cat([block.get_parameter(name)[~mask.dense()].double() for name, mask in masks.items()])
+        assert gone.numel() == of_kind.parameters
+        torch.testing.assert_close(SCORES["magnitude"](block, of_kind, {})[1], gone.abs().mean())
+
+
+def test_the_least_go_until_the_share_is_met():
+    scores, sizes = [torch.rand(5, dtype=torch.float64) for _ in range(4)], [30, 3, 30, 3]
+    removed = [set(units.tolist()) for units in least_of_all(scores, sizes, 80)]
+    assert abs(sum(size * len(units) for size, units in zip(sizes, removed, strict=True)) - 80) <= 1.5
+    for place, of_one in enumerate(scores):
+        assert int(of_one.argmax()) not in removed[place]
+    for kind in (0, 1):  # units of a size go in the order of their scores, wherever they are
+        alike = [(float(s), place, unit) for place in (kind, kind + 2) for unit, s in enumerate(scores[place])]
+        free = [(place, unit) for _, place, unit in sorted(alike) if unit != int(scores[place].argmax())]
+        gone = sum(len(removed[place]) for place in (kind, kind + 2))
+        assert all(unit in removed[place] for place, unit in free[:gone])
+    with pytest.raises(EBFTError, match="264 is all that goes while each keeps a head and a channel"):
+        least_of_all(scores, sizes, 320)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "gpt-neox"])
+def test_biases_make_up_for_the_mean_of_what_is_removed(family):
+    decoder, block, units = first_block(family)
+    hidden, statistics, xs = torch.randn(4, 10, 32), {}, []
+    for of_kind in units:
+        xs.append(inputs_of(block, of_kind.consumer, lambda b, h: decoder.run_block(0, b, h), hidden)[0] + 0.5)
+        statistics[of_kind.consumer.name] = [InputStatistics.empty(xs[-1].shape[1], hidden.device, {"sums"})]
+        statistics[of_kind.consumer.name][0].add(xs[-1])
+
+    def means():
+        return [
+            (x @ u.consumer.by_expert(block.get_parameter(u.consumer.name))[0].T + bias_of(block, u.consumer)).mean(0)
+            for x, u in zip(xs, units, strict=True)
+        ]
+
+    removed = [torch.tensor([0, 2]), torch.arange(0, len(units[1]), 3)]
+    before = means()
+    result = remove(block, units, removed, statistics)
+    for name, mask in result.masks.items():
+        mask.zero_pruned_(block.get_parameter(name))
+    for one, other in zip(before, means(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    dense = {name: mask.dense() for name, mask in result.masks.items()}
+    assert [removed_by(u, dense).tolist() for u in units] == [r.tolist() for r in removed]
+    for of_kind, gone in zip(units, removed, strict=True):
+        for matrix, rows in of_kind.rows.items():
+            assert not bias_of(block, matrix)[rows[gone].flatten()].any()
+
+
+@pytest.fixture
+def flap_run(short_run):
+    def make(**changes):
+        settings = {"structured": True, "prune": "flap", "sparsity": 0.3, "weight_decay": 0.0}
+        return run_ebft(config=EBFTConfig.preset("demo", **short_run(**{**settings, **changes})))
+
+    return make
+
+
+def test_a_run_of_a_model_without_biases(flap_run, tiny, silent):
+    """It meets the ratio, biases are there where something was made up for, 0 where nothing was, and all is sound."""
+    result = flap_run()
+    assert abs(result.summary["sparsity"] - 0.3) < 0.01
+    assert "flap structured 30%" in result.summary["recipe"]
+    found = audit(str(result.output), str(tiny / "model"))
+    assert found.faults == []
+    saved = load_file(result.output / "model.safetensors")
+    biases = {name: tensor for name, tensor in saved.items() if name.endswith(".bias")}
+    assert len(biases) == 3 * 7
+    for name, bias in biases.items():
+        assert bias.any() == any(consumer in name for consumer in ("o_proj", "down_proj"))
+    model, report = AutoModelForCausalLM.from_pretrained(result.output, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    for index, block in enumerate(model.model.layers):
+        name = f"model.layers.{index}"
+        units = find_units(name, block, find_matrices(block))
+        zeros = {m.name: block.get_parameter(m.name) != 0 for m in find_matrices(block)}
+        removed = [removed_by(of_kind, zeros) for of_kind in units]
+        for matrix, mask in masks_without(block, units, removed).items():
+            assert torch.equal(result.masks[f"{name}.{matrix}"].dense(), mask.dense())
+    again = run_ebft(
+        config=EBFTConfig.preset(
+            "demo",
+            **{
+                **{k: v for k, v in result.summary["config"].items() if k not in ("output", "prune", "teacher")},
+                "model": str(tiny / "model"),
+                "prune": str(result.output / "masks.safetensors"),
+                "output": f"{result.output}-again",
+            },
+        ),
+        reporter=silent,
+    )
+    assert again.masks.keys() == result.masks.keys()
+    assert all(torch.equal(again.masks[name].dense(), mask.dense()) for name, mask in result.masks.items())
+
+
+def test_the_pruned_perplexity_is_that_of_the_model_saved_without_recovery(flap_run, tiny):
+    result = flap_run(recover="none")
+    (perplexity,) = result.summary["perplexity"].values()
+    assert perplexity["pruned"] == pytest.approx(perplexity["recovered"], rel=1e-6)
+    assert audit(str(result.output), str(tiny / "model")).faults == []
+
+
+@pytest.mark.parametrize(("family", "prune"), [("gpt2", "flap"), ("mistral", "flap"), ("llama-gqa", "magnitude")])
+def test_models_in_memory(family, prune, short_run, tokenizer, silent):
+    model = random_model(family)
+    result = run_ebft(
+        model,
+        EBFTConfig.preset("demo", **short_run(structured=True, prune=prune, sparsity=0.26, model=None)),
+        tokenizer=tokenizer,
+        reporter=silent,
+    )
+    assert abs(result.summary["sparsity"] - 0.26) < 0.01
+    assert audit(str(result.output)).faults == []
+    said = silent.console.file.getvalue()
+    assert ("MistralForCausalLM has no bias in down_proj and o_proj" in said) == (family == "mistral")
+
+
+def test_layerwise_reckons_with_what_the_biases_hold():
+    """A consumer is solved for what its bias does not give already: against least squares in float64."""
+    decoder, block, (heads, _) = first_block("gpt-neox")
+    dense, hidden, matrix = decoder.working_block(0), torch.randn(8, 12, 32), heads.consumer
+
+    def forward(block, hidden):
+        return decoder.run_block(0, block, hidden)
+
+    masks = {matrix.name: masks_without(block, [heads], [torch.tensor([1, 3])])[matrix.name]}
+    with torch.no_grad():
+        masks[matrix.name].zero_pruned_(block.get_parameter(matrix.name))
+        bias_of(block, matrix).add_(torch.randn(32))
+    task = BlockTask(
+        index=0,
+        block=block,
+        matrices=[matrix],
+        masks=masks,
+        inputs=hidden,
+        targets=forward(dense, hidden),
+        forward=forward,
+        dense_block=lambda: dense,
+        dense_forward=forward,
+        dense_inputs=hidden,
+        on_step=lambda done, steps: None,
+    )
+    Layerwise(EBFTConfig(cg_iterations=40, cg_damping=0.0), torch.device("cpu")).recover(task)
+    x = inputs_of(dense, matrix, forward, hidden)[0].double()
+    weight, bias = dense.get_parameter(matrix.name).double(), bias_of(dense, matrix) - bias_of(block, matrix)
+    kept = masks[matrix.name].dense()[0]
+    wanted = torch.linalg.lstsq(x[:, kept], x @ weight.T + bias.double()).solution.T
+    torch.testing.assert_close(block.get_parameter(matrix.name)[:, kept].double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"structured": True, "pattern": "2:4"}, "--structured prunes whole heads and channels, and --pattern is 2:4"),
+        ({"prune": "flap"}, "--prune flap scores whole heads and channels; expected --structured"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, says):
+    with pytest.raises(EBFTError, match=says):
+        EBFTConfig(**settings)
+
+
+def test_models_and_masks_that_are_refused(tiny, short_run, tokenizer, tmp_path):
+    def refused(says, model=None, **settings):
+        made = EBFTConfig.preset("demo", **short_run(structured=True, **settings))
+        with pytest.raises(EBFTError, match=says):
+            run_ebft(model, made, tokenizer=tokenizer)
+
+    refused("qwen3.*|model.layers.0.mlp.experts holds gate_up_proj", random_model("qwen3-moe"), prune="flap")
+    refused("--structured: --prune is 'hope'; expected flap, magnitude, wanda, zeros or", prune="hope")
+    masks = {
+        f"model.layers.{i}.{m.name}": torch.rand(m.outputs, m.inputs) > 0.5
+        for i, block in enumerate(find_blocks(random_model("llama-gqa"))[1])
+        for m in find_matrices(block)
+    }
+    save_file(masks, tmp_path / "masks.safetensors")
+    refused("k_proj.weight is not pruned by whole heads and channels", prune=str(tmp_path / "masks.safetensors"))
