@@ -48,6 +48,12 @@ class EBFTConfig:
         False, "prune whole heads (KV groups) and MLP channels; --sparsity is then the share of the blocks' parameters"
     )
     pattern: str | None = _setting(None, "keep N of every M consecutive inputs, in place of --sparsity", metavar="N:M")
+    schedule: str | None = _setting(
+        None,
+        "prune gradually, such as 0.5,0.6,0.7: every share a run of its own from what the last one recovered, towards "
+        "the first dense model; in place of --sparsity",
+        metavar="SHARE,…",
+    )
     recover: str = _setting(
         "ebft",
         "recoveries after pruning: none, or a sum in order such as layerwise+ebft (lora, full: the model is in memory)",
@@ -184,6 +190,7 @@ class EBFTConfig:
             raise EBFTError(f"--output is {self.output!r}; expected the path of a folder that has a name")
         if not 0 < self.sparsity < 1:
             raise EBFTError(f"--sparsity is {self.sparsity:g}; expected a number between 0 and 1, both excluded")
+        self._check_schedule()
         self._check_recover()
         for name in ("samples", "epochs", "batch_size", "cg_iterations", "patience", "lm_epochs", "lora_rank"):
             if getattr(self, name) < 1:
@@ -241,6 +248,26 @@ class EBFTConfig:
         if self.update_in_backward:
             self._check_update_in_backward()
 
+    def _check_schedule(self) -> None:
+        if self.schedule is None:
+            return
+        try:
+            shares = [float(share) for share in self.schedule.split(",")]
+        except ValueError:
+            shares = []
+        if not shares or not shares[0] > 0 or not shares[-1] < 1 or sorted(set(shares)) != shares:
+            raise EBFTError(
+                f"--schedule is {self.schedule!r}; expected rising shares between 0 and 1, both excluded, such as "
+                "0.5,0.6,0.7"
+            )
+        if self.pattern:
+            raise EBFTError(
+                f"--schedule is of shares, and --pattern {self.pattern} is none; expected --sparsity in its place"
+            )
+        if self.prune == "zeros" or Path(self.prune).is_file():
+            raise EBFTError(f"--schedule needs a criterion that prunes any share, and --prune is {self.prune}")
+        object.__setattr__(self, "sparsity", shares[-1])
+
     def _check_recover(self) -> None:
         names = self.recover.split("+")
         known = [name for name in RECOVERIES if name in names]
@@ -285,6 +312,22 @@ class EBFTConfig:
     def mask_pattern(self) -> Pattern:
         """What is pruned of a matrix: a share of its weights, or M - N of every M."""
         return Pattern.parse(self.pattern) if self.pattern else Pattern(sparsity=self.sparsity)
+
+    @property
+    def steps(self) -> tuple[EBFTConfig, ...]:
+        """The runs of ``--schedule``, in order; each begins with the ``output`` of the one before."""
+        shares = self.schedule.split(",") if self.schedule else [""]
+        outputs = [f"{self.output}.schedule/{share.strip()}" for share in shares[:-1]]
+        between = [
+            dataclasses.replace(
+                self,
+                schedule=",".join(shares[: place + 1]),
+                output=output,
+                overwrite=self.overwrite or not self.resume,  # an interrupted run's, which starts over
+            )
+            for place, output in enumerate(outputs)
+        ]
+        return (*between, self)
 
     @property
     def recoveries(self) -> tuple[str, ...]:

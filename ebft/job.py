@@ -115,7 +115,7 @@ def prepare_job(
     recovers = config.recover != "none"
 
     source = config.model if model is None else model
-    reporter.say(f"loading {_name_of(source)}")
+    reporter.say(f"loading {name_of(source)}")
     student = _open(config, source, reporter)
     check_lengths(config, student.model.config)
     fuse_glue = config.fused and device.type == "cuda" and liger_missing() is None
@@ -165,7 +165,7 @@ def prepare_job(
     clock.lap("load")
     return Job(
         config=config,
-        name=_name_of(source),
+        name=name_of(source),
         decoder=decoder,
         teacher=dense,
         tokenizer=tokenizer,
@@ -207,7 +207,8 @@ def blocks_are_independent(config: EBFTConfig) -> bool:
     return config.input == "dense-stream"
 
 
-def _name_of(source: str | PreTrainedModel | None) -> str:
+def name_of(source: str | PreTrainedModel | None) -> str:
+    """What a model is called in the report."""
     return source if isinstance(source, str) else DEFAULT_MODEL if source is None else type(source).__name__
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import math
@@ -27,7 +28,7 @@ from ebft.config import ORGANISATION, EBFTConfig, parse_bytes
 from ebft.decoder import Decoder
 from ebft.errors import EBFTError, MemoryRanOut
 from ebft.evaluate import perplexities
-from ebft.job import Job, blocks_are_independent, implementations, prepare_job, summarise
+from ebft.job import Job, blocks_are_independent, implementations, name_of, prepare_job, summarise
 from ebft.output import LINES, MASKS, SUMMARY, OutputFolder
 from ebft.plan import fit_to_budget
 from ebft.pruning import BlockMasks, Criterion, InputObserver, Statistics, sum_over_ranks_
@@ -102,22 +103,56 @@ def run_ebft(
 
     Raises:
         EBFTError: something given cannot be used, activations are no longer finite, or memory ran out; the blocks that
-            were finished are kept in ``OUTPUT.partial``.
+            were finished are kept in ``OUTPUT.partial`` (of a schedule's earlier shares in ``OUTPUT.schedule``).
     """
     config, reporter = config or EBFTConfig(), reporter or Reporter()
+    source = config.model if model is None else model
+    if len(config.steps) == 1:
+        return _run_once(source, config, tokenizer, teacher, criterion, text, reporter)
+    name, dense = name_of(source), None
+    with joined() as ranks:  # of all of the runs
+        ranks.after_first(partial(OutputFolder, config.output, overwrite=config.overwrite, resume=config.resume))
+        if teacher is None and config.teacher is None:  # then it is the first model, as it is now
+            in_memory = isinstance(source, PreTrainedModel)
+            dense = copy.deepcopy(source) if in_memory else source or load_model(None)
+        text = None if text is None else list(text)
+        for step in config.steps:
+            reporter.say(f"--schedule {config.schedule}: {step.sparsity:g}")
+            if isinstance(source, str):
+                step = dataclasses.replace(step, model=source)
+            if isinstance(dense, str) and source != dense:
+                step = dataclasses.replace(step, teacher=dense)
+            result = _run_once(source, step, tokenizer, teacher, criterion, text, reporter, name)
+            source = result.model if isinstance(source, PreTrainedModel) else str(result.output)
+            teacher = dense if isinstance(dense, PreTrainedModel) else teacher
+    return result
+
+
+def _run_once(
+    source: str | PreTrainedModel | None,
+    config: EBFTConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher: PreTrainedModel | None,
+    criterion: Criterion | None,
+    text: Iterable[str] | None,
+    reporter: Reporter,
+    name: str | None = None,
+) -> RunResult:
+    """``run_ebft`` for one share; ``name``: of the model, where that is not the source's."""
     with joined() as ranks:
         if ranks.rank:
             reporter = Reporter(Console(file=io.StringIO()))  # the first speaks for all
         output = ranks.after_first(
             partial(OutputFolder, config.output, overwrite=config.overwrite, resume=config.resume)
         )
-        config = fit_to_budget(config, model, reporter.say)
+        config = fit_to_budget(config, source, reporter.say)
         if output.finished and (result := _finished(config, output, reporter)):
             return result
         with _running_out_said(output), contextlib.ExitStack() as inside:
-            job = prepare_job(config, model, tokenizer, teacher, criterion, text, output, reporter, ranks)
+            job = prepare_job(config, source, tokenizer, teacher, criterion, text, output, reporter, ranks)
+            job.name = name or job.name
             ranks.first(lambda: inside.enter_context(output) and None)
-            return _run(job, model if isinstance(model, PreTrainedModel) else None)
+            return _run(job, source if isinstance(source, PreTrainedModel) else None)
 
 
 @contextlib.contextmanager

@@ -12,11 +12,12 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from ebft.config import EBFTConfig, parse_args
 from ebft.errors import EBFTError
-from ebft.output import OutputFolder, is_kept
+from ebft.output import SUMMARY, OutputFolder, is_kept
 from ebft.pipeline import run_ebft
 from ebft.plan import make_plan
 from ebft.ranks import SaidByTheFirst
@@ -67,9 +68,11 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 
 def _what_is_left(config: EBFTConfig | None) -> str:
-    partial = config and OutputFolder.partial(config.output)
-    if partial and is_kept(partial):
-        return f"interrupted; what was finished is kept in {partial}: the same command with --resume goes on from there"
+    steps = config.steps if config else ()
+    kept = [partial for step in steps if is_kept(partial := OutputFolder.partial(step.output))]
+    kept += [Path(step.output) for step in steps[:-1] if (Path(step.output).expanduser() / SUMMARY).is_file()]
+    if kept:
+        return f"interrupted; what was finished is kept in {kept[0]}: the same command with --resume goes on from there"
     return "interrupted; nothing was finished"
 
 
