@@ -107,6 +107,11 @@ class EBFTConfig:
         False, "update a matrix as soon as its gradient is made, which is never kept (needs --clip 0)"
     )
     compile: bool = _setting(False, "run the block through torch.compile while it is tuned")
+    unit: str = _setting(
+        "block",
+        "what ebft tunes at once: a block, or its attention and then its MLP, each towards the dense one's output",
+        choices=("block", "halves"),
+    )
     optimizer: str = _setting(
         "adamw",
         "AdamW; Lion (the sign of a momentum), for a lower learning rate; or Muon, with AdamW for norms and biases",
@@ -239,11 +244,14 @@ class EBFTConfig:
                 parse_bytes(getattr(self, name), _flag(name))
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
             raise EBFTError(f"--micro-batch is {self.micro_batch}; expected 1 to {self.batch_size}, the --batch-size")
-        if self.compile and self.recompute == "halves":
-            raise EBFTError(
-                "--recompute halves does not go with --compile, which would compile the halves of every block anew; "
-                "expected --recompute none or block"
-            )
+        for name, other in (("recompute", "none or block"), ("unit", "block")):
+            if self.compile and getattr(self, name) == "halves":
+                raise EBFTError(
+                    f"--{name} halves does not go with --compile, which would compile the halves of every block anew; "
+                    f"expected --{name} {other}"
+                )
+        if self.unit == self.recompute == "halves":
+            raise EBFTError("--recompute halves of --unit halves would be quarters; expected --recompute none or block")
         self._check_optimizer()
         if self.update_in_backward:
             self._check_update_in_backward()
@@ -352,7 +360,12 @@ class EBFTConfig:
     @property
     def uses_dense_inputs(self) -> bool:
         """Whether a recovery looks at what the dense block is given, beside what it gives."""
-        return "layerwise" in self.recoveries
+        return "layerwise" in self.recoveries or self.by_halves
+
+    @property
+    def by_halves(self) -> bool:
+        """Whether attention and MLP of a block are tuned in turn."""
+        return self.unit == "halves" and "ebft" in self.recoveries
 
     @property
     def calibration_parts(self) -> dict[str, int]:

@@ -28,7 +28,7 @@ from ebft.output import OutputFolder, checksum
 from ebft.pruning import Criterion, Masker, make_masker, make_structured_masker
 from ebft.ranks import Ranks, own_device
 from ebft.reconstruct import BlockReconstructor
-from ebft.recovery import BlockRecovery, Chain, FullFineTuning, Layerwise, LoRA, WholeModelRecovery
+from ebft.recovery import BlockRecovery, Chain, FullFineTuning, HalfByHalf, Layerwise, LoRA, WholeModelRecovery
 from ebft.recovery.task import Split
 from ebft.report import Reporter
 from ebft.stream import Store
@@ -188,9 +188,14 @@ def _block_recovery(
     config: EBFTConfig, device: torch.device, compute: torch.dtype, sharing: Ranks
 ) -> BlockRecovery | None:
     """What is done to every block once it is pruned; None for nothing."""
+
+    def reconstruction() -> BlockRecovery:
+        whole = BlockReconstructor(config, device, compute, sharing)
+        return HalfByHalf(config, device, whole, sharing) if config.by_halves else whole
+
     made: dict[str, Callable[[], BlockRecovery]] = {
         "layerwise": lambda: Layerwise(config, device, sharing),
-        "ebft": lambda: BlockReconstructor(config, device, compute, sharing),
+        "ebft": reconstruction,
     }
     links = [made[name]() for name in config.recoveries if name in made]
     return Chain(links) if links else None

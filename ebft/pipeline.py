@@ -519,6 +519,7 @@ def _recover(
         dense_forward=partial(job.teacher.run_block, index),
         dense_inputs=None if dense_inputs is None else dense_inputs.states,
         on_step=lambda done, steps: advance(index + done / steps),
+        scratch=streams.scratch,
     )
     result = job.recovery.recover(task)
     if not math.isfinite(result.error_after):

@@ -35,7 +35,8 @@ from ebft.evaluate import TOKENS_AT_ONCE
 from ebft.generation import SELF, WRITTEN_AT_ONCE
 from ebft.job import check_lengths, choose_device, choose_masker
 from ebft.pruning import InputStatistics
-from ebft.reconstruct import BlockReconstructor, halves
+from ebft.reconstruct import BlockReconstructor
+from ebft.recovery.halves import halves
 from ebft.recovery.layerwise import ROWS_AT_ONCE
 from ebft.recovery.losses import Loss
 from ebft.report import duration
@@ -246,7 +247,9 @@ class _Planner:
         while size > 1 and not config.update_in_backward:
             size //= 2
             yield leaner(micro_batch=size)
-        if config.recompute != "halves" and self._has_halves and not config.compile:
+        if config.by_halves:  # of which one is recomputed whole
+            yield leaner(recompute="block")
+        elif config.recompute != "halves" and self._has_halves and not config.compile:
             yield leaner(recompute="halves")
         if not layouts:
             return
@@ -512,8 +515,9 @@ class _Planner:
 
 
 def _buffers(config: EBFTConfig) -> int:
-    """Streams of calibration: inputs and targets; with them the dense block's inputs, and the mixed ones."""
-    return 2 + (config.uses_dense_inputs and config.target == "dense-stream") + (config.input == "mix")
+    """Streams of calibration: inputs and targets; the dense block's inputs, mixed ones, targets of the first half."""
+    dense_inputs = config.uses_dense_inputs and config.target == "dense-stream"
+    return 2 + dense_inputs + (config.input == "mix") + config.by_halves
 
 
 def _where(config: EBFTConfig, on: str) -> tuple[bool, torch.dtype]:

@@ -24,6 +24,7 @@ from ebft.errors import EBFTError, MemoryRanOut
 from ebft.matrices import router_paths
 from ebft.ranks import Ranks
 from ebft.recovery import BlockResult, BlockTask, Forward
+from ebft.recovery.halves import halves
 from ebft.recovery.losses import Loss, Measured
 from ebft.recovery.optimizers import MaskedOptimizer, make_optimizer
 from ebft.recovery.rates import learning_rate, set_scales
@@ -101,6 +102,7 @@ class BlockReconstructor:
             index=task.index,
             forward=task.forward,
             on_step=task.on_step,
+            only=task.only,
         )
 
     def fit(
@@ -113,6 +115,7 @@ class BlockReconstructor:
         index: int = 0,
         forward: Forward | None = None,
         on_step: Callable[[int, int], None] | None = None,
+        only: frozenset[str] | None = None,
         **kwargs: Any,
     ) -> BlockResult:
         """Tune ``block`` in place.
@@ -130,6 +133,7 @@ class BlockReconstructor:
             index: number of the block; with the seed and the epoch it determines the batch order.
             forward: (block, hidden) -> hidden; by default ``block(hidden, **kwargs)`` under autocast.
             on_step: called with (steps done, steps in all) after each step.
+            only: names of the parameters that are tuned (default: all but routers).
 
         Raises:
             EBFTError: the block has no halves to recompute.
@@ -142,7 +146,7 @@ class BlockReconstructor:
         through = partial(forward, block)
         steps = config.epochs * -(-len(split.tuned) // config.batch_size)
         losses, norms = torch.zeros(steps, device=self._device), torch.zeros(steps, device=self._device)
-        with self.prepared(block, masks, forward, index) as tuning:
+        with self.prepared(block, masks, forward, index, only) as tuning:
             tuning = replace(tuning, loss=Loss.of(config, errors))
             judged = partial(tuning.loss.measured, errors, through)
             set_scales(tuning.optimizer, config)
@@ -185,14 +189,21 @@ class BlockReconstructor:
 
     @contextlib.contextmanager
     def prepared(
-        self, block: nn.Module, masks: Mapping[str, PackedMask], forward: Forward, index: int = 0
+        self,
+        block: nn.Module,
+        masks: Mapping[str, PackedMask],
+        forward: Forward,
+        index: int = 0,
+        only: frozenset[str] | None = None,
     ) -> Iterator[Tuning]:
         """``block`` as the settings want it tuned, while inside; float32 and without gradients again afterwards."""
         config, routers = self._config, router_paths(block)
         tuned = {
             name: parameter.requires_grad_()
             for name, parameter in block.named_parameters()
-            if parameter.is_floating_point() and name.rpartition(".")[0] not in routers
+            if parameter.is_floating_point()
+            and name.rpartition(".")[0] not in routers
+            and (only is None or name in only)
         }
         if config.weights != "fp32":
             for name in masks:
@@ -201,7 +212,7 @@ class BlockReconstructor:
             if config.update_in_backward:
                 undone_after.enter_context(_masked_layers(block, masks))
             if config.recompute == "halves":
-                undone_after.enter_context(recomputed(halves(block, masks)))
+                undone_after.enter_context(recomputed([block.get_submodule(half) for half in halves(block, masks)]))
             matrices = [[tuned[name] for name in masks]]
             if config.lr_scale == "rms":  # each has a learning rate of its own
                 matrices = [[matrix] for matrix in matrices[0]]
@@ -274,22 +285,6 @@ class BlockReconstructor:
                 torch.cuda.empty_cache()
             self.micro_batch = size // 2
             tuning.notes.append(f"out of GPU memory with {size} sequences at once: {size // 2} from here on")
-
-
-def halves(block: nn.Module, masks: Mapping[str, PackedMask]) -> list[nn.Module]:
-    """The modules of ``block`` that hold its matrices between them: attention and MLP.
-
-    Raises:
-        EBFTError: matrices lie in ``block`` itself, or all in one module.
-    """
-    paths = [name.split(".") for name in masks]
-    children = dict.fromkeys(path[0] for path in paths)
-    if len(children) < 2 or any(len(path) < 3 for path in paths):
-        raise EBFTError(
-            f"--recompute halves: the matrices of {type(block).__name__} are in {', '.join(children)}; expected two "
-            "modules or more that hold them between them, such as attention and MLP (--recompute block takes any)"
-        )
-    return [block.get_submodule(child) for child in children]
 
 
 _LEANER = "leaner settings, which python -m ebft.run … --plan --gpu-memory SIZE finds"

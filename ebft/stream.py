@@ -236,6 +236,7 @@ class Streams:
             shape = (*tokens.shape, of.width())
             return Stream(shape, store, config.batch_size, name, again=True)
 
+        self._scratch: Stream | None = None
         self._block: int = (position or {}).get("block", 0)
         self._config, self._share = config, share or slice(len(tokens))
 
@@ -295,6 +296,12 @@ class Streams:
         else:  # the targets are done with: their buffer takes the new inputs
             self._walked.through(run, out=self.targets)
             self._walked, self.targets = self.targets, self._walked
+
+    def scratch(self) -> Tensor:
+        """Room for as much as the targets, where they are; the same one for every block."""
+        if self._scratch is None:
+            self._scratch = self.targets.empty("scratch-0")
+        return self._scratch.states
 
     def position(self) -> dict[str, Any] | None:
         """Names of the files that the next block begins with, and their checksums; None where streams are in memory."""

@@ -1,6 +1,7 @@
 """Recoveries, of one block inside the walk and of the whole model after it: what they are given and give back."""
 
 from ebft.recovery.full import FullFineTuning
+from ebft.recovery.halves import HalfByHalf
 from ebft.recovery.layerwise import Layerwise
 from ebft.recovery.lora import LoRA
 from ebft.recovery.task import BlockRecovery, BlockResult, BlockTask, Chain, Forward
@@ -13,6 +14,7 @@ __all__ = [
     "Chain",
     "Forward",
     "FullFineTuning",
+    "HalfByHalf",
     "Layerwise",
     "LoRA",
     "WholeModelRecovery",

@@ -19,14 +19,21 @@ def recompute(function: Callable[..., Any], *args: Any, random: bool = False, **
 @contextlib.contextmanager
 def recomputed(modules: Sequence[nn.Module], *, random: bool = False) -> Iterator[None]:
     """Recompute each of ``modules`` on its own while inside."""
-    before = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        module.forward = partial(recompute, module.forward, random=random)
+    with contextlib.ExitStack() as undone_after:
+        for module in modules:
+            undone_after.enter_context(forward_replaced(module, partial(recompute, module.forward, random=random)))
+        yield
+
+
+@contextlib.contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module`` does ``forward`` while inside."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        for module, forward in zip(modules, before, strict=True):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

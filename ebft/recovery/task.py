@@ -35,6 +35,8 @@ class BlockTask:
         dense_forward: hidden states through that one.
         dense_inputs: what it was given, as ``inputs``; None where ``config.uses_dense_inputs`` does not ask for them.
         on_step: called with (steps done, steps in all).
+        scratch: room for as much as ``targets``, where they are; the same one whenever it is asked for.
+        only: names of the parameters that are recovered; None for all.
     """
 
     index: int
@@ -48,6 +50,12 @@ class BlockTask:
     dense_forward: Forward
     dense_inputs: Tensor | None
     on_step: Callable[[int, int], None]
+    scratch: Callable[[], Tensor]
+    only: frozenset[str] | None = None
+
+    def told(self, place: int, places: int, done: int, steps: int) -> None:
+        """``on_step`` of a part of the task: the one at ``place`` of ``places`` alike."""
+        self.on_step(place * steps + done, places * steps)
 
 
 @dataclass(frozen=True)
@@ -92,23 +100,26 @@ class Chain:
 
     def recover(self, task: BlockTask) -> BlockResult:
         """Recover ``task.block`` by all of them; errors are those before the first and after the last."""
-        results: list[BlockResult] = []
-        for place, link in enumerate(self.links):
-            told = partial(_told, task.on_step, place, len(self.links))
-            results.append(link.recover(replace(task, on_step=told)))
-        return replace(
-            results[-1],
-            losses=[loss for result in results for loss in result.losses],
-            gradient_norms=[norm for result in results for norm in result.gradient_norms],
-            error_before=results[0].error_before,
-            held_out_before=results[0].held_out_before,
-            seconds=sum(result.seconds for result in results),
-            notes=[note for result in results for note in result.notes],
+        count = len(self.links)
+        return in_turn(
+            [
+                link.recover(replace(task, on_step=partial(task.told, place, count)))
+                for place, link in enumerate(self.links)
+            ]
         )
 
 
-def _told(on_step: Callable[[int, int], None], place: int, places: int, done: int, steps: int) -> None:
-    on_step(place * steps + done, places * steps)
+def in_turn(results: Sequence[BlockResult]) -> BlockResult:
+    """What recoveries of a block one after the other have done together."""
+    return replace(
+        results[-1],
+        losses=[loss for result in results for loss in result.losses],
+        gradient_norms=[norm for result in results for norm in result.gradient_norms],
+        error_before=results[0].error_before,
+        held_out_before=results[0].held_out_before,
+        seconds=sum(result.seconds for result in results),
+        notes=[note for result in results for note in result.notes],
+    )
 
 
 # --- samples and errors ---------------------------------------------------------------------------------------------
