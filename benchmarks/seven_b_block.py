@@ -66,7 +66,7 @@ def _tuned(config: EBFTConfig, decoder: Decoder, ids: Tensor, shape: LlamaConfig
     observer = InputObserver(block, decoder.matrices[0])
     with torch.no_grad(), observer.watching():
         targets = torch.cat([decoder.run_block(0, block, part) for part in hidden.split(config.batch_size)])
-    masks = make_masker("wanda", config.mask_pattern)("block", block, decoder.matrices[0], observer.statistics).masks
+    masks = make_masker(config)("block", block, decoder.matrices[0], observer.statistics).masks
     del block
     decoder.call_for(0, config.micro_batch or config.batch_size, config.seqlen)
     result: dict[str, Any] = {}

@@ -24,7 +24,7 @@ from ebft.decoder import find_blocks
 from ebft.errors import EBFTError
 from ebft.matrices import Matrix, find_matrices, router_paths
 from ebft.output import SUMMARY
-from ebft.pruning import Pattern
+from ebft.pruning import UPDATING, Pattern
 from ebft_kernels import PackedMask, load_masks
 
 LOADED = 2 * 2**30  # bytes of a checkpoint that is also loaded by transformers; of larger ones shapes are compared
@@ -63,6 +63,7 @@ def audit(output: str, against: str | None = None) -> Audit:
         pattern = Pattern.parse(settings["pattern"]) if settings["pattern"] else None
         recovered, trust = settings["recover"] != "none", bool(settings["trust_remote_code"])
         structured = bool(settings.get("structured"))
+        updated = settings["prune"] in UPDATING
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EBFTError(f"{folder / SUMMARY} is not what a run writes: {type(error).__name__} {error}") from None
     found = Audit()
@@ -89,7 +90,7 @@ def audit(output: str, against: str | None = None) -> Audit:
         dense = open_model(
             None if against == DEFAULT_MODEL else against, trust_remote_code=trust, say=found.notes.append
         )
-        _compare(found, model, dense, masks, recovered, structured)
+        _compare(found, model, dense, masks, recovered, structured, updated)
     return found
 
 
@@ -234,11 +235,22 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _compare(
-    found: Audit, model: Source, dense: Source, masks: dict[str, PackedMask], recovered: bool, structured: bool
+    found: Audit,
+    model: Source,
+    dense: Source,
+    masks: dict[str, PackedMask],
+    recovered: bool,
+    structured: bool,
+    updated: bool,
 ) -> None:
     """Whatever the run had no business with is as it was, bit for bit (in the dtype of the output).
 
     Structured pruning may put something into biases of blocks, those among them that the dense model has not got.
+
+    Args:
+        recovered: blocks were tuned.
+        structured: heads and channels were pruned.
+        updated: the criterion changed kept weights.
     """
     path, blocks = find_blocks(model.model)
     tuned = {
@@ -247,6 +259,7 @@ def _compare(
         for name, _ in block.named_parameters()
         if (recovered and name.rpartition(".")[0] not in router_paths(block)) or (structured and name.endswith(".bias"))
     }
+    tuned |= set(masks) if updated else set()
     theirs = {name: tuple(p.shape) for name, p in dense.model.named_parameters()}
     for name, parameter in model.model.named_parameters():
         if structured and name in tuned and name not in theirs:

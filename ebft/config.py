@@ -41,7 +41,14 @@ class EBFTConfig:
     output: str = _setting("ebft-output", "folder for the recovered model and its report")
     overwrite: bool = _setting(False, "replace OUTPUT if an earlier run made it, once this run has committed")
     prune: str = _setting(
-        "wanda", "magnitude, wanda, flap (--structured), zeros (those already there), or a masks.safetensors file"
+        "wanda",
+        "magnitude, wanda, sparsegpt, flap (--structured), zeros (those already there), or a masks.safetensors file",
+    )
+    sparsegpt_damping: float = _setting(
+        0.01, "what SparseGPT adds to its Hessian's diagonal, as a share of the mean (--prune sparsegpt)"
+    )
+    act_order: bool = _setting(
+        False, "SparseGPT prunes inputs of large activations first (--prune sparsegpt, without --pattern)"
     )
     sparsity: float = _setting(0.7, "share of each matrix's weights that is pruned, between 0 and 1")
     structured: bool = _setting(
@@ -218,7 +225,7 @@ class EBFTConfig:
             )
         if self.holdout and self.samples < 2:
             raise EBFTError(f"--holdout is {self.holdout:g} of 1 sequence; expected --samples 2 or more")
-        for name in ("lr", "weight_decay", "clip", "cg_damping", "lm_lr", "lora_alpha"):
+        for name in ("lr", "weight_decay", "clip", "cg_damping", "lm_lr", "lora_alpha", "sparsegpt_damping"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise EBFTError(f"{_flag(name)} is {getattr(self, name)}; expected a finite number of at least 0")
         if self.lm_seconds is not None and not 0 < self.lm_seconds < float("inf"):
@@ -238,7 +245,11 @@ class EBFTConfig:
             )
         if self.prune == "flap" and not self.structured:
             raise EBFTError("--prune flap scores whole heads and channels; expected --structured with it")
-        self.mask_pattern  # noqa: B018  (parses N:M, so that a wrong one is said now)
+        if self.mask_pattern.group and self.act_order:
+            raise EBFTError(
+                f"--act-order takes inputs out of the order that the groups of --pattern {self.pattern} have; "
+                "expected one of the two"
+            )
         for name in ("gpu_memory", "host_memory", "max_shard_size"):
             if getattr(self, name) is not None:
                 parse_bytes(getattr(self, name), _flag(name))

@@ -220,7 +220,7 @@ def name_of(source: str | PreTrainedModel | None) -> str:
 def choose_masker(config: EBFTConfig, criterion: Criterion | None = None) -> Masker:
     """How blocks are pruned; ``criterion``: by a user's own."""
     if not config.structured:
-        return make_masker(config.prune, config.mask_pattern, criterion)
+        return make_masker(config, criterion)
     if criterion is not None:
         raise EBFTError("--structured scores heads and channels, and a criterion of one's own scores weights")
     return make_structured_masker(config.prune, config.sparsity)

@@ -382,13 +382,11 @@ def _walk(job: Job) -> list[dict[str, Any]]:
                 if streams:
                     _pass_by(job, streams, index)
                 continue
-            name, began = decoder.names[index], time.perf_counter()
+            began = time.perf_counter()
             if decoder.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(decoder.device)
             block = decoder.working_block(index)
-            statistics = _dense_pass(job, streams, index, block) if streams else {}
-            masks = job.masker(name, block, decoder.matrices[index], statistics)
-            apply_masks(block, masks.masks)
+            masks = _prune(job, streams, index, block)
             pruned = decoder.round_as_stored(index, block) if masks.changed else None
             result = _recover(job, streams, index, block, masks, advance) if streams and job.recovery else None
 
@@ -406,6 +404,14 @@ def _walk(job: Job) -> list[dict[str, Any]]:
     in_order = [lines[index] for index in range(len(decoder))]
     job.ranks.first(partial(out.write_lines, LINES, in_order))
     return in_order
+
+
+def _prune(job: Job, streams: Streams | None, index: int, block: nn.Module) -> BlockMasks:
+    """Prune ``block`` by what flows into it; the statistics, which may be large, end here."""
+    statistics = _dense_pass(job, streams, index, block) if streams else {}
+    masks = job.masker(job.decoder.names[index], block, job.decoder.matrices[index], statistics)
+    apply_masks(block, masks.masks)
+    return masks
 
 
 def _finished_blocks(job: Job) -> dict[int, dict[str, Any]]:

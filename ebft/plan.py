@@ -35,6 +35,7 @@ from ebft.evaluate import TOKENS_AT_ONCE
 from ebft.generation import SELF, WRITTEN_AT_ONCE
 from ebft.job import check_lengths, choose_device, choose_masker
 from ebft.pruning import InputStatistics
+from ebft.pruning.statistics import PRODUCTS
 from ebft.reconstruct import BlockReconstructor
 from ebft.recovery.halves import halves
 from ebft.recovery.layerwise import ROWS_AT_ONCE
@@ -60,6 +61,8 @@ AHEAD = 2  # batches that travel to a GPU while one is worked on
 HOST = 1536 * _MIB  # Python, torch, transformers and CUDA's part on the host
 DRAWN = 4  # tensors of logits in float64 while a token is drawn
 SOLVED = 9  # tensors of rows while the closed form of a layer is made
+SWEPT_INPUTS = 5  # matrices inputs x inputs of SparseGPT, beside the Gram matrix: Hessian, damped, inverse, two factors
+SWEPT_WEIGHTS = 8  # bytes a weight of it: the weights left, and those given back
 MASK_BYTES = 28  # a weight of the matrix at hand, while its mask is made in torch
 WIKITEXT2 = 350_000  # tokens of its test split, for vocabularies of 32 000; fewer with larger ones
 BYTES_A_TOKEN = 3  # of other texts: few tokenizers make more of English
@@ -443,13 +446,21 @@ class _Planner:
         """Peak bytes of the other stages."""
         config, cpu = self.config, torch.device("cpu")
         batch = min(config.batch_size, config.samples)
-        masker = choose_masker(config)
+        masker, matrices = choose_masker(config), self.decoder.matrices[self.index]
         needs_inputs = bool(masker.needs) or masker.surveyor is not None or config.recover != "none"
-        experts = [m.experts for m in self.decoder.matrices[self.index]]
-        matrix = max(shape.numel() // n for shape, n in zip(self.shapes.values(), experts, strict=True))
-        found = {
-            "masks of a block": self.largest * 4 + sum(s.numel() for s in self.shapes.values()) + MASK_BYTES * matrix
-        }
+        grams = 0
+        if "gram" in masker.needs:
+            with self._fakes(1, config.seqlen, flash=self.gpu) as (block, call), _Observed() as observed:
+                call(block, torch.empty(1, config.seqlen, self.width), compute=self.compute)
+            grams = 4 * (
+                sum(n**2 for n in observed.widths) + sum(m.experts * m.inputs**2 for m in matrices if m.experts > 1)
+            )
+        working = max(
+            MASK_BYTES * m.outputs * m.inputs
+            + bool(grams) * (4 * SWEPT_INPUTS * m.inputs**2 + SWEPT_WEIGHTS * m.outputs * m.inputs)
+            for m in matrices
+        )
+        found = {"masks of a block": self.largest * 4 + sum(s.numel() for s in self.shapes.values()) + working + grams}
         if "layerwise" in config.recoveries:
             systems = [
                 m.experts * 2 * m.inputs**2 + SOLVED * min(m.outputs * m.inputs, ROWS_AT_ONCE)
@@ -466,7 +477,7 @@ class _Planner:
                 tracker.track_external(block, x)
                 with tracker, torch.no_grad(), _Observed():
                     call(block, x, compute=self.compute)
-            found[name] = _peak(tracker)
+            found[name] = _peak(tracker) + (grams if name.startswith("dense pass") else 0)
         if config.eval_texts:
             tracker = _Tracker()
             with shapes_only():
@@ -553,11 +564,24 @@ def _stand_in(config: EBFTConfig, model_config: Any) -> PreTrainedModel:
 
 
 class _Observed(TorchFunctionMode):
-    """Inputs of linear layers go into statistics, as they do in the dense pass."""
+    """Inputs of linear layers go into statistics, as they do in the dense pass.
+
+    Attributes:
+        widths: inputs of the layers in turn, once where several multiply one tensor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: list[int] = []
+        self._last: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear:
-            InputStatistics.empty(args[0].shape[-1], args[0].device).add(args[0])
+        if func in PRODUCTS and max(PRODUCTS[func]) < len(args):
+            x, weight = (args[place] for place in PRODUCTS[func])
+            if isinstance(weight, nn.Parameter) and x is not self._last:
+                self._last = x
+                self.widths.append(x.shape[-1])
+                InputStatistics.empty(x.shape[-1], x.device).add(x)
         return func(*args, **(kwargs or {}))
 
 

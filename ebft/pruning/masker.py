@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,19 @@ from ebft.errors import EBFTError
 from ebft.matrices import Matrix
 from ebft.pruning.magnitude import magnitude
 from ebft.pruning.pattern import Pattern
+from ebft.pruning.sparsegpt import SparseGPT
 from ebft.pruning.statistics import InputStatistics, Statistics
 from ebft.pruning.wanda import wanda
 from ebft_kernels import PackedMask, load_masks
 
-Criterion = Callable[[Tensor, InputStatistics, Pattern], Tensor]
+if TYPE_CHECKING:  # it imports patterns
+    from ebft.config import EBFTConfig
+
+Criterion = Callable[[Tensor, InputStatistics, Pattern], Tensor | tuple[Tensor, Tensor]]
 
 CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "wanda": wanda}
-_WITHOUT_INPUTS = {magnitude}  # these never look at the statistics, so none need be gathered
+UPDATING = ("sparsegpt",)  # criteria that change kept weights too, and are made from settings
+_SQUARES = frozenset({"squares"})
 NOTHING: frozenset[str] = frozenset()
 
 
@@ -87,17 +92,24 @@ class Masker(Protocol):
         """The masks of ``block``, called ``block_name`` in the model; its kept weights may be changed in place."""
 
 
-def make_masker(prune: str, pattern: Pattern, criterion: Criterion | None = None) -> Masker:
+def make_masker(config: EBFTConfig, criterion: Criterion | None = None) -> Masker:
     """The masker for ``--prune``: a criterion's name, ``zeros``, or a file of masks; or a user's own criterion."""
+    prune, pattern = config.prune, config.mask_pattern
     if criterion is not None:
         return _ByCriterion(criterion, pattern, getattr(criterion, "__name__", type(criterion).__name__))
+    if prune == "sparsegpt":
+        return _ByCriterion(SparseGPT(config.sparsegpt_damping, config.act_order), pattern, prune)
     if prune in CRITERIA:
         return _ByCriterion(CRITERIA[prune], pattern, prune)
-    if prune == "zeros":
-        return _Zeros()
-    if not Path(prune).is_file():
-        raise EBFTError(f"--prune is {prune!r}; expected {', '.join(CRITERIA)}, zeros or an existing file of masks")
-    return _FromFile(prune)
+    if prune != "zeros" and not Path(prune).is_file():
+        known = ", ".join((*CRITERIA, *UPDATING))
+        raise EBFTError(f"--prune is {prune!r}; expected {known}, zeros or an existing file of masks")
+    return given_masker(prune)
+
+
+def given_masker(prune: str) -> Masker:
+    """The masker for masks that are there beforehand: ``zeros``, or those in a file."""
+    return _Zeros() if prune == "zeros" else _FromFile(prune)
 
 
 class _ByCriterion:
@@ -106,7 +118,7 @@ class _ByCriterion:
 
     def __init__(self, criterion: Criterion, pattern: Pattern, name: str) -> None:
         self._criterion, self._pattern = criterion, pattern
-        self.needs = NOTHING if criterion in _WITHOUT_INPUTS else frozenset({"squares"})
+        self.needs: frozenset[str] = NOTHING if criterion is magnitude else getattr(criterion, "needs", _SQUARES)
         self.name = f"{name} {pattern}"
 
     def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
@@ -115,7 +127,7 @@ class _ByCriterion:
                 self._pattern.check_width(f"{name}.{matrix.name}", matrix.inputs)
 
     def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
-        result = BlockMasks()
+        result, changed = BlockMasks(), set[str]()
         for matrix in matrices:
             name = f"{block_name}.{matrix.name}"
             weight = block.get_parameter(matrix.name).detach()
@@ -129,6 +141,10 @@ class _ByCriterion:
                 starved = bool(self.needs) and inputs.tokens == 0
                 unseen += [expert] if starved else []
                 made = (magnitude if starved else self._criterion)(expert_weight, inputs, self._pattern)
+                if isinstance(made, tuple):
+                    made, updated = made
+                    expert_weight.copy_(updated)
+                    changed.add(matrix.name)
                 if made.shape != expert_mask.shape or made.dtype != torch.bool:
                     raise EBFTError(
                         f"the criterion gave {name} a mask of {made.dtype} {tuple(made.shape)}; "
@@ -139,6 +155,7 @@ class _ByCriterion:
                 which = f"experts {', '.join(map(str, unseen))} of " if matrix.experts > 1 else ""
                 result.notes.append(f"{which}{matrix.name} saw no tokens and fell back to magnitude")
             result.masks[matrix.name] = PackedMask.from_dense(mask)
+        result.changed += sorted(changed)
         return result
 
 

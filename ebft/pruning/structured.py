@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from ebft.errors import EBFTError
 from ebft.matrices import Matrix
-from ebft.pruning.masker import NOTHING, BlockMasks, Masker, Surveyor, make_masker
-from ebft.pruning.pattern import Pattern
+from ebft.pruning.masker import NOTHING, BlockMasks, Masker, Surveyor, given_masker
 from ebft.pruning.statistics import InputStatistics, Statistics
 from ebft.pruning.units import Units, bias_name, bias_of, find_units, masks_without, removed_by
 
@@ -77,7 +76,7 @@ def make_structured_masker(prune: str, sparsity: float) -> Masker:
         raise EBFTError(
             f"--structured: --prune is {prune!r}; expected {', '.join(SCORES)}, zeros or an existing file of masks"
         )
-    return _Given(make_masker(prune, Pattern(sparsity)))
+    return _Given(given_masker(prune))
 
 
 class _ByScore:

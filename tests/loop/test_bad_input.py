@@ -66,7 +66,7 @@ def refuse(model, tmp_path, capsys):
         (("--pattern", "4:4"), "--pattern is '4:4'; expected N:M"),
         (("--pattern", "2/4"), "--pattern is '2/4'; expected N:M"),
         (("--pattern", "2:7"), "model.layers.0.self_attn.q_proj.weight has 32 inputs, which 7 does not divide"),
-        (("--prune", "sharpness"), "--prune is 'sharpness'; expected magnitude, wanda, zeros or an existing file"),
+        (("--prune", "sharpness"), "--prune is 'sharpness'; expected magnitude, wanda, sparsegpt, zeros or an"),
         (("--prune", "zeros"), "--prune zeros prunes nothing"),
         (("--recover", "hope"), "--recover is 'hope'; expected none, or one or more of layerwise, ebft, lora, full in"),
         (("--recover", "ebft+layerwise"), "--recover is 'ebft+layerwise'; expected none, or one or more of layerwise"),
@@ -129,7 +129,7 @@ def test_yaml_files(refuse, tmp_path):
     file = tmp_path / "run.yaml"
     for content, says in (
         ("- a list", "holds list; expected settings"),
-        ("learning_rate: 1", "there is no setting 'learning_rate'; expected one of batch_size"),
+        ("learning_rate: 1", "there is no setting 'learning_rate'; expected one of act_order"),
         ("lr: small", "--lr is 'small'; expected a number"),
         ("overwrite: 3", "--overwrite is 3; expected true or false"),
         ("a: [", "cannot be read"),
