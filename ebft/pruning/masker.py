@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from ebft.pruning.sparsegpt import SparseGPT
 from ebft.pruning.statistics import InputStatistics, Statistics
 from ebft.pruning.wanda import wanda
 from ebft_kernels import PackedMask, load_masks
-
-if TYPE_CHECKING:  # it imports patterns
-    from ebft.config import EBFTConfig
 
 Criterion = Callable[[Tensor, InputStatistics, Pattern], Tensor | tuple[Tensor, Tensor]]
 
@@ -92,7 +89,20 @@ class Masker(Protocol):
         """The masks of ``block``, called ``block_name`` in the model; its kept weights may be changed in place."""
 
 
-def make_masker(config: EBFTConfig, criterion: Criterion | None = None) -> Masker:
+class _Settings(Protocol):
+    """What ``EBFTConfig`` says of pruning."""
+
+    @property
+    def prune(self) -> str: ...
+    @property
+    def mask_pattern(self) -> Pattern: ...
+    @property
+    def sparsegpt_damping(self) -> float: ...
+    @property
+    def act_order(self) -> bool: ...
+
+
+def make_masker(config: _Settings, criterion: Criterion | None = None) -> Masker:
     """The masker for ``--prune``: a criterion's name, ``zeros``, or a file of masks; or a user's own criterion."""
     prune, pattern = config.prune, config.mask_pattern
     if criterion is not None:
