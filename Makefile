@@ -15,7 +15,8 @@ demo: $(VENV)/.ready  ## prune SmolLM2-135M to 60 %, win its quality back, save 
 test: $(VENV)/.ready lint  ## lint, types and the tests (under 15 minutes on 2 cores)
 	$(RUN) -m pytest --benchmark-disable -m "not slow"
 
-test-all: $(VENV)/.ready lint  ## the slow tests too
+test-all: $(VENV)/.ready lint  ## the slow tests too (they need the extra `tasks`, 340 MB)
+	$(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tasks]'
 	$(RUN) -m pytest --benchmark-disable
 
 lint: $(VENV)/.ready  ## ruff (lint and format) and mypy

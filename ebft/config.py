@@ -166,6 +166,12 @@ class EBFTConfig:
     )
     eval: str = _setting("wikitext2", "texts for perplexity, comma-separated; empty for none", metavar="NAME_OR_FILE,…")
     eval_seqlen: int = _setting(2048, "tokens in an evaluation window")
+    eval_tasks: str = _setting(
+        "",
+        "zero-shot tasks of lm-evaluation-harness, or local:TEXT for one made from a text, comma-separated",
+        metavar="NAME,…",
+    )
+    eval_limit: int | None = _setting(None, "questions of each of --eval-tasks that are asked (default: all)")
     device: str = _setting("auto", "cpu, cuda, cuda:1 …; auto takes the GPU where there is one")
     dtype: str = _setting(
         "auto",
@@ -235,6 +241,8 @@ class EBFTConfig:
                 f"--lora-dropout is {self.lora_dropout:g}, and with --lora-masked adapters are a part of the weight, "
                 "where no input can be dropped for them alone; expected --no-lora-masked or --lora-dropout 0"
             )
+        if self.eval_limit is not None and self.eval_limit < 1:
+            raise EBFTError(f"--eval-limit is {self.eval_limit}; expected a whole number of at least 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise EBFTError(f"--betas is {self.betas}; expected two numbers from 0 up to, not including, 1")
         if not 0 <= self.seed < 2**63:
@@ -399,7 +407,12 @@ class EBFTConfig:
     @property
     def eval_texts(self) -> list[str]:
         """The names or files of ``--eval``, in order, each once."""
-        return list(dict.fromkeys(name.strip() for name in self.eval.split(",") if name.strip()))
+        return _listed(self.eval)
+
+    @property
+    def eval_task_names(self) -> list[str]:
+        """The tasks of ``--eval-tasks``, in order, each once."""
+        return _listed(self.eval_tasks)
 
     @classmethod
     def preset(cls, name: str, /, **settings: Any) -> EBFTConfig:
@@ -494,6 +507,11 @@ def parse_bytes(text: str, what: str) -> int:
     if int(size) < 1:
         raise EBFTError(f"{what} is {text!r}; expected a size such as 8GiB or 500MB")
     return int(size)
+
+
+def _listed(names: str) -> list[str]:
+    """Names joined by commas, in order, each once."""
+    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:

@@ -34,6 +34,7 @@ from ebft.report import Reporter
 from ebft.stream import Store
 from ebft.version import __version__
 from ebft.weights import ModelWeights
+from ebft.zero_shot import ZeroShot
 from ebft_kernels import explain
 
 FUSED_OPS = ("masked_adamw_step", "masked_grad_norm")  # the products run on zeroed weights, without masks
@@ -84,6 +85,7 @@ class Job:
     calibration: Tokens | None
     generated: Generated | None
     eval_tokens: dict[str, Tokens]
+    zero_shot: ZeroShot | None
     store: Store
     output: OutputFolder
     reporter: Reporter
@@ -130,8 +132,11 @@ def prepare_job(
     needs_calibration = recovers or bool(masker.needs) or masker.surveyor is not None
     if tokenizer is None and not isinstance(source, PreTrainedModel):
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-    if tokenizer is None and (config.eval_texts or needs_calibration):
+    if tokenizer is None and (config.eval_texts or config.eval_task_names or needs_calibration):
         raise EBFTError("a model in memory was given without its tokenizer, which turns text into tokens")
+    zero_shot = None
+    if config.eval_task_names:
+        zero_shot = ranks.first(partial(ZeroShot.prepare, config.eval_task_names, config.eval_limit))
     evaluation, calibration, generated = {}, None, None
     if tokenizer is not None:
         evaluation = {t: evaluation_tokens(t, tokenizer, seqlen=config.eval_seqlen) for t in config.eval_texts}
@@ -161,7 +166,7 @@ def prepare_job(
     store = _choose_store(config, device, output)
     store.owner = f".rank-{ranks.rank}" if ranks.count > 1 else ""
     reporter.say(f"hidden states: {store.kind}")
-    output.fingerprint = _fingerprint(config, decoder, dense, masker, calibration, evaluation)
+    output.fingerprint = _fingerprint(config, decoder, dense, masker, calibration, evaluation, zero_shot)
     clock.lap("load")
     return Job(
         config=config,
@@ -175,6 +180,7 @@ def prepare_job(
         calibration=calibration,
         generated=generated,
         eval_tokens=evaluation,
+        zero_shot=zero_shot,
         store=store,
         output=output,
         reporter=reporter,
@@ -315,6 +321,7 @@ def _fingerprint(
     masker: Masker,
     calibration: Tokens | None,
     evaluation: dict[str, Tokens],
+    zero_shot: ZeroShot | None,
 ) -> dict[str, dict[str, Any]]:
     """Everything that the results depend on, by heading and name; not where things are."""
     named = ORGANISATION | {"model", "teacher", "calibration", "device"}  # what these name is looked at itself
@@ -324,6 +331,7 @@ def _fingerprint(
         "text": {
             "calibration": calibration.use.sha256 if calibration else None,
             **{name: tokens.use.sha256 for name, tokens in evaluation.items()},
+            **(zero_shot.fingerprint() if zero_shot else {}),
         },
         "criterion": {
             "name": masker.name,
@@ -407,7 +415,11 @@ def _check_masks(config: EBFTConfig, masker: Masker, decoder: Decoder, *, recove
 
 
 def summarise(
-    job: Job, sparsity: float, stages: dict[str, dict[str, float]], whole_model: dict[str, dict[str, Any]]
+    job: Job,
+    sparsity: float,
+    stages: dict[str, dict[str, float]],
+    whole_model: dict[str, dict[str, Any]],
+    zero_shot: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
     """What ``ebft_summary.json`` holds; ``whole_model``: what recoveries of the whole model came to, by name."""
     config = job.config
@@ -417,6 +429,7 @@ def summarise(
         "recipe": f"{job.masker.name}, {recovery}",
         "output": str(job.output.final),
         "perplexity": {text: {stage: values[text] for stage, values in stages.items()} for text in job.eval_tokens},
+        "zero_shot": zero_shot,
         "seconds": job.clock.total(),
         "stage_seconds": job.clock.laps,
         "sparsity": sparsity,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ebft.biases import fill_in_biases_
-from ebft.checkpoint import load_model, open_saved
+from ebft.checkpoint import load_model, open_saved, quiet
 from ebft.config import ORGANISATION, EBFTConfig, parse_bytes
 from ebft.decoder import Decoder
 from ebft.errors import EBFTError, MemoryRanOut
@@ -205,10 +205,12 @@ def _run(job: Job, given: PreTrainedModel | None) -> RunResult:
             decoder.store_block(index, out.block(index))
     _stage(job, "save", lambda: None, partial(_save, job))
     recovered = _stage(job, "recovered_perplexity", lambda: _measure_saved(job))
+    zero_shot = _stage(job, "zero_shot", lambda: job.ranks.first(partial(_ask, job))) if job.zero_shot else {}
 
     kept = sum(line["kept_weights"] for line in lines)
     sparsity = 1 - kept / sum(line["prunable_weights"] for line in lines)
-    summary = summarise(job, sparsity, {"dense": dense, "pruned": pruned, "recovered": recovered}, whole_model)
+    stages = {"dense": dense, "pruned": pruned, "recovered": recovered}
+    summary = summarise(job, sparsity, stages, whole_model, zero_shot)
 
     def commit() -> None:
         out.write_json(SUMMARY, summary)
@@ -355,6 +357,17 @@ def _measure_saved(job: Job) -> dict[str, float]:
     return _measure(
         job, "recovered perplexity", Decoder(saved.model, decoder.device, decoder.compute, weights=saved.weights)
     )
+
+
+def _ask(job: Job) -> dict[str, dict[str, float]]:
+    """Zero-shot tasks, on the model that the saved files give."""
+    assert job.zero_shot is not None
+    assert job.tokenizer is not None
+    job.reporter.say(f"zero-shot: {job.config.eval_tasks}")
+    kind, folder = type(job.decoder.model), job.output.path
+    with quiet():
+        model = kind.from_pretrained(folder, dtype="auto").eval()
+    return job.zero_shot.measure(model, job.tokenizer, job.decoder.device)
 
 
 # --- the walk -----------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from ebft.recovery.layerwise import ROWS_AT_ONCE
 from ebft.recovery.losses import Loss
 from ebft.report import duration
 from ebft.shapes import shapes_only, without_values
+from ebft.zero_shot import BATCH
 from ebft_kernels import PackedMask, reconstruction_loss
 
 _GIB, _MIB = 2**30, 2**20
@@ -64,6 +65,7 @@ SOLVED = 9  # tensors of rows while the closed form of a layer is made
 SWEPT_INPUTS = 5  # matrices inputs x inputs of SparseGPT, beside the Gram matrix: Hessian, damped, inverse, two factors
 SWEPT_WEIGHTS = 8  # bytes a weight of it: the weights left, and those given back
 MASK_BYTES = 28  # a weight of the matrix at hand, while its mask is made in torch
+QUESTION = 512  # tokens of a zero-shot task's question and one of its answers
 WIKITEXT2 = 350_000  # tokens of its test split, for vocabularies of 32 000; fewer with larger ones
 BYTES_A_TOKEN = 3  # of other texts: few tokenizers make more of English
 
@@ -331,6 +333,9 @@ class _Planner:
     def stages(self, config: EBFTConfig) -> dict[str, int]:
         """Bytes on the device in each of the other stages, with all that is there beside."""
         passes = self._passes | ({"text by the dense model": self._writing()} if self._writes else {})
+        if config.eval_task_names:
+            logits = 2 * BATCH * QUESTION * self.vocabulary * self.stored.itemsize
+            passes["zero-shot, the whole model"] = self.parameters * self.stored.itemsize + logits
         return {name: size + sum(self._around(config, size).values()) for name, size in passes.items()}
 
     @property
@@ -372,8 +377,8 @@ class _Planner:
         }
         if config.model is None or Path(config.model).suffix.lower() == ".gguf":
             rows["the model, which is loaded whole"] = self.parameters * stored
-        elif self._writes and self.gpu:
-            rows["the dense model, while it writes text"] = self.parameters * stored
+        elif (self._writes or config.eval_task_names) and self.gpu:
+            rows["the whole model, on its way to the GPU"] = self.parameters * stored
         if "ebft" in config.recoveries:
             rows["the best weights of a block"] = self.largest * (4 if config.weights == "fp32" else 2)
         if config.streams not in ("device", "disk"):

@@ -65,6 +65,14 @@ class Reporter:
         for text, values in summary["perplexity"].items():
             table.add_row(text, *(number(values[stage]) for stage in STAGES), won_back(values))
         self.console.print(table)
+        if summary["zero_shot"]:
+            table = Table(title_justify="left")
+            table.add_column("zero-shot, recovered")
+            for heading in ("questions", "metric", "value", "standard error"):
+                table.add_column(heading, justify="right")
+            for row in zero_shot_rows(summary):
+                table.add_row(*row)
+            self.console.print(table)
         self.say(f"sparsity {summary['sparsity']:.2%}, {duration(summary['seconds'])}, {summary['output']}")
 
 
@@ -75,6 +83,19 @@ def recovered_share(values: dict[str, float]) -> float | None:
     if not all(isfinite(values[stage]) for stage in STAGES) or values["pruned"] <= values["dense"]:
         return None
     return log(values["pruned"] / values["recovered"]) / log(values["pruned"] / values["dense"])
+
+
+def zero_shot_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """Of every zero-shot task and metric: task, questions, metric, value, standard error."""
+    rows = []
+    for task, values in summary["zero_shot"].items():
+        metrics = {name: value for name, value in values.items() if name != "documents" and "_stderr" not in name}
+        for name, value in metrics.items():
+            metric, comma, kind = name.partition(",")
+            error = values.get(f"{metric}_stderr{comma}{kind}")
+            said = "-" if error is None else f"{error:.3g}"
+            rows.append([_without_folder(task), str(values.get("documents", "-")), name, f"{value:.4g}", said])
+    return rows
 
 
 def won_back(values: dict[str, float]) -> str:
@@ -115,7 +136,12 @@ def _without_folder(value: Any) -> Any:
     """The name of a file or folder of this machine, in place of its path; of several too, joined by commas."""
     if not isinstance(value, str):
         return value
-    return ",".join(Path(part).name if Path(part).is_absolute() else part for part in value.split(","))
+    return ",".join(_name_alone(part) for part in value.split(","))
+
+
+def _name_alone(part: str) -> str:
+    kind, colon, path = part.rpartition(":") if part.startswith("local:") else ("", "", part)
+    return kind + colon + (Path(path).name if Path(path).is_absolute() else path)
 
 
 def model_card(summary: dict[str, Any]) -> str:
@@ -144,6 +170,13 @@ def model_card(summary: dict[str, Any]) -> str:
     data = ModelCardData(
         base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=["sparse", "pruned", "ebft"]
     )
+    zero_shot = ""
+    if summary["zero_shot"]:
+        rows_of_tasks = "\n".join(f"| {' | '.join(row)} |" for row in zero_shot_rows(summary))
+        zero_shot = (
+            "| zero-shot, recovered | questions | metric | value | standard error |\n| --- | --- | --- | --- | --- |\n"
+            f"{rows_of_tasks}\n\n"
+        )
     content = f"""---
 {data.to_yaml()}
 ---
@@ -158,7 +191,7 @@ are exactly zero; `masks.safetensors` says which.{tuned}
 | --- | --- | --- | --- | --- |
 {rows}
 
-"Won back" is the share of the lost log-perplexity; "recovered" was measured on these files.
+{zero_shot}"Won back" is the share of the lost log-perplexity; "recovered" was measured on these files.
 
 | setting | value |
 | --- | --- |

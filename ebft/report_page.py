@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ebft.report import STAGES, duration, number, plain_merge, won_back
+from ebft.report import STAGES, duration, number, plain_merge, won_back, zero_shot_rows
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a2330 }
@@ -29,6 +29,8 @@ def report_page(summary: dict[str, Any], blocks: list[dict[str, Any]]) -> str:
     """The page for a finished run: its summary and its ``blocks.jsonl`` lines."""
     figures = _rows([[text, *(number(v[s]) for s in STAGES), won_back(v)] for text, v in summary["perplexity"].items()])
     settings = _rows([[name, str(value)] for name, value in summary["config"].items() if value is not None])
+    asked = _rows(zero_shot_rows(summary))
+    heads = "<th>zero-shot</th><th>questions</th><th>metric</th><th>recovered</th><th>standard error</th>"
     wholes = [name for name in ("lora", "full") if name in summary]
     noted = [(block["name"], block["notes"]) for block in blocks] + [(name, summary[name]["notes"]) for name in wholes]
     notes = "".join(f"<li>{escape(name)}: {escape(note)}</li>" for name, of_it in noted for note in of_it)
@@ -62,6 +64,7 @@ def report_page(summary: dict[str, Any], blocks: list[dict[str, Any]]) -> str:
 <h1>{escape(summary["model"])}</h1>
 <p>{escape(summary["recipe"])}; sparsity {summary["sparsity"]:.2%}; {duration(summary["seconds"])} in all.</p>
 <table><tr><th>perplexity</th><th>dense</th><th>pruned</th><th>recovered</th><th>won back</th></tr>{figures}</table>
+{f"<table><tr>{heads}</tr>{asked}</table>" if asked else ""}
 {curves}
 {_section("Sparsity per layer", "Pruned share of each matrix.", lambda axes: _sparsity(axes, blocks))}
 {f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""}

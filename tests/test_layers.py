@@ -90,6 +90,7 @@ ORDER = {
         "calibration",
         "generation",
         "evaluate",
+        "zero_shot",
         "recovery",
         "reconstruct",
         "job",
