@@ -291,6 +291,8 @@ class EBFTConfig:
             raise EBFTError(
                 f"--schedule is of shares, and --pattern {self.pattern} is none; expected --sparsity in its place"
             )
+        if self.structured:
+            raise EBFTError("--schedule prunes single weights, and --structured whole heads and channels; expected one")
         if self.prune == "zeros" or Path(self.prune).is_file():
             raise EBFTError(f"--schedule needs a criterion that prunes any share, and --prune is {self.prune}")
         object.__setattr__(self, "sparsity", shares[-1])

@@ -79,6 +79,7 @@ def refuse(model, tmp_path, capsys):
         (("--schedule", "0.5,nan"), "--schedule is '0.5,nan'; expected rising shares between 0 and 1"),
         (("--schedule", "0.5,0.6", "--pattern", "2:4"), "--schedule is of shares, and --pattern 2:4 is none; expected"),
         (("--schedule", "0.5,0.6", "--prune", "zeros"), "--schedule needs a criterion that prunes any share, and"),
+        (("--schedule", "0.5,0.6", "--structured", None), "--schedule prunes single weights, and --structured whole"),
         (("--lm-seconds", "0"), "--lm-seconds is 0; expected a finite number above 0"),
         (("--lora-rank", "0"), "--lora-rank is 0; expected a whole number of at least 1"),
         (("--lora-dropout", "0.1"), "--lora-dropout is 0.1, and with --lora-masked adapters are a part of the weight"),
