@@ -42,11 +42,20 @@ class EBFTConfig:
     overwrite: bool = _setting(False, "replace OUTPUT if an earlier run made it, once this run has committed")
     prune: str = _setting(
         "wanda",
-        "magnitude, wanda, sparsegpt, flap (--structured), zeros (those already there), or a masks.safetensors file",
+        "magnitude, wanda, ria, sparsegpt, flap (--structured), zeros (already there), or a masks.safetensors file",
     )
     sparsegpt_damping: float = _setting(
         0.01, "what SparseGPT adds to its Hessian's diagonal, as a share of the mean (--prune sparsegpt)"
     )
+    refine: str = _setting(
+        "none",
+        "what is done to the masks of --prune: nothing, or DSnoT's swaps of kept and pruned weights",
+        choices=("none", "dsnot"),
+    )
+    dsnot_threshold: float = _setting(
+        0.1, "mean error of an output at which its row is done, in the output's unit (--refine dsnot)"
+    )
+    dsnot_cycles: int = _setting(50, "swaps in a row at most (--refine dsnot)")
     act_order: bool = _setting(
         False, "SparseGPT prunes inputs of large activations first (--prune sparsegpt, without --pattern)"
     )
@@ -253,6 +262,14 @@ class EBFTConfig:
             )
         if self.prune == "flap" and not self.structured:
             raise EBFTError("--prune flap scores whole heads and channels; expected --structured with it")
+        if self.refine != "none" and (self.prune == "zeros" or self.structured):
+            other = "--structured, which takes whole heads and channels" if self.structured else "--prune zeros"
+            raise EBFTError(f"--refine {self.refine} swaps single weights for pruned ones, and cannot with {other}")
+        if not 0 <= self.dsnot_threshold < float("inf") or self.dsnot_cycles < 1:
+            raise EBFTError(
+                f"--dsnot-threshold is {self.dsnot_threshold:g} and --dsnot-cycles {self.dsnot_cycles}; expected a "
+                "finite number of at least 0 and a whole number of at least 1"
+            )
         if self.mask_pattern.group and self.act_order:
             raise EBFTError(
                 f"--act-order takes inputs out of the order that the groups of --pattern {self.pattern} have; "

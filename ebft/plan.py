@@ -63,7 +63,8 @@ HOST = 1536 * _MIB  # Python, torch, transformers and CUDA's part on the host
 DRAWN = 4  # tensors of logits in float64 while a token is drawn
 SOLVED = 9  # tensors of rows while the closed form of a layer is made
 SWEPT_INPUTS = 5  # matrices inputs x inputs of SparseGPT, beside the Gram matrix: Hessian, damped, inverse, two factors
-SWEPT_WEIGHTS = 8  # bytes a weight of it: the weights left, and those given back
+SWEPT_WEIGHTS = 14  # bytes a weight of it: the weights left, those given back, the scores of a block of columns
+SWAPPED_WEIGHTS = 31  # bytes a weight of the matrix at hand, while DSnoT swaps
 MASK_BYTES = 28  # a weight of the matrix at hand, while its mask is made in torch
 QUESTION = 512  # tokens of a zero-shot task's question and one of its answers
 WIKITEXT2 = 350_000  # tokens of its test split, for vocabularies of 32 000; fewer with larger ones
@@ -460,11 +461,11 @@ class _Planner:
             grams = 4 * (
                 sum(n**2 for n in observed.widths) + sum(m.experts * m.inputs**2 for m in matrices if m.experts > 1)
             )
-        working = max(
-            MASK_BYTES * m.outputs * m.inputs
-            + bool(grams) * (4 * SWEPT_INPUTS * m.inputs**2 + SWEPT_WEIGHTS * m.outputs * m.inputs)
-            for m in matrices
-        )
+        a_weight = MASK_BYTES if config.refine == "none" else SWAPPED_WEIGHTS
+        working = max(a_weight * m.outputs * m.inputs for m in matrices)
+        if grams:
+            swept = (4 * SWEPT_INPUTS * m.inputs**2 + SWEPT_WEIGHTS * m.outputs * m.inputs for m in matrices)
+            working = max(working, *swept)
         found = {"masks of a block": self.largest * 4 + sum(s.numel() for s in self.shapes.values()) + working + grams}
         if "layerwise" in config.recoveries:
             systems = [

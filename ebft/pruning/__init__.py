@@ -5,9 +5,11 @@ A criterion is a function ``(weight, inputs, pattern) -> mask``: weight float (o
 goes by more than squares says so in its attribute ``needs``. Anybody's own can be given to ``ebft.run_ebft``.
 """
 
+from ebft.pruning.dsnot import dsnot
 from ebft.pruning.magnitude import magnitude
 from ebft.pruning.masker import CRITERIA, UPDATING, BlockMasks, Criterion, Masker, Surveyor, make_masker
 from ebft.pruning.pattern import Pattern, mask_of_best
+from ebft.pruning.ria import ria
 from ebft.pruning.sparsegpt import SparseGPT
 from ebft.pruning.statistics import InputObserver, InputStatistics, Statistics, sum_over_ranks_
 from ebft.pruning.structured import make_structured_masker
@@ -25,10 +27,12 @@ __all__ = [
     "SparseGPT",
     "Statistics",
     "Surveyor",
+    "dsnot",
     "magnitude",
     "make_masker",
     "make_structured_masker",
     "mask_of_best",
+    "ria",
     "sum_over_ranks_",
     "wanda",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from ebft.errors import EBFTError
 from ebft.matrices import Matrix
+from ebft.pruning.dsnot import NEEDS, dsnot
 from ebft.pruning.magnitude import magnitude
 from ebft.pruning.pattern import Pattern
+from ebft.pruning.ria import ria
 from ebft.pruning.sparsegpt import SparseGPT
 from ebft.pruning.statistics import InputStatistics, Statistics
 from ebft.pruning.wanda import wanda
@@ -21,7 +24,7 @@ from ebft_kernels import PackedMask, load_masks
 
 Criterion = Callable[[Tensor, InputStatistics, Pattern], Tensor | tuple[Tensor, Tensor]]
 
-CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "wanda": wanda}
+CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
 UPDATING = ("sparsegpt",)  # criteria that change kept weights too, and are made from settings
 _SQUARES = frozenset({"squares"})
 NOTHING: frozenset[str] = frozenset()
@@ -100,15 +103,31 @@ class _Settings(Protocol):
     def sparsegpt_damping(self) -> float: ...
     @property
     def act_order(self) -> bool: ...
+    @property
+    def refine(self) -> str: ...
+    @property
+    def dsnot_threshold(self) -> float: ...
+    @property
+    def dsnot_cycles(self) -> int: ...
 
 
 def make_masker(config: _Settings, criterion: Criterion | None = None) -> Masker:
     """The masker for ``--prune``: a criterion's name, ``zeros``, or a file of masks; or a user's own criterion."""
+    if config.refine == "none":
+        return _unrefined(config, criterion, SparseGPT(config.sparsegpt_damping, config.act_order))
+    refine = partial(dsnot, threshold=config.dsnot_threshold, cycles=config.dsnot_cycles)
+    surgeon = SparseGPT(config.sparsegpt_damping, config.act_order, updates=False)
+    updates = criterion is None and config.prune == "sparsegpt"
+    masker = _unrefined(config, criterion, surgeon)
+    return _Refined(masker, config.mask_pattern, refine, surgeon.update if updates else None)
+
+
+def _unrefined(config: _Settings, criterion: Criterion | None, surgeon: SparseGPT) -> Masker:
     prune, pattern = config.prune, config.mask_pattern
     if criterion is not None:
         return _ByCriterion(criterion, pattern, getattr(criterion, "__name__", type(criterion).__name__))
     if prune == "sparsegpt":
-        return _ByCriterion(SparseGPT(config.sparsegpt_damping, config.act_order), pattern, prune)
+        return _ByCriterion(surgeon, pattern, prune)
     if prune in CRITERIA:
         return _ByCriterion(CRITERIA[prune], pattern, prune)
     if prune != "zeros" and not Path(prune).is_file():
@@ -167,6 +186,61 @@ class _ByCriterion:
             result.masks[matrix.name] = PackedMask.from_dense(mask)
         result.changed += sorted(changed)
         return result
+
+
+class _Refined:
+    """Another masker's masks, in which kept and pruned weights of a row then change places.
+
+    Args:
+        refine: (dense weight, mask, inputs, pattern) -> mask.
+        update: (dense weight, mask, inputs) -> weight, for what goes with a mask; None: weights stay.
+    """
+
+    def __init__(
+        self,
+        masker: Masker,
+        pattern: Pattern,
+        refine: Callable[[Tensor, Tensor, InputStatistics, Pattern], Tensor],
+        update: Callable[[Tensor, Tensor, InputStatistics], Tensor] | None,
+    ) -> None:
+        self._masker, self._pattern, self._refine, self._update = masker, pattern, refine, update
+        self.given, self.surveyor = masker.given, masker.surveyor
+        self.needs = masker.needs | NEEDS
+        self.name = f"{masker.name}, then DSnoT"
+
+    def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
+        self._masker.check(names, blocks, matrices)
+        for name, of_block in zip(names, matrices, strict=True):
+            for matrix in of_block:
+                self._pattern.check_width(f"{name}.{matrix.name}", matrix.inputs)
+
+    def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
+        result = self._masker(block_name, block, matrices, statistics)
+        if result.changed:
+            raise EBFTError("--refine dsnot goes by the dense weights, and the criterion has changed them")
+        for matrix in matrices:
+            weight = block.get_parameter(matrix.name).detach()
+            mask = result.masks[matrix.name].dense().to(weight.device)
+            of_experts = zip(
+                matrix.by_expert(weight), matrix.by_expert(mask), statistics.get(matrix.name, []), strict=False
+            )
+            for expert_weight, expert_mask, inputs in of_experts:
+                if self._pattern.group and not _is_pattern(expert_mask, self._pattern):
+                    raise EBFTError(
+                        f"--refine dsnot swaps within the groups of --pattern {self._pattern}, and the mask of "
+                        f"{block_name}.{matrix.name} is not {self._pattern}"
+                    )
+                if inputs.tokens:
+                    expert_mask.copy_(self._refine(expert_weight, expert_mask, inputs, self._pattern))
+                if inputs.tokens and self._update:
+                    expert_weight.copy_(self._update(expert_weight, expert_mask, inputs))
+            result.masks[matrix.name] = PackedMask.from_dense(mask)
+            result.changed += [matrix.name] if self._update else []
+        return result
+
+
+def _is_pattern(mask: Tensor, pattern: Pattern) -> bool:
+    return PackedMask.from_dense(mask.contiguous()).is_nm(pattern.keep, pattern.group)
 
 
 class _Zeros:

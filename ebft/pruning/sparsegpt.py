@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -38,13 +39,15 @@ class SparseGPT:
         damping: what is added to H's diagonal, as a share of its mean; ten times as much where H has no factor so.
         act_order: columns by descending diagonal of H, so that those that matter most are pruned while most others can
             still make up for it; not with N:M, whose groups are consecutive inputs.
+        updates: a call gives the weight too, and not the mask alone.
     """
 
     damping: float = 0.01
     act_order: bool = False
+    updates: bool = True
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
-    def __call__(self, weight: Tensor, inputs: InputStatistics, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    def __call__(self, weight: Tensor, inputs: InputStatistics, pattern: Pattern) -> Tensor | tuple[Tensor, Tensor]:
         """Prune a weight (outputs, inputs) to exactly ``round((1 - sparsity) * count)`` kept entries, or to N:M.
 
         Every block of columns keeps the same share, as in the paper; in ``act_order``, where blocks differ in what they
@@ -56,10 +59,15 @@ class SparseGPT:
         left, factor, order = self._begun(weight, inputs)
         if pattern.group:
             width = pattern.group * max(1, COLUMNS // pattern.group)
-            mask = _sweep_(
-                left, factor, lambda scores, *_: mask_of_best(scores, pattern, per_row=True), width, pattern.group
-            )
-            return _in_place_of(order, mask), _in_place_of(order, left)
+            best_of_groups = partial(mask_of_best, pattern=pattern, per_row=True)
+            mask = _sweep_(left, factor, lambda scores, *_: best_of_groups(scores), width, pattern.group)
+        else:
+            mask = _sweep_(left, factor, self._shares(left, factor, pattern), COLUMNS, COLUMNS)
+        placed = _in_place_of(order, mask)
+        return (placed, _in_place_of(order, left)) if self.updates else placed
+
+    def _shares(self, left: Tensor, factor: Tensor, pattern: Pattern) -> Choice:
+        """Chooses so many of every block of columns that the whole matrix keeps exactly the share."""
         ends = torch.arange(left.shape[1] + 1, dtype=torch.float64)
         kept_before = (ends * len(left) * (1 - pattern.sparsity)).round()  # so that rounding evens out over the blocks
         if self.act_order:
@@ -70,8 +78,7 @@ class SparseGPT:
             kept = int(kept_before[stop] - kept_before[start])
             return PackedMask.from_topk(scores.reshape(1, -1), kept).dense().reshape(scores.shape)
 
-        mask = _sweep_(left, factor, choose, COLUMNS, COLUMNS)
-        return _in_place_of(order, mask), _in_place_of(order, left)
+        return choose
 
     def update(self, weight: Tensor, mask: Tensor, inputs: InputStatistics) -> Tensor:
         """What is left of ``weight`` (outputs, inputs) by a given ``mask``, made up for what that prunes."""

@@ -66,7 +66,7 @@ def refuse(model, tmp_path, capsys):
         (("--pattern", "4:4"), "--pattern is '4:4'; expected N:M"),
         (("--pattern", "2/4"), "--pattern is '2/4'; expected N:M"),
         (("--pattern", "2:7"), "model.layers.0.self_attn.q_proj.weight has 32 inputs, which 7 does not divide"),
-        (("--prune", "sharpness"), "--prune is 'sharpness'; expected magnitude, wanda, sparsegpt, zeros or an"),
+        (("--prune", "sharpness"), "--prune is 'sharpness'; expected magnitude, wanda, ria, sparsegpt, zeros or"),
         (("--prune", "zeros"), "--prune zeros prunes nothing"),
         (("--recover", "hope"), "--recover is 'hope'; expected none, or one or more of layerwise, ebft, lora, full in"),
         (("--recover", "ebft+layerwise"), "--recover is 'ebft+layerwise'; expected none, or one or more of layerwise"),

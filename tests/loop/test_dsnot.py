@@ -1,0 +1,146 @@
+"""RIA and DSnoT, against what they say of one weight or one row at a time."""
+
+import pytest
+import torch
+from conftest import random_model
+
+from ebft import EBFTConfig, EBFTError, run_ebft
+from ebft.audit import audit
+from ebft.pruning import InputStatistics, Pattern, SparseGPT, dsnot, magnitude, ria, wanda
+from ebft_kernels import PackedMask, load_masks, save_masks
+
+
+def made(outputs, inputs, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, inputs, generator=generator) * torch.rand(inputs, generator=generator) * 2
+    x += torch.randn(inputs, generator=generator)
+    seen = InputStatistics.empty(inputs, x.device, {"sums"})
+    seen.add(x)
+    return torch.randn(outputs, inputs, generator=generator), x, seen
+
+
+def test_ria_scores_shares_of_row_and_column():
+    weight, x, seen = made(7, 20)
+    weight[2] *= 30
+    weight[4] = 0
+    scores = torch.zeros(7, 20, dtype=torch.float64)
+    size = weight.abs().double()
+    for i in range(7):
+        for j in range(20):
+            if size[i, j]:
+                share = size[i, j] / size[i].sum() + size[i, j] / size[:, j].sum()
+                scores[i, j] = share * x[:, j].double().square().sum() ** 0.25
+    mask = ria(weight, seen, Pattern(sparsity=0.6))
+    assert mask.sum() == round(140 * 0.4)
+    assert scores[mask].min() >= scores[~mask].max()
+    groups = ria(weight, seen, Pattern.parse("2:4")).reshape(-1, 4)
+    assert groups.sum(1).unique().tolist() == [2]
+
+
+def row_by_row(weight, mask, x, width, threshold, cycles):
+    """The same in float64, with loops over rows and weights."""
+    mask, x = mask.clone(), x.double()
+    mean, variance, norm = x.mean(0), x.var(0, correction=0), x.norm(dim=0)
+    for w, kept in zip(weight.double(), mask, strict=True):
+        for _ in range(cycles):
+            error = (w * mean)[~kept].sum()
+            if abs(error) < threshold:
+                break
+            helps = [j for j in range(len(w)) if w[j] * mean[j] * error > 0]
+            hurts = [j for j in range(len(w)) if w[j] * mean[j] * error < 0]
+            pairs = [
+                (abs(w[g] * mean[g]) / variance[g], -abs(w[p]) * norm[p], g, p)
+                for g in helps
+                for p in hurts
+                if not kept[g] and kept[p] and g // width == p // width
+            ]
+            if not pairs:
+                break
+            _, _, g, p = max(pairs)
+            if abs(error - w[g] * mean[g] + w[p] * mean[p]) >= abs(error):
+                break
+            kept[g], kept[p] = True, False
+    return mask
+
+
+@pytest.mark.parametrize("pattern", [Pattern(sparsity=0.6), Pattern.parse("2:4"), Pattern.parse("3:5")], ids=str)
+@pytest.mark.parametrize("threshold", [0.0, 0.4])
+def test_swaps_are_those_of_single_rows(pattern, threshold):
+    weight, x, seen = made(12, 20)
+    start = wanda(weight, seen, pattern)
+    mask = dsnot(weight, start, seen, pattern, threshold=threshold, cycles=6)
+    assert torch.equal(mask, row_by_row(weight, start, x, pattern.group or 20, threshold, 6))
+    assert not torch.equal(mask, start)
+    assert torch.equal(mask.sum(1), start.sum(1))
+    if pattern.group:
+        assert mask.reshape(-1, pattern.group).sum(1).unique().tolist() == [pattern.keep]
+    errors = [((weight * x.mean(0)) * ~kept).sum(1).abs() for kept in (start, mask)]
+    assert (errors[1] <= errors[0]).all()
+
+
+def test_a_row_that_is_done_stays():
+    weight, _, seen = made(8, 20)
+    start = magnitude(weight, seen, Pattern(sparsity=0.5))
+    assert torch.equal(dsnot(weight, start, seen, Pattern(0.5), threshold=1e9, cycles=50), start)
+    for kept in (torch.zeros_like(start), torch.ones_like(start)):  # nothing to prune, nothing to grow
+        assert torch.equal(dsnot(weight, kept, seen, Pattern(0.5), threshold=0.0, cycles=50), kept)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama-gqa", {"prune": "wanda"}),
+        ("mixtral", {"prune": "ria"}),
+        ("gpt2", {"prune": "sparsegpt", "pattern": "2:4"}),
+    ],
+    ids=["llama-wanda", "mixtral-ria", "gpt2-sparsegpt"],
+)
+def test_runs(family, settings, config, silent, tokenizer, tmp_path):
+    """Other masks with as many weights; sound, also where SparseGPT's update follows; pruned is what was pruned."""
+    usual = {"recover": "none", "samples": 4, "eval": "builtin", "dsnot_threshold": 0.0}
+    random_model(family).save_pretrained(tmp_path / "dense")
+
+    def run(output, **more):
+        model, chosen = random_model(family), config(output=str(tmp_path / output), **usual, **settings, **more)
+        return run_ebft(model, chosen, tokenizer=tokenizer, reporter=silent)
+
+    plain, refined = run("plain"), run("refined", refine="dsnot")
+    assert any(mask != refined.masks[name] for name, mask in plain.masks.items())
+    assert all(mask.count() == refined.masks[name].count() for name, mask in plain.masks.items())
+    assert audit(str(refined.output), str(tmp_path / "dense")).faults == []
+    values = refined.summary["perplexity"]["builtin"]
+    assert values["pruned"] == pytest.approx(values["recovered"], rel=1e-6)
+    assert ", then DSnoT, " in refined.summary["recipe"]
+
+
+def test_masks_from_a_file(config, silent, tokenizer, tmp_path):
+    model = random_model("llama-gqa")
+    first = run_ebft(model, config(recover="none", pattern="2:4"), tokenizer=tokenizer, reporter=silent)
+    given = {"prune": str(first.output / "masks.safetensors"), "refine": "dsnot", "recover": "none"}
+    given |= {"dsnot_threshold": 0.0, "output": tmp_path / "second"}
+    second = run_ebft(random_model("llama-gqa"), config(pattern="2:4", **given), tokenizer=tokenizer, reporter=silent)
+    assert all(mask.is_nm(2, 4) for mask in second.masks.values())
+    assert any(mask != first.masks[name] for name, mask in second.masks.items())
+    masks = load_masks(given["prune"])
+    name = next(iter(masks))
+    masks[name] = PackedMask.ones(masks[name].shape)
+    save_masks(masks, tmp_path / "other.safetensors")
+    given |= {"prune": str(tmp_path / "other.safetensors"), "overwrite": True}
+    with pytest.raises(EBFTError, match=f"the groups of --pattern 2:4, and the mask of {name} is not 2:4"):
+        run_ebft(random_model("llama-gqa"), config(pattern="2:4", **given), tokenizer=tokenizer, reporter=silent)
+
+
+def test_what_does_not_go_together(config, silent, tokenizer):
+    for settings in ({"prune": "zeros"}, {"structured": True}):
+        with pytest.raises(EBFTError, match="--refine dsnot swaps single weights for pruned ones, and cannot with --"):
+            EBFTConfig(refine="dsnot", **settings)
+    with pytest.raises(EBFTError, match="--dsnot-cycles 0; expected"):
+        EBFTConfig(dsnot_cycles=0)
+
+    def updating(weight, inputs, pattern):
+        return SparseGPT()(weight, inputs, pattern)
+
+    updating.needs = SparseGPT.needs
+    model = random_model("llama-gqa")
+    with pytest.raises(EBFTError, match="goes by the dense weights, and the criterion has changed them"):
+        run_ebft(model, config(refine="dsnot"), criterion=updating, tokenizer=tokenizer, reporter=silent)
