@@ -62,7 +62,7 @@ def audit(output: str, against: str | None = None) -> Audit:
         settings = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["config"]
         pattern = Pattern.parse(settings["pattern"]) if settings["pattern"] else None
         recovered, trust = settings["recover"] != "none", bool(settings["trust_remote_code"])
-        structured = bool(settings.get("structured"))
+        structured, uniform = bool(settings.get("structured")), bool(settings.get("uniform"))
         updated = settings["prune"] in UPDATING
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EBFTError(f"{folder / SUMMARY} is not what a run writes: {type(error).__name__} {error}") from None
@@ -90,7 +90,7 @@ def audit(output: str, against: str | None = None) -> Audit:
         dense = open_model(
             None if against == DEFAULT_MODEL else against, trust_remote_code=trust, say=found.notes.append
         )
-        _compare(found, model, dense, masks, recovered, structured, updated)
+        _compare(found, model, dense, masks, recovered, structured, uniform, updated)
     return found
 
 
@@ -241,15 +241,18 @@ def _compare(
     masks: dict[str, PackedMask],
     recovered: bool,
     structured: bool,
+    uniform: bool,
     updated: bool,
 ) -> None:
     """Whatever the run had no business with is as it was, bit for bit (in the dtype of the output).
 
-    Structured pruning may put something into biases of blocks, those among them that the dense model has not got.
+    Structured pruning may put something into biases of blocks, those among them that the dense model has not got; with
+    uniform widths the parameters of blocks have other shapes, and are not compared.
 
     Args:
         recovered: blocks were tuned.
         structured: heads and channels were pruned.
+        uniform: they were cut away.
         updated: the criterion changed kept weights.
     """
     path, blocks = find_blocks(model.model)
@@ -260,9 +263,14 @@ def _compare(
         if (recovered and name.rpartition(".")[0] not in router_paths(block)) or (structured and name.endswith(".bias"))
     }
     tuned |= set(masks) if updated else set()
+    inside = {f"{path}.{i}.{name}" for i, block in enumerate(blocks) for name, _ in block.named_parameters()}
+    if uniform:
+        found.notes.append("blocks are narrower than the dense model's: what is outside of them was compared")
     theirs = {name: tuple(p.shape) for name, p in dense.model.named_parameters()}
     for name, parameter in model.model.named_parameters():
         if structured and name in tuned and name not in theirs:
+            continue
+        if uniform and name in inside and name in theirs:
             continue
         if theirs.get(name) != tuple(parameter.shape):
             raise EBFTError(

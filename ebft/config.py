@@ -63,6 +63,9 @@ class EBFTConfig:
     structured: bool = _setting(
         False, "prune whole heads (KV groups) and MLP channels; --sparsity is then the share of the blocks' parameters"
     )
+    uniform: bool = _setting(
+        False, "the same widths in every layer, and smaller matrices in the output (--structured by a criterion)"
+    )
     pattern: str | None = _setting(None, "keep N of every M consecutive inputs, in place of --sparsity", metavar="N:M")
     schedule: str | None = _setting(
         None,
@@ -256,6 +259,8 @@ class EBFTConfig:
             raise EBFTError(f"--betas is {self.betas}; expected two numbers from 0 up to, not including, 1")
         if not 0 <= self.seed < 2**63:
             raise EBFTError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 - 1")
+        if self.uniform and not self.structured:
+            raise EBFTError("--uniform is about the widths that --structured leaves; expected --structured with it")
         if self.structured and self.pattern:
             raise EBFTError(
                 f"--structured prunes whole heads and channels, and --pattern is {self.pattern}; expected one"

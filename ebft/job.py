@@ -229,7 +229,7 @@ def choose_masker(config: EBFTConfig, criterion: Criterion | None = None) -> Mas
         return make_masker(config, criterion)
     if criterion is not None:
         raise EBFTError("--structured scores heads and channels, and a criterion of one's own scores weights")
-    return make_structured_masker(config.prune, config.sparsity)
+    return make_structured_masker(config.prune, config.sparsity, uniform=config.uniform)
 
 
 def _open(config: EBFTConfig, source: str | PreTrainedModel | None, reporter: Reporter) -> Source:

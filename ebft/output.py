@@ -258,11 +258,10 @@ class OutputFolder:
         """The masks that ``write_block`` wrote."""
         return load_masks(self._mask_file(index))
 
-    def save_masks(self, count: int) -> list[Path]:
-        """``masks.safetensors``, from those of the ``count`` blocks."""
+    def save_masks(self, masks: Iterable[Mapping[str, PackedMask]]) -> list[Path]:
+        """``masks.safetensors``, from those of the blocks."""
         with self.writing():
-            all_masks = {name: mask for index in range(count) for name, mask in self.block_masks(index).items()}
-            save_masks(all_masks, self.path / MASKS)
+            save_masks({name: mask for of_block in masks for name, mask in of_block.items()}, self.path / MASKS)
         return [self.path / MASKS]
 
     def save_shards(self, source: Tensors, count: int, max_shard_size: int) -> list[Path]:
@@ -271,7 +270,8 @@ class OutputFolder:
         Tensors go from memory-mapped files to the new ones; none of them is held.
         """
         newest = {name: block for block in map(self.block, range(count)) for name in block.names()}
-        split = split_torch_state_dict_into_shards(source.shapes(), max_shard_size=max_shard_size)
+        shapes = source.shapes() | {name: newest[name].shapes()[name] for name in newest}
+        split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
         with self.writing():
             for file, names in split.filename_to_tensors.items():
                 tensors = {name: newest.get(name, source)[name] for name in names}

@@ -22,13 +22,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ebft.biases import fill_in_biases_
 from ebft.checkpoint import load_model, open_saved, quiet
 from ebft.config import ORGANISATION, EBFTConfig, parse_bytes
 from ebft.decoder import Decoder
 from ebft.errors import EBFTError, MemoryRanOut
 from ebft.evaluate import perplexities
 from ebft.job import Job, blocks_are_independent, implementations, name_of, prepare_job, summarise
+from ebft.narrow import as_saved
 from ebft.output import LINES, MASKS, SUMMARY, OutputFolder
 from ebft.plan import fit_to_budget
 from ebft.pruning import BlockMasks, Criterion, InputObserver, Statistics, sum_over_ranks_
@@ -340,13 +340,13 @@ def _save(job: Job) -> list[Path]:
     """The recovered model as an ordinary folder; gives the files with weights and masks."""
     decoder, out, count = job.decoder, job.output, len(job.decoder)
     largest = parse_bytes(job.config.max_shard_size, "--max-shard-size")
+    model, masks = as_saved(job.config, decoder, out)
     if isinstance(decoder.weights, ShardedWeights):
         files = out.save_shards(decoder.weights.tensors, count, largest)
     else:
-        fill_in_biases_(decoder.model)
-        files = out.save_model(decoder.model, largest)
-    out.save_settings(decoder.model, job.tokenizer)
-    return files + out.save_masks(count)
+        files = out.save_model(model, largest)
+    out.save_settings(model, job.tokenizer)
+    return files + out.save_masks(masks)
 
 
 def _measure_saved(job: Job) -> dict[str, float]:

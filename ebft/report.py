@@ -166,6 +166,9 @@ def model_card(summary: dict[str, Any]) -> str:
             f"({use['windows']})."
         )
     tuned += plain_merge(summary)
+    gone = "are exactly zero; `masks.safetensors` says which"
+    if config["uniform"]:
+        gone = "were taken away, by whole heads and channels"
     base = summary["model"] if "/" in summary["model"] and not Path(summary["model"]).exists() else None
     data = ModelCardData(
         base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=["sparse", "pruned", "ebft"]
@@ -185,7 +188,7 @@ def model_card(summary: dict[str, Any]) -> str:
 
 Made by [ebft](https://arxiv.org/abs/2402.12419) {summary["versions"]["ebft"]}: {summary["recipe"]}.
 It loads as any model of transformers does. {summary["sparsity"]:.2%} of the weights of the matrices inside its blocks
-are exactly zero; `masks.safetensors` says which.{tuned}
+{gone}.{tuned}
 
 | perplexity | dense | pruned | recovered | won back |
 | --- | --- | --- | --- | --- |

@@ -86,6 +86,7 @@ ORDER = {
         "output",
         "decoder",
         "biases",
+        "narrow",
         "stream",
         "calibration",
         "generation",

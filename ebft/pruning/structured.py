@@ -10,7 +10,8 @@ The fluctuation is what a constant cannot stand in for; so with flap the constan
 b += sum over removed j of  W_:j E[x_j].
 
 Scores are standardised within each layer and kind and then compared over the whole dense model, least first, until the
-units that go hold the share of all block parameters that is asked for. Every layer keeps one unit of each kind.
+units that go hold the share of all block parameters that is asked for. Every layer keeps one unit of each kind. With
+uniform widths they are compared within the layer instead, in the walk.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ebft.errors import EBFTError
 from ebft.matrices import Matrix
 from ebft.pruning.masker import NOTHING, BlockMasks, Masker, Surveyor, given_masker
 from ebft.pruning.statistics import InputStatistics, Statistics
+from ebft.pruning.uniform import uniform_widths
 from ebft.pruning.units import Units, bias_name, bias_of, find_units, masks_without, removed_by
 
 Score = Callable[[nn.Module, Units, Statistics], Tensor]  # (block, units, statistics) -> float64 (units,)
@@ -68,10 +70,16 @@ SCORES: dict[str, Score] = {"flap": flap, "magnitude": magnitude, "wanda": wanda
 _LOOKS_AT = {"flap": frozenset({"squares", "sums"}), "magnitude": NOTHING, "wanda": frozenset({"squares"})}
 
 
-def make_structured_masker(prune: str, sparsity: float) -> Masker:
-    """The masker for ``--structured --prune``: a score's name, or what is there already: ``zeros``, a file of masks."""
+def make_structured_masker(prune: str, sparsity: float, *, uniform: bool = False) -> Masker:
+    """The masker for ``--structured --prune``: a score's name, or what is there already: ``zeros``, a file of masks.
+
+    Args:
+        uniform: every layer loses as many units, so that they are compared within a layer alone.
+    """
     if prune in SCORES:
-        return _ByScore(prune, sparsity)
+        return (_Uniform if uniform else _ByScore)(prune, sparsity)
+    if uniform:
+        raise EBFTError(f"--uniform chooses the widths, and --prune is {prune}; expected {', '.join(SCORES)}")
     if prune != "zeros" and not Path(prune).is_file():
         raise EBFTError(
             f"--structured: --prune is {prune!r}; expected {', '.join(SCORES)}, zeros or an existing file of masks"
@@ -124,6 +132,28 @@ class _Comparison:
     def removed(self, block_name: str, units: Sequence[Units]) -> list[Tensor]:
         """The units of each kind that go."""
         return [torch.tensor(gone, dtype=torch.int64) for gone in self._removed[block_name]]
+
+
+class _Uniform:
+    given = False
+    surveyor: Surveyor | None = None
+
+    def __init__(self, prune: str, sparsity: float) -> None:
+        self._score, self._sparsity, self.needs = SCORES[prune], sparsity, _LOOKS_AT[prune]
+        self._makes_up = prune == "flap"
+        self._counts: list[int] = []  # of each kind, how many units go
+        self.name = f"{prune} structured {sparsity:.0%}, uniform"
+
+    def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
+        self._counts = uniform_widths(names, blocks, matrices, self._sparsity)
+
+    def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
+        units = find_units(block_name, block, matrices)
+        removed = [
+            self._score(block, of_kind, statistics).argsort(stable=True)[:count].sort().values
+            for of_kind, count in zip(units, self._counts, strict=True)
+        ]
+        return remove(block, units, removed, statistics if self._makes_up else {})
 
 
 class _Given:

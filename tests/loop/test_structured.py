@@ -191,6 +191,43 @@ def test_models_in_memory(family, prune, short_run, tokenizer, silent):
     assert ("MistralForCausalLM has no bias in down_proj and o_proj" in said) == (family == "mistral")
 
 
+@pytest.mark.parametrize(
+    ("family", "heads"), [("llama-gqa", 2), ("mistral", 2), ("opt", 4), ("gpt2", 4), ("gpt-neox", 4)]
+)
+def test_uniform_widths_are_said_by_the_configuration(family, heads, short_run, tokenizer):
+    """The smaller model of transformers gives the outputs of the full shape with zeros, and generates."""
+    model = random_model(family)
+    whole = weights_in_blocks(model)
+    settings = {"structured": True, "uniform": True, "prune": "flap", "sparsity": 0.26, "eval": "", "model": None}
+    result = run_ebft(model, EBFTConfig.preset("demo", **short_run(**settings)), tokenizer=tokenizer)
+    assert abs(result.summary["sparsity"] - 0.26) < 0.01
+    assert audit(str(result.output)).faults == []
+    small, report = AutoModelForCausalLM.from_pretrained(result.output, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert small.config.num_attention_heads == heads
+    assert 1 - weights_in_blocks(small) / whole == pytest.approx(result.summary["sparsity"])
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(small(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert small.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 16)
+
+
+def weights_in_blocks(model):
+    return sum(m.outputs * m.inputs for block in find_blocks(model)[1] for m in find_matrices(block))
+
+
+def test_a_run_of_uniform_widths_measures_what_it_saves(flap_run, tiny):
+    result = flap_run(uniform=True, recover="none", sparsity=0.26)
+    (perplexity,) = result.summary["perplexity"].values()
+    assert perplexity["pruned"] == pytest.approx(perplexity["recovered"], rel=1e-5)
+    saved = load_file(result.output / "model.safetensors")
+    assert not any(saved[name].any() for name in saved if name.endswith(("q_proj.bias", "up_proj.bias")))
+    assert any(saved[name].any() for name in saved if name.endswith("down_proj.bias"))
+    assert {mask.density() for mask in result.masks.values()} == {1.0}
+    assert audit(str(result.output), str(tiny / "model")).faults == []
+
+
 def test_layerwise_reckons_with_what_the_biases_hold():
     """A consumer is solved for what its bias does not give already: against least squares in float64."""
     decoder, block, (heads, _) = first_block("gpt-neox")
@@ -215,6 +252,7 @@ def test_layerwise_reckons_with_what_the_biases_hold():
         dense_forward=forward,
         dense_inputs=hidden,
         on_step=lambda done, steps: None,
+        scratch=torch.empty_like,
     )
     Layerwise(EBFTConfig(cg_iterations=40, cg_damping=0.0), torch.device("cpu")).recover(task)
     x = inputs_of(dense, matrix, forward, hidden)[0].double()
@@ -228,6 +266,7 @@ def test_layerwise_reckons_with_what_the_biases_hold():
     ("settings", "says"),
     [
         ({"structured": True, "pattern": "2:4"}, "--structured prunes whole heads and channels, and --pattern is 2:4"),
+        ({"uniform": True}, "--uniform is about the widths that --structured leaves; expected --structured"),
         ({"prune": "flap"}, "--prune flap scores whole heads and channels; expected --structured"),
     ],
 )
@@ -244,6 +283,8 @@ def test_models_and_masks_that_are_refused(tiny, short_run, tokenizer, tmp_path)
 
     refused("qwen3.*|model.layers.0.mlp.experts holds gate_up_proj", random_model("qwen3-moe"), prune="flap")
     refused("--structured: --prune is 'hope'; expected flap, magnitude, wanda, zeros or", prune="hope")
+    refused("--uniform chooses the widths, and --prune is zeros; expected flap,", prune="zeros", uniform=True)
+    refused("no configuration of LlamaConfig says widths with 95% of", prune="flap", uniform=True, sparsity=0.95)
     masks = {
         f"model.layers.{i}.{m.name}": torch.rand(m.outputs, m.inputs) > 0.5
         for i, block in enumerate(find_blocks(random_model("llama-gqa"))[1])
