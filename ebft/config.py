@@ -368,7 +368,8 @@ class EBFTConfig:
     def steps(self) -> tuple[EBFTConfig, ...]:
         """The runs of ``--schedule``, in order; each begins with the ``output`` of the one before."""
         shares = self.schedule.split(",") if self.schedule else [""]
-        outputs = [f"{self.output}.schedule/{share.strip()}" for share in shares[:-1]]
+        folder = Path(self.output).with_name(Path(self.output).name + ".schedule")
+        outputs = [str(folder / share.strip()) for share in shares[:-1]]
         between = [
             dataclasses.replace(
                 self,
