@@ -159,6 +159,15 @@ class EBFTConfig:
         "what a token counts in it: all the same, or by 1 / ||Y - X||^2, for tokens of enormous hidden states",
         choices=("none", "norm"),
     )
+    refresh_every: int = _setting(
+        0, "steps of ebft after which a part of each mask is chosen anew, in the first three quarters of them; 0: never"
+    )
+    refresh_share: float = _setting(0.05, "share of each row's kept weights that --refresh-every chooses anew")
+    refresh_grow: str = _setting(
+        "gradient",
+        "what pruned weights come back by: the size of the mean gradient of a few batches, or the mean of its square",
+        choices=("gradient", "gradient2"),
+    )
     holdout: float = _setting(
         0.0, "share of the sequences that no block is tuned on: the weights that do best on them are kept"
     )
@@ -296,6 +305,7 @@ class EBFTConfig:
         self._check_optimizer()
         if self.update_in_backward:
             self._check_update_in_backward()
+        self._check_refresh()
 
     def _check_schedule(self) -> None:
         if self.schedule is None:
@@ -343,6 +353,23 @@ class EBFTConfig:
                     f"{said} is a layout of AdamW, and --optimizer is {self.optimizer}; expected "
                     f"{f'no {said}' if given is True else f'{_flag(name)} {usual}'} or --optimizer adamw"
                 )
+
+    def _check_refresh(self) -> None:
+        if self.refresh_every < 0:
+            raise EBFTError(f"--refresh-every is {self.refresh_every}; expected a whole number of at least 0")
+        if not 0 < self.refresh_share <= 1:
+            raise EBFTError(f"--refresh-share is {self.refresh_share:g}; expected a share above 0 and up to 1")
+        if not self.refresh_every:
+            return
+        if self.update_in_backward:
+            raise EBFTError("--refresh-every needs gradients of pruned weights, which --update-in-backward never makes")
+        if self.optimizer != "adamw":
+            raise EBFTError(
+                f"--refresh-every weighs weights by AdamW's second moment, and --optimizer is {self.optimizer}; "
+                "expected --optimizer adamw"
+            )
+        if self.structured:
+            raise EBFTError("--refresh-every brings single weights back, which --structured does not have")
 
     def _check_update_in_backward(self) -> None:
         """What cannot be had where a gradient is used before the others are known."""
@@ -405,6 +432,11 @@ class EBFTConfig:
     def uses_dense_inputs(self) -> bool:
         """Whether a recovery looks at what the dense block is given, beside what it gives."""
         return "layerwise" in self.recoveries or self.by_halves
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether masks change while blocks are tuned."""
+        return self.refresh_every > 0 and "ebft" in self.recoveries
 
     @property
     def by_halves(self) -> bool:

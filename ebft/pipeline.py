@@ -256,10 +256,12 @@ def _pruned(job: Job) -> Callable[[int], nn.Module]:
     """The blocks pruned and not recovered."""
 
     def block_at(index: int) -> nn.Module:
-        block = job.decoder.working_block(index, job.output.pruned_block(index))
-        prefix = f"{job.decoder.names[index]}."
-        masks = job.output.block_masks(index)
-        apply_masks(block, {name.removeprefix(prefix): mask for name, mask in masks.items()})
+        pruned = job.output.pruned_block(index)
+        block = job.decoder.working_block(index, pruned)
+        if pruned is None:
+            prefix = f"{job.decoder.names[index]}."
+            masks = job.output.block_masks(index)
+            apply_masks(block, {name.removeprefix(prefix): mask for name, mask in masks.items()})
         return block
 
     return block_at
@@ -400,7 +402,8 @@ def _walk(job: Job) -> list[dict[str, Any]]:
                 torch.cuda.reset_peak_memory_stats(decoder.device)
             block = decoder.working_block(index)
             masks = _prune(job, streams, index, block)
-            pruned = decoder.round_as_stored(index, block) if masks.changed else None
+            kept_apart = masks.changed or job.config.refreshes  # the pruned block is not the dense one under its masks
+            pruned = decoder.round_as_stored(index, block) if kept_apart else None
             result = _recover(job, streams, index, block, masks, advance) if streams and job.recovery else None
 
             weights = decoder.round_as_stored(index, block)  # the stream goes through the block as it is saved
@@ -543,6 +546,7 @@ def _recover(
     result = job.recovery.recover(task)
     if not math.isfinite(result.error_after):
         raise _not_finite(job, index, "its outputs are NaN or infinity, or too large for a mean square")
+    masks.masks.update(result.masks)
     return result
 
 

@@ -40,6 +40,7 @@ from ebft.reconstruct import BlockReconstructor
 from ebft.recovery.halves import halves
 from ebft.recovery.layerwise import ROWS_AT_ONCE
 from ebft.recovery.losses import Loss
+from ebft.recovery.refresh import BATCHES, UNTIL
 from ebft.report import duration
 from ebft.shapes import shapes_only, without_values
 from ebft.zero_shot import BATCH
@@ -65,6 +66,7 @@ SOLVED = 9  # tensors of rows while the closed form of a layer is made
 SWEPT_INPUTS = 5  # matrices inputs x inputs of SparseGPT, beside the Gram matrix: Hessian, damped, inverse, two factors
 SWEPT_WEIGHTS = 14  # bytes a weight of it: the weights left, those given back, the scores of a block of columns
 SWAPPED_WEIGHTS = 31  # bytes a weight of the matrix at hand, while DSnoT swaps
+EXCHANGED_BYTES = 48  # a weight of the matrix at hand, while a part of its mask is chosen anew
 MASK_BYTES = 28  # a weight of the matrix at hand, while its mask is made in torch
 QUESTION = 512  # tokens of a zero-shot task's question and one of its answers
 WIKITEXT2 = 350_000  # tokens of its test split, for vocabularies of 32 000; fewer with larger ones
@@ -266,7 +268,7 @@ class _Planner:
 
     def _in_backward(self, config: EBFTConfig) -> EBFTConfig | None:
         """The same without gradients, where a step needs neither their norm nor their sum."""
-        another = config.optimizer != "adamw" or "ebft" not in config.recoveries
+        another = config.optimizer != "adamw" or config.refreshes or "ebft" not in config.recoveries
         if config.clip or config.compile or another or self.compute == torch.float16:
             return None
         return dataclasses.replace(config, micro_batch=None, update_in_backward=True)
@@ -394,6 +396,8 @@ class _Planner:
             "masks": self.in_blocks // 8,
             "finished blocks, until the end": self.in_blocks * stored,
         }
+        if config.refreshes:
+            rows["pruned blocks, until the end"] = self.in_blocks * stored
         return rows | ({"streams": self._streams(config)} if config.streams == "disk" else {})
 
     def _streams(self, config: EBFTConfig) -> int:
@@ -441,6 +445,9 @@ class _Planner:
             if name != "Total":
                 rows[_TRACKED.get(name, _OTHERS)] += int(size)
         rows[_OTHERS] += 2 * (batch - planned) * config.seqlen * self.width * 4
+        if config.refreshes:
+            sizes = [shape.numel() for shape in self.shapes.values()]
+            rows["masks chosen anew"] = 4 * sum(sizes) + EXCHANGED_BYTES * max(sizes)
         if config.update_in_backward:  # the op makes it inside, where no tracker looks
             largest = max(shape.numel() for shape in self.shapes.values() if len(shape) == 2)
             given = 4 if config.weights == "fp32" else 2
@@ -517,7 +524,9 @@ class _Planner:
                 counted.append(counter.get_total_flops())
         surveyed = choose_masker(config).surveyor is not None
         passes = 2 + surveyed + (self.config.epochs + 1) / 16  # dense, recovered, and the errors on the probe
-        steps = config.epochs if "ebft" in config.recoveries else 0
+        steps = float(config.epochs if "ebft" in config.recoveries else 0)
+        if config.refreshes:
+            steps *= 1 + UNTIL * BATCHES / config.refresh_every
         return float(len(self.decoder) * config.samples * (steps * counted[1] + passes * counted[0]))
 
     def _rates(self) -> dict[str, float]:

@@ -29,6 +29,7 @@ from ebft.recovery.losses import Loss, Measured
 from ebft.recovery.optimizers import MaskedOptimizer, make_optimizer
 from ebft.recovery.rates import learning_rate, set_scales
 from ebft.recovery.recompute import recompute, recomputed
+from ebft.recovery.refresh import BATCHES, MaskRefresh
 from ebft.recovery.task import Errors, Split, batch_order, samples_of_all
 from ebft.stream import carry
 from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, mask_linears_
@@ -91,6 +92,11 @@ class BlockReconstructor:
                 "--update-in-backward uses gradients before they are unscaled, and products in float16 need a loss "
                 "scale; expected --dtype bfloat16 or float32"
             )
+        if config.refresh_every and compute == torch.float16:
+            raise EBFTError(
+                "--refresh-every compares gradients of many batches, and products in float16 need a loss scale; "
+                "expected --dtype bfloat16 or float32"
+            )
 
     def recover(self, task: BlockTask) -> BlockResult:
         """``fit`` on a block of the walk."""
@@ -151,9 +157,11 @@ class BlockReconstructor:
             judged = partial(tuning.loss.measured, errors, through)
             set_scales(tuning.optimizer, config)
             before = now = judged(split.probe)
-            watch: _Watch = _Probe(block, before)
+            refresh = MaskRefresh(config, block, masks, tuning.optimizer, steps)
+            best = _Best(block, refresh.masks)
+            watch: _Watch = _Probe(best, before)
             if len(split.held_out):
-                watch = _HeldOut(block, before, lambda: judged(split.held_out), config.patience)
+                watch = _HeldOut(best, before, lambda: judged(split.held_out), config.patience)
             step, began = 0, time.perf_counter()
             for epoch in range(config.epochs):
                 order = batch_order(len(split.tuned), config.seed, index, epoch)
@@ -164,6 +172,8 @@ class BlockReconstructor:
                         group["lr"] = learning_rate(config, step, steps) * group["scale"]
                     losses[step], norms[step] = self.step(tuning, x, y, of=len(batch))
                     step += 1
+                    if refresh.due(step):
+                        self._refresh(tuning, refresh, errors, index, step)
                     if on_step:
                         on_step(step, steps)
                 # The one sync point of an epoch.
@@ -182,9 +192,10 @@ class BlockReconstructor:
             error_after=error,
             branch_energy=errors.branch_energy(),
             seconds=seconds,
-            notes=tuning.notes + notes,
+            notes=tuning.notes + refresh.notes() + notes,
             held_out_before=watch.held_out_before,
             held_out_after=watch.held_out_after,
+            masks=refresh.changed(),
         )
 
     @contextlib.contextmanager
@@ -239,12 +250,7 @@ class BlockReconstructor:
             of: samples of the batch on all ranks; the loss is then the share that this one's have in it.
         """
         loss = self._gradients(tuning, x, y, of or len(x))
-        if self._ranks.count > 1:
-            tuned = [parameter for group in tuning.optimizer.param_groups for parameter in group["params"]]
-            for parameter in tuned:
-                if parameter.grad is None:  # none of the batch's samples are here, or none took this way
-                    parameter.grad = torch.zeros_like(parameter)
-            self._ranks.add_(parameter.grad for parameter in tuned)
+        self._sum_gradients(tuning)
         optimizer, scaler, norm = tuning.optimizer, tuning.scaler, torch.full((), math.nan, device=self._device)
         try:
             scaler.unscale_(optimizer)
@@ -259,6 +265,28 @@ class BlockReconstructor:
         scaler.update()
         optimizer.zero_grad()
         return loss, norm
+
+    def _sum_gradients(self, tuning: Tuning) -> None:
+        """Over the ranks."""
+        if self._ranks.count > 1:
+            tuned = [parameter for group in tuning.optimizer.param_groups for parameter in group["params"]]
+            for parameter in tuned:
+                if parameter.grad is None:  # none of the batch's samples are here, or none took this way
+                    parameter.grad = torch.zeros_like(parameter)
+            self._ranks.add_(parameter.grad for parameter in tuned)
+
+    def _refresh(self, tuning: Tuning, refresh: MaskRefresh, errors: Errors, index: int, step: int) -> None:
+        """Choose masks anew by the gradients of a few batches, which depend on (seed, block, step) alone."""
+        config, split = self._config, errors.split
+        order = batch_order(len(split.tuned), config.seed, index, config.epochs + step)  # as that of no epoch
+        batches = split.tuned[order].split(config.batch_size)[:BATCHES]
+        sources = errors.inputs, errors.targets
+        for batch, (x, y) in zip(batches, carry(self._device, sources, map(split.here, batches)), strict=True):
+            self._gradients(tuning, x, y, len(batch))
+            self._sum_gradients(tuning)
+            refresh.see_gradients()
+            tuning.optimizer.zero_grad()
+        refresh.choose()
 
     def _gradients(self, tuning: Tuning, x: Tensor, y: Tensor, of: int) -> Tensor:
         """Make what samples add to the gradients of the mean loss over ``of``, and to the loss, which is given.
@@ -321,19 +349,22 @@ def _masked_layers(block: nn.Module, masks: Mapping[str, PackedMask]) -> Iterato
 
 
 class _Best:
-    """The weights with the least loss so far, on the host."""
+    """The weights with the least loss so far, on the host, and their masks.
 
-    def __init__(self, block: nn.Module, loss: float) -> None:
+    Args:
+        masks: those in force, which may be changed.
+    """
+
+    def __init__(self, block: nn.Module, masks: dict[str, PackedMask]) -> None:
         self._tuned = [parameter for parameter in block.parameters() if parameter.requires_grad]
         self._kept = [torch.empty_like(p, device="cpu", pin_memory=p.is_cuda, requires_grad=False) for p in self._tuned]
-        self._loss = math.inf
-        self.see(loss)
+        self._loss, self._masks, self._kept_masks = math.inf, masks, dict(masks)
 
     @torch.no_grad()
     def see(self, loss: float) -> bool:
         """Keep the weights as they are now if ``loss``, which is theirs, is the least (the first are kept anyway)."""
         if least := loss <= self._loss or math.isinf(self._loss):
-            self._loss = loss
+            self._loss, self._kept_masks = loss, dict(self._masks)
             for kept, parameter in zip(self._kept, self._tuned, strict=True):
                 kept.copy_(parameter, non_blocking=True)
         return least
@@ -341,6 +372,7 @@ class _Best:
     @torch.no_grad()
     def restore(self) -> None:
         """Bring them back."""
+        self._masks.update(self._kept_masks)
         for kept, parameter in zip(self._kept, self._tuned, strict=True):
             parameter.copy_(kept)
 
@@ -371,8 +403,9 @@ class _Probe:
     held_out_before: float | None = None
     held_out_after: float | None = None
 
-    def __init__(self, block: nn.Module, before: Measured) -> None:
-        self._best, self._before, self._least, self._epochs = _Best(block, before.loss), before, before, 0
+    def __init__(self, best: _Best, before: Measured) -> None:
+        self._best, self._before, self._least, self._epochs = best, before, before, 0
+        best.see(before.loss)
 
     def done(self, now: Measured) -> bool:
         self._epochs += 1
@@ -400,11 +433,12 @@ class _HeldOut:
         judge: measures the block as it is on the held-out samples.
     """
 
-    def __init__(self, block: nn.Module, before: Measured, judge: Callable[[], Measured], patience: int) -> None:
+    def __init__(self, best: _Best, before: Measured, judge: Callable[[], Measured], patience: int) -> None:
         self._judge, self._patience = judge, patience
         self._last = self._least = judge()
         self.held_out_before: float | None = self._last.error
-        self._best, self._kept, self._epochs, self._best_epoch = _Best(block, self._last.loss), before, 0, 0
+        self._best, self._kept, self._epochs, self._best_epoch = best, before, 0, 0
+        best.see(self._last.loss)
 
     @property
     def held_out_after(self) -> float | None:

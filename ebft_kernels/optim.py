@@ -154,6 +154,10 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._store(param, key, packed.zero_pruned_(value))
         mark_zeroed(param, packed.words)
 
+    def second_moment(self, param: Tensor) -> Tensor | None:
+        """Of a parameter, in its shape, float32 (float64), 0 where nothing is stored; None before its first step."""
+        return self._dense(param, "exp_avg_sq") if "exp_avg_sq" in self.state.get(param, {}) else None
+
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the next step's gradients so that their L2 norm over all kept entries is at most ``max_norm``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -72,6 +72,7 @@ class BlockResult:
         seconds: time that the steps took, with the errors on the probe between epochs.
         notes: what is worth a line in the report, a sentence each.
         held_out_before, held_out_after: mean squared error on the samples that were held out; None without any.
+        masks: parameter name -> kept weights, of the matrices whose masks are others now.
     """
 
     losses: list[float]
@@ -83,6 +84,7 @@ class BlockResult:
     notes: list[str]
     held_out_before: float | None = None
     held_out_after: float | None = None
+    masks: Mapping[str, PackedMask] = field(default_factory=dict)
 
 
 class BlockRecovery(Protocol):
@@ -100,13 +102,11 @@ class Chain:
 
     def recover(self, task: BlockTask) -> BlockResult:
         """Recover ``task.block`` by all of them; errors are those before the first and after the last."""
-        count = len(self.links)
-        return in_turn(
-            [
-                link.recover(replace(task, on_step=partial(task.told, place, count)))
-                for place, link in enumerate(self.links)
-            ]
-        )
+        results: list[BlockResult] = []
+        for place, link in enumerate(self.links):
+            told = partial(task.told, place, len(self.links))
+            results.append(link.recover(replace(task, masks={**task.masks, **_masks_of(results)}, on_step=told)))
+        return in_turn(results)
 
 
 def in_turn(results: Sequence[BlockResult]) -> BlockResult:
@@ -119,7 +119,12 @@ def in_turn(results: Sequence[BlockResult]) -> BlockResult:
         held_out_before=results[0].held_out_before,
         seconds=sum(result.seconds for result in results),
         notes=[note for result in results for note in result.notes],
+        masks=_masks_of(results),
     )
+
+
+def _masks_of(results: Sequence[BlockResult]) -> dict[str, PackedMask]:
+    return {name: mask for result in results for name, mask in result.masks.items()}
 
 
 # --- samples and errors ---------------------------------------------------------------------------------------------
