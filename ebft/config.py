@@ -92,6 +92,11 @@ class EBFTConfig:
     lora_masked: bool = _setting(
         True, "adapters work under the mask while they are tuned, so that the masked merge loses nothing"
     )
+    cg_inputs: str = _setting(
+        "sparse",
+        "what a layer is solved on: its inputs in the dense block, or those that the layers solved before it give",
+        choices=("dense", "sparse"),
+    )
     calibration: str = _setting(
         "c4",
         "c4, wikitext2, builtin, self (text that the dense model writes), a .txt/.jsonl/.parquet file, or several of "
@@ -431,7 +436,8 @@ class EBFTConfig:
     @property
     def uses_dense_inputs(self) -> bool:
         """Whether a recovery looks at what the dense block is given, beside what it gives."""
-        return "layerwise" in self.recoveries or self.by_halves
+        solves_on_inputs = "layerwise" in self.recoveries and (self.cg_inputs == "sparse" or self.holdout > 0)
+        return solves_on_inputs or self.by_halves
 
     @property
     def refreshes(self) -> bool:

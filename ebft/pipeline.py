@@ -401,10 +401,12 @@ def _walk(job: Job) -> list[dict[str, Any]]:
             if decoder.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(decoder.device)
             block = decoder.working_block(index)
-            masks = _prune(job, streams, index, block)
+            masks, statistics = _prune(job, streams, index, block)
             kept_apart = masks.changed or job.config.refreshes  # the pruned block is not the dense one under its masks
             pruned = decoder.round_as_stored(index, block) if kept_apart else None
-            result = _recover(job, streams, index, block, masks, advance) if streams and job.recovery else None
+            result = None
+            if streams and job.recovery:
+                result = _recover(job, streams, index, block, masks, statistics, advance)
 
             weights = decoder.round_as_stored(index, block)  # the stream goes through the block as it is saved
             if not all(torch.isfinite(weight).all() for weight in weights.values()):
@@ -422,12 +424,12 @@ def _walk(job: Job) -> list[dict[str, Any]]:
     return in_order
 
 
-def _prune(job: Job, streams: Streams | None, index: int, block: nn.Module) -> BlockMasks:
-    """Prune ``block`` by what flows into it; the statistics, which may be large, end here."""
+def _prune(job: Job, streams: Streams | None, index: int, block: nn.Module) -> tuple[BlockMasks, Statistics]:
+    """Prune ``block`` by what flows into it; gives the statistics too if the recovery needs them: they may be large."""
     statistics = _dense_pass(job, streams, index, block) if streams else {}
     masks = job.masker(job.decoder.names[index], block, job.decoder.matrices[index], statistics)
     apply_masks(block, masks.masks)
-    return masks
+    return masks, statistics if job.recovery and job.recovery.needs else {}
 
 
 def _finished_blocks(job: Job) -> dict[int, dict[str, Any]]:
@@ -501,19 +503,20 @@ def _pass_by(job: Job, streams: Streams, index: int) -> None:
 
 
 def _dense_pass(job: Job, streams: Streams, index: int, block: nn.Module) -> Statistics:
-    """The dense block on its stream: its outputs become the targets, its inputs the criterion's statistics.
+    """The dense block on its stream: its outputs become the targets, its inputs give statistics.
 
     Where the teacher is another model, the statistics are those of the block that is pruned, from a pass of its own.
     """
     decoder, teacher = job.decoder, job.teacher
-    observer = InputObserver(block, decoder.matrices[index], job.masker.needs)
-    watching = observer.watching() if job.masker.needs else contextlib.nullcontext()
+    needs = job.masker.needs | (job.recovery.needs if job.recovery else frozenset())
+    observer = InputObserver(block, decoder.matrices[index], needs)
+    watching = observer.watching() if needs else contextlib.nullcontext()
     run = partial(decoder.run_block, index, block)
     if teacher is decoder:
         with watching:
             streams.dense_pass(run)
     else:
-        if job.masker.needs:
+        if needs:
             with watching, torch.no_grad():
                 for hidden in streams.dense_source.batches():
                     run(hidden)
@@ -524,7 +527,13 @@ def _dense_pass(job: Job, streams: Streams, index: int, block: nn.Module) -> Sta
 
 
 def _recover(
-    job: Job, streams: Streams, index: int, block: nn.Module, masks: BlockMasks, advance: Callable[..., None]
+    job: Job,
+    streams: Streams,
+    index: int,
+    block: nn.Module,
+    masks: BlockMasks,
+    statistics: Statistics,
+    advance: Callable[..., None],
 ) -> BlockResult:
     """Recover ``block`` in place."""
     assert job.recovery is not None
@@ -540,6 +549,7 @@ def _recover(
         dense_block=partial(job.teacher.working_block, index),
         dense_forward=partial(job.teacher.run_block, index),
         dense_inputs=None if dense_inputs is None else dense_inputs.states,
+        statistics=statistics,
         on_step=lambda done, steps: advance(index + done / steps),
         scratch=streams.scratch,
     )

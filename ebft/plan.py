@@ -462,7 +462,8 @@ class _Planner:
         masker, matrices = choose_masker(config), self.decoder.matrices[self.index]
         needs_inputs = bool(masker.needs) or masker.surveyor is not None or config.recover != "none"
         grams = 0
-        if "gram" in masker.needs:
+        solved = "layerwise" in config.recoveries
+        if "gram" in masker.needs or (solved and config.cg_inputs == "dense"):
             with self._fakes(1, config.seqlen, flash=self.gpu) as (block, call), _Observed() as observed:
                 call(block, torch.empty(1, config.seqlen, self.width), compute=self.compute)
             grams = 4 * (
@@ -474,12 +475,13 @@ class _Planner:
             swept = (4 * SWEPT_INPUTS * m.inputs**2 + SWEPT_WEIGHTS * m.outputs * m.inputs for m in matrices)
             working = max(working, *swept)
         found = {"masks of a block": self.largest * 4 + sum(s.numel() for s in self.shapes.values()) + working + grams}
-        if "layerwise" in config.recoveries:
+        if solved:
             systems = [
-                m.experts * 2 * m.inputs**2 + SOLVED * min(m.outputs * m.inputs, ROWS_AT_ONCE)
+                m.experts * 2 * m.inputs**2 * (config.cg_inputs == "sparse")
+                + SOLVED * min(m.outputs * m.inputs, ROWS_AT_ONCE)
                 for m in self.decoder.matrices[self.index]
             ]
-            found["closed form, beside three blocks"] = 4 * (3 * self.largest + max(systems))
+            found["closed form, beside three blocks"] = 4 * (3 * self.largest + max(systems)) + grams
         shapes = {"dense pass, with statistics": (batch, config.seqlen)} if needs_inputs else {}
         if config.eval_texts:
             shapes["perplexity, a block"] = (max(1, TOKENS_AT_ONCE // config.eval_seqlen), config.eval_seqlen)

@@ -68,6 +68,8 @@ class BlockReconstructor:
         EBFTError: settings do not go with ``compute``.
     """
 
+    needs: frozenset[str] = frozenset()  # see BlockRecovery
+
     def __init__(
         self,
         config: EBFTConfig,

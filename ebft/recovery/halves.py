@@ -53,6 +53,11 @@ class HalfByHalf:
         self._config, self._device, self._whole, self._ranks = config, device, whole, ranks or Ranks()
         self._at_once = config.micro_batch or config.batch_size
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """See ``BlockRecovery``."""
+        return self._whole.needs
+
     def recover(self, task: BlockTask) -> BlockResult:
         """Both halves in turn; errors are those of the whole block, losses those of each half towards its target."""
         split = Split.of(samples_of_all(task.inputs, self._ranks), self._config.holdout, self._ranks)

@@ -8,8 +8,11 @@ whose normal equations hold on each row's kept entries alone:  W H = W0 C,  H = 
 own mask, so its own system; all are solved together by conjugate gradients, preconditioned by the diagonal, whose one
 costly part is a product with the shared H (Hestenes and Stiefel, 1952; for pruned layers: ALPS, arXiv 2406.07831).
 
-Layers that multiply the same tensor (q, k, v; o; gate, up; down) are a group. Groups are solved in the order of their
-use, each on the inputs that the solved ones before it give, so that a later layer repairs what earlier ones left over.
+With ``--cg-inputs dense`` every layer is solved on the inputs that it has in the dense block (Xs = Xd, C = H), whose
+Gram matrices come from the pass that makes the targets: no pass more, one matrix for all layers that multiply the same
+tensor. With ``sparse`` layers that multiply the same tensor (q, k, v; o; gate, up; down) are a group. Groups are solved
+in the order of their use, each on the inputs that the solved ones before it give, so that a later layer repairs what
+earlier ones left over: two partial passes more, and two matrices, for each group.
 Biases and norms stay as they are; where structured pruning has put something into a bias, the weights are solved for
 what it does not give already. Experts have their own tokens, which the dense router would choose otherwise: there
 both inputs are those of the sparse block (C = H).
@@ -28,12 +31,13 @@ from torch import Tensor, nn
 
 from ebft.config import EBFTConfig
 from ebft.matrices import Matrix
-from ebft.pruning import InputObserver, InputStatistics
+from ebft.pruning import InputObserver, InputStatistics, Statistics, sum_over_ranks_
 from ebft.pruning.units import bias_of
 from ebft.ranks import Ranks
 from ebft.recovery.task import BlockResult, BlockTask, Errors, Forward, Split, samples_of_all
 from ebft.stream import carry
 
+_SUMS = frozenset({"gram", "sums"})  # of the dense block's inputs
 ROWS_AT_ONCE = 2**26  # entries of the rows that are solved together: 256 MiB for each of some nine tensors
 
 
@@ -41,19 +45,22 @@ class Layerwise:
     """The closed form as a recovery of a block.
 
     Args:
-        config: ``cg_iterations``, ``cg_damping`` (a share of the mean diagonal of H), ``holdout`` and the batch size.
+        config: the settings that begin with ``cg_``, ``holdout`` and the batch size.
         device: where the block lives and the batches go.
         ranks: those that share the samples; H and C are summed over them.
+
+    Attributes:
+        needs: see ``BlockRecovery``; nothing where samples are held out, which that pass does not tell apart.
     """
 
     def __init__(self, config: EBFTConfig, device: torch.device, ranks: Ranks | None = None) -> None:
+        self.needs = _SUMS if config.cg_inputs == "dense" and not config.holdout else frozenset[str]()
         self._config, self._device, self._ranks = config, device, ranks or Ranks()
         self._at_once = config.micro_batch or config.batch_size
 
     @torch.no_grad()
     def recover(self, task: BlockTask) -> BlockResult:
-        """Solve group after group; where the block's error rises by that, its pruned weights are kept."""
-        assert task.dense_inputs is not None
+        """Solve layer after layer; where the block's error rises by that, its pruned weights are kept."""
         began, notes = time.perf_counter(), list[str]()
         split = Split.of(samples_of_all(task.inputs, self._ranks), self._config.holdout, self._ranks)
         errors = Errors(task.inputs, task.targets, split, self._device, self._ranks, self._at_once)
@@ -62,10 +69,19 @@ class Layerwise:
         before, judged_before = errors.of(through, split.probe), errors.of(through, judged)
         start = {matrix.name: task.block.get_parameter(matrix.name).clone() for matrix in task.matrices}
 
-        dense, some = task.dense_block(), task.inputs[: self._at_once].to(self._device).float()
-        groups = self._ranks.first(lambda: input_groups(task.block, task.matrices, task.forward, some))
+        dense, rows, on_dense_inputs = task.dense_block(), split.here(split.tuned), self._config.cg_inputs == "dense"
+        if on_dense_inputs:
+            statistics = task.statistics if self.needs else self._gather(task, dense, rows)
+            groups = [[matrix] for matrix in task.matrices if matrix.name in statistics]
+        else:
+            some = task.inputs[: self._at_once].to(self._device).float()
+            groups = self._ranks.first(lambda: input_groups(task.block, task.matrices, task.forward, some))
         for done, group in enumerate(groups):
-            notes += self._solve_group(task, dense, group, split.here(split.tuned))
+            if on_dense_inputs:
+                products = [InputProducts.of_dense(seen) for seen in statistics.pop(group[0].name)]
+            else:
+                products = self._products(task, dense, group[0], rows)
+            notes += self._solve(task, dense, group, products)
             task.on_step(done + 1, len(groups))
         unseen = [matrix.name for matrix in task.matrices if all(matrix not in group for group in groups)]
         if unseen:
@@ -92,24 +108,24 @@ class Layerwise:
             held_out_after=judged_after if len(split.held_out) else None,
         )
 
-    def _solve_group(self, task: BlockTask, dense: nn.Module, group: list[Matrix], rows: Tensor) -> list[str]:
-        """Solve the layers of one group in place; gives notes."""
-        pairs = [
-            (m.by_expert(task.block.get_parameter(m.name)), m.by_expert(dense.get_parameter(m.name))) for m in group
-        ]
-        alike = [own.shape[1] == of_dense.shape[1] for own, of_dense in pairs]
-        notes = [
-            f"layerwise: {matrix.name} has fewer outputs than the dense block's; left as pruned"
-            for matrix, same in zip(group, alike, strict=True)
-            if not same
-        ]
-        if not any(alike):
-            return notes
-        (own, of_dense), first = pairs[0], group[0]
-        sums = [InputProducts.empty(own.shape[2], of_dense.shape[2], self._device) for _ in range(first.experts)]
+    def _gather(self, task: BlockTask, dense: nn.Module, rows: Tensor) -> Statistics:
+        """What flows into the dense block's layers, of these samples alone."""
         assert task.dense_inputs is not None
-        batches = [part for part in rows.split(self._at_once) if len(part)]
-        for x, dense_x in carry(self._device, (task.inputs, task.dense_inputs), batches):
+        observer = InputObserver(dense, list(task.matrices), _SUMS)
+        with observer.watching():
+            for (x,) in carry(self._device, (task.dense_inputs,), _parts(rows, self._at_once)):
+                task.dense_forward(dense, x)
+        sum_over_ranks_(observer.statistics, self._ranks)
+        return observer.statistics
+
+    def _products(self, task: BlockTask, dense: nn.Module, first: Matrix, rows: Tensor) -> list[InputProducts]:
+        """Of each expert, for the group of ``first``: with what the block as it is now gives to it."""
+        assert task.dense_inputs is not None
+        inputs, dense_inputs = (
+            first.by_expert(block.get_parameter(first.name)).shape[2] for block in (task.block, dense)
+        )
+        sums = [InputProducts.empty(inputs, dense_inputs, self._device) for _ in range(first.experts)]
+        for x, dense_x in carry(self._device, (task.inputs, task.dense_inputs), _parts(rows, self._at_once)):
             seen = inputs_of(task.block, first, task.forward, x)
             seen_dense = seen if first.experts > 1 else inputs_of(dense, first, task.dense_forward, dense_x)
             for products, sparse, of_dense_x in zip(sums, seen, seen_dense, strict=True):
@@ -117,25 +133,38 @@ class Layerwise:
                 products.add(sparse, of_dense_x if whole else sparse)
         for products in sums:
             self._ranks.add_([products.gram, products.cross, products.sums])
-        for matrix, (own, of_dense), same in zip(group, pairs, alike, strict=True):
-            if not same:
+        return sums
+
+    def _solve(
+        self, task: BlockTask, dense: nn.Module, matrices: list[Matrix], products: list[InputProducts]
+    ) -> list[str]:
+        """Solve layers that have the same inputs, in place; gives notes."""
+        notes = []
+        for matrix in matrices:
+            own, of_dense = (matrix.by_expert(block.get_parameter(matrix.name)) for block in (task.block, dense))
+            if own.shape[1] != of_dense.shape[1] or own.shape[2] != products[0].gram.shape[0]:
+                notes.append(f"layerwise: {matrix.name} is smaller than the dense block's; left as pruned")
                 continue
             offset = _offset(task.block, dense, matrix)
             kept = matrix.by_expert(task.masks[matrix.name].dense().to(self._device))
-            for weight, target, mask, products in zip(own, of_dense, kept, sums, strict=True):
-                aim, cross = products.aimed_at(target, offset)
+            for weight, target, mask, of_expert in zip(own, of_dense, kept, products, strict=True):
+                aim, cross = of_expert.aimed_at(target, offset)
                 weight.copy_(
                     masked_least_squares(
                         aim,
                         weight,
                         mask,
-                        products.gram,
+                        of_expert.gram,
                         cross,
                         iterations=self._config.cg_iterations,
                         damping=self._config.cg_damping,
                     )
                 )
         return notes
+
+
+def _parts(rows: Tensor, at_once: int) -> list[Tensor]:
+    return [part for part in rows.split(at_once) if len(part)]
 
 
 def _offset(block: nn.Module, dense: nn.Module, matrix: Matrix) -> Tensor | None:
@@ -160,6 +189,13 @@ class InputProducts:
         """Nothing seen yet."""
         shapes = ((inputs, inputs), (dense_inputs, inputs), (inputs,))
         return cls(*(torch.zeros(shape, device=device) for shape in shapes))
+
+    @classmethod
+    def of_dense(cls, seen: InputStatistics) -> InputProducts:
+        """Where both have the same inputs."""
+        assert seen.gram is not None
+        assert seen.sums is not None
+        return cls(seen.gram, seen.gram, seen.sums)
 
     def add(self, sparse: Tensor, dense: Tensor) -> None:
         """Take in the same tokens' inputs of both, (tokens, inputs) each."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebft.matrices import Matrix
+from ebft.pruning import Statistics
 from ebft.ranks import Ranks
 from ebft.stream import carry
 from ebft_kernels import PackedMask
@@ -34,6 +35,8 @@ class BlockTask:
         dense_block: makes the block that ``targets`` came from, to work with and to throw away.
         dense_forward: hidden states through that one.
         dense_inputs: what it was given, as ``inputs``; None where ``config.uses_dense_inputs`` does not ask for them.
+        statistics: what flowed into its matrices in the pass that made ``targets``, of all samples: what the masker and
+            the recovery need of it. Who uses it last takes it out, because it may be large.
         on_step: called with (steps done, steps in all).
         scratch: room for as much as ``targets``, where they are; the same one whenever it is asked for.
         only: names of the parameters that are recovered; None for all.
@@ -49,6 +52,7 @@ class BlockTask:
     dense_block: Callable[[], nn.Module]
     dense_forward: Forward
     dense_inputs: Tensor | None
+    statistics: Statistics
     on_step: Callable[[int, int], None]
     scratch: Callable[[], Tensor]
     only: frozenset[str] | None = None
@@ -88,7 +92,15 @@ class BlockResult:
 
 
 class BlockRecovery(Protocol):
-    """One way to recover a block; one object serves all blocks."""
+    """One way to recover a block; one object serves all blocks.
+
+    Attributes:
+        needs: statistics of the pass that makes the targets that it looks at (``InputStatistics``).
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """See above."""
 
     def recover(self, task: BlockTask) -> BlockResult:
         """Recover ``task.block`` in place; ``EBFTError`` where that cannot be done."""
@@ -99,6 +111,11 @@ class Chain:
     """Recoveries one after the other, each of what the one before has left."""
 
     links: Sequence[BlockRecovery]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """See ``BlockRecovery``."""
+        return frozenset[str]().union(*(link.needs for link in self.links))
 
     def recover(self, task: BlockTask) -> BlockResult:
         """Recover ``task.block`` by all of them; errors are those before the first and after the last."""

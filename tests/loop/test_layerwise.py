@@ -137,11 +137,18 @@ def test_a_tensor_that_is_overwritten_is_another_input():
 
 
 @pytest.mark.parametrize(
-    ("family", "target"),
-    [("llama-gqa", "sparse-stream"), ("gpt2", "sparse-stream"), ("opt", "dense-stream"), ("mixtral", "dense-stream")],
+    ("family", "target", "inputs"),
+    [
+        ("llama-gqa", "sparse-stream", "sparse"),
+        ("llama-gqa", "dense-stream", "dense"),
+        ("gpt2", "sparse-stream", "sparse"),
+        ("opt", "dense-stream", "sparse"),
+        ("mixtral", "dense-stream", "sparse"),
+        ("mixtral", "sparse-stream", "dense"),
+    ],
 )
-def test_a_run_comes_nearer_to_the_dense_block(family, target, config, tokenizer, silent):
-    settings = config(recover="layerwise", target=target, samples=24)
+def test_a_run_comes_nearer_to_the_dense_block(family, target, inputs, config, tokenizer, silent):
+    settings = config(recover="layerwise", target=target, cg_inputs=inputs, samples=24)
     result = run_ebft(random_model(family), settings, tokenizer=tokenizer, reporter=silent)
     for line in result.blocks:  # the dense stream is also far for what the blocks before have done
         limit = {"sparse-stream": 0.9, "dense-stream": 1}[target]
@@ -150,6 +157,21 @@ def test_a_run_comes_nearer_to_the_dense_block(family, target, config, tokenizer
     masks = load_masks(result.output / "masks.safetensors")
     for name, mask in masks.items():
         assert torch.count_nonzero(result.model.get_parameter(name)[~mask.dense()]) == 0
+
+
+@pytest.mark.parametrize("holdout", [0.0, 0.25])
+def test_first_layers_have_the_same_inputs_in_both_blocks(holdout, config, tokenizer, silent):
+    """q, k and v of the first block are solved alike from either; what is held out takes no part in it."""
+    solved, few = {}, {"samples": 8, "recover": "layerwise", "target": "sparse-stream", "holdout": holdout}
+    for inputs in ("dense", "sparse"):
+        settings = config(**few, cg_inputs=inputs, output=config().output + inputs)
+        model = run_ebft(random_model("llama-gqa"), settings, tokenizer=tokenizer, reporter=silent).model
+        solved[inputs] = dict(model.model.layers[0].named_parameters())
+    for name in ("q_proj", "k_proj", "v_proj"):
+        one, other = (of_block[f"self_attn.{name}.weight"] for of_block in solved.values())
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    one, other = (of_block["mlp.down_proj.weight"] for of_block in solved.values())
+    assert (one - other).abs().max() > 1e-3
 
 
 def test_it_beats_the_pruned_model_and_helps_what_follows(trained, config, silent):

@@ -251,6 +251,7 @@ def test_layerwise_reckons_with_what_the_biases_hold():
         dense_block=lambda: dense,
         dense_forward=forward,
         dense_inputs=hidden,
+        statistics={},
         on_step=lambda done, steps: None,
         scratch=torch.empty_like,
     )
