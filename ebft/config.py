@@ -17,6 +17,7 @@ import yaml
 
 from ebft.devices import DEVICES, HERE
 from ebft.errors import EBFTError
+from ebft.pruning.allocation import LAMBDA
 from ebft.pruning.pattern import Pattern
 
 
@@ -46,6 +47,11 @@ class EBFTConfig:
     )
     sparsegpt_damping: float = _setting(
         0.01, "what SparseGPT adds to its Hessian's diagonal, as a share of the mean (--prune sparsegpt)"
+    )
+    allocation: str = _setting(
+        "uniform",
+        "pruned share of each block: uniform, owl (blocks with outliers keep more), or a JSON file, name -> share",
+        metavar="uniform|owl|FILE",
     )
     refine: str = _setting(
         "none",
@@ -281,6 +287,7 @@ class EBFTConfig:
             )
         if self.prune == "flap" and not self.structured:
             raise EBFTError("--prune flap scores whole heads and channels; expected --structured with it")
+        self._check_allocation()
         if self.refine != "none" and (self.prune == "zeros" or self.structured):
             other = "--structured, which takes whole heads and channels" if self.structured else "--prune zeros"
             raise EBFTError(f"--refine {self.refine} swaps single weights for pruned ones, and cannot with {other}")
@@ -311,6 +318,22 @@ class EBFTConfig:
         if self.update_in_backward:
             self._check_update_in_backward()
         self._check_refresh()
+
+    def _check_allocation(self) -> None:
+        if self.allocation == "uniform":
+            return
+        if self.pattern or self.structured:
+            other = f"--pattern {self.pattern} is the same for all" if self.pattern else "--structured compares blocks"
+            raise EBFTError(
+                f"--allocation {self.allocation} gives blocks shares of their own, and {other}; expected one"
+            )
+        if self.schedule and self.allocation != "owl":
+            raise EBFTError(f"--allocation {self.allocation} fixes shares, and --schedule raises them; expected one")
+        if self.allocation == "owl" and not LAMBDA < self.sparsity < 1 - LAMBDA:
+            raise EBFTError(
+                f"--allocation owl prunes up to {LAMBDA:g} less and more than --sparsity, which is {self.sparsity:g}; "
+                f"expected {LAMBDA:g} to {1 - LAMBDA:g}, both excluded"
+            )
 
     def _check_schedule(self) -> None:
         if self.schedule is None:

@@ -25,7 +25,7 @@ from ebft.errors import EBFTError
 from ebft.generation import SELF, Generated, generate
 from ebft.glue import liger_missing
 from ebft.output import OutputFolder, checksum
-from ebft.pruning import Criterion, Masker, make_masker, make_structured_masker
+from ebft.pruning import Criterion, Masker, make_allocation, make_masker, make_structured_masker
 from ebft.ranks import Ranks, own_device
 from ebft.reconstruct import BlockReconstructor
 from ebft.recovery import BlockRecovery, Chain, FullFineTuning, HalfByHalf, Layerwise, LoRA, WholeModelRecovery
@@ -336,6 +336,7 @@ def _fingerprint(
         "criterion": {
             "name": masker.name,
             "file": checksum(Path(config.prune)) if Path(config.prune).is_file() else None,
+            "allocation": checksum(Path(config.allocation)) if Path(config.allocation).is_file() else None,
         },
         "setting": {name: value for name, value in config.to_dict().items() if name not in named},
         "version": {**_versions(decoder), "products": str(decoder.compute), **implementations(decoder)},
@@ -390,7 +391,8 @@ def _shape_settings(model: PreTrainedModel) -> dict[str, Any]:
 def _check_masks(config: EBFTConfig, masker: Masker, decoder: Decoder, *, recovers_towards_itself: bool) -> None:
     """Whatever can be known of the masks before the walk: widths, names, shapes, and that there is something to do."""
     masker.check(decoder.names, [decoder.stored_block(index) for index in range(len(decoder))], decoder.matrices)
-    prunes = changes = False
+    allocation, prunes = make_allocation(config.allocation, config.mask_pattern), False
+    changes = masker.surveyor is not None and not config.structured  # which shares it gives is not known yet
     for index, (name, matrices) in enumerate(zip(decoder.names, decoder.matrices, strict=True)):
         block = decoder.copy_of_block(index)
         if masker.given:
@@ -399,7 +401,9 @@ def _check_masks(config: EBFTConfig, masker: Masker, decoder: Decoder, *, recove
                 prunes, changes = prunes or bool(pruned.numel()), changes or bool((pruned != 0).any())
         else:  # a criterion takes zeros first; does it need more than there are?
             zeros = [float((block.get_parameter(m.name) == 0).float().mean()) for m in matrices]
-            prunes, changes = True, changes or min(zeros) < 0.99 * config.mask_pattern.sparsity
+            asked = [allocation.of(name, m.name).sparsity for m in matrices]
+            prunes = prunes or any(asked)
+            changes = changes or any(has < 0.99 * share for has, share in zip(zeros, asked, strict=True))
         if prunes and changes:
             return
     if not prunes:

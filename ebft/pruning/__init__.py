@@ -5,6 +5,7 @@ A criterion is a function ``(weight, inputs, pattern) -> mask``: weight float (o
 goes by more than squares says so in its attribute ``needs``. Anybody's own can be given to ``ebft.run_ebft``.
 """
 
+from ebft.pruning.allocation import make_allocation
 from ebft.pruning.dsnot import dsnot
 from ebft.pruning.magnitude import magnitude
 from ebft.pruning.masker import CRITERIA, UPDATING, BlockMasks, Criterion, Masker, Surveyor, make_masker
@@ -29,6 +30,7 @@ __all__ = [
     "Surveyor",
     "dsnot",
     "magnitude",
+    "make_allocation",
     "make_masker",
     "make_structured_masker",
     "mask_of_best",

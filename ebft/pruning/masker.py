@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ebft.errors import EBFTError
 from ebft.matrices import Matrix
+from ebft.pruning.allocation import Allocation, OutlierSurvey, make_allocation
 from ebft.pruning.dsnot import NEEDS, dsnot
 from ebft.pruning.magnitude import magnitude
 from ebft.pruning.pattern import Pattern
@@ -104,6 +105,8 @@ class _Settings(Protocol):
     @property
     def act_order(self) -> bool: ...
     @property
+    def allocation(self) -> str: ...
+    @property
     def refine(self) -> str: ...
     @property
     def dsnot_threshold(self) -> float: ...
@@ -123,16 +126,18 @@ def make_masker(config: _Settings, criterion: Criterion | None = None) -> Masker
 
 
 def _unrefined(config: _Settings, criterion: Criterion | None, surgeon: SparseGPT) -> Masker:
-    prune, pattern = config.prune, config.mask_pattern
+    prune, allocation = config.prune, make_allocation(config.allocation, config.mask_pattern)
     if criterion is not None:
-        return _ByCriterion(criterion, pattern, getattr(criterion, "__name__", type(criterion).__name__))
+        return _ByCriterion(criterion, allocation, getattr(criterion, "__name__", type(criterion).__name__))
     if prune == "sparsegpt":
-        return _ByCriterion(surgeon, pattern, prune)
+        return _ByCriterion(surgeon, allocation, prune)
     if prune in CRITERIA:
-        return _ByCriterion(CRITERIA[prune], pattern, prune)
+        return _ByCriterion(CRITERIA[prune], allocation, prune)
     if prune != "zeros" and not Path(prune).is_file():
         known = ", ".join((*CRITERIA, *UPDATING))
         raise EBFTError(f"--prune is {prune!r}; expected {known}, zeros or an existing file of masks")
+    if allocation.name:
+        raise EBFTError(f"--allocation is how much a criterion prunes, and --prune is {prune}; expected a criterion")
     return given_masker(prune)
 
 
@@ -143,22 +148,23 @@ def given_masker(prune: str) -> Masker:
 
 class _ByCriterion:
     given = False
-    surveyor: Surveyor | None = None
 
-    def __init__(self, criterion: Criterion, pattern: Pattern, name: str) -> None:
-        self._criterion, self._pattern = criterion, pattern
+    def __init__(self, criterion: Criterion, allocation: Allocation, name: str) -> None:
+        self._criterion, self._allocation = criterion, allocation
+        self.surveyor: Surveyor | None = OutlierSurvey(allocation) if allocation.name == "OWL" else None
         self.needs: frozenset[str] = NOTHING if criterion is magnitude else getattr(criterion, "needs", _SQUARES)
-        self.name = f"{name} {pattern}"
+        self.name = f"{name} {allocation.pattern}" + (f" by {allocation.name}" if allocation.name else "")
 
     def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
+        self._allocation.check(names, matrices)
         for name, of_block in zip(names, matrices, strict=True):
             for matrix in of_block:
-                self._pattern.check_width(f"{name}.{matrix.name}", matrix.inputs)
+                self._allocation.pattern.check_width(f"{name}.{matrix.name}", matrix.inputs)
 
     def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
         result, changed = BlockMasks(), set[str]()
         for matrix in matrices:
-            name = f"{block_name}.{matrix.name}"
+            name, pattern = f"{block_name}.{matrix.name}", self._allocation.of(block_name, matrix.name)
             weight = block.get_parameter(matrix.name).detach()
             mask = torch.empty_like(weight, dtype=torch.bool)
             of_experts = (
@@ -169,7 +175,7 @@ class _ByCriterion:
             for expert, (expert_weight, expert_mask, inputs) in enumerate(rows):
                 starved = bool(self.needs) and inputs.tokens == 0
                 unseen += [expert] if starved else []
-                made = (magnitude if starved else self._criterion)(expert_weight, inputs, self._pattern)
+                made = (magnitude if starved else self._criterion)(expert_weight, inputs, pattern)
                 if isinstance(made, tuple):
                     made, updated = made
                     expert_weight.copy_(updated)
