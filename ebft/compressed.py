@@ -2,7 +2,8 @@
 
 A compressed folder is a Hugging Face folder whose safetensors hold, in place of ``X.weight``, ``X.bitmap`` (words),
 ``X.values`` (kept weights, row by row) and with 8-bit values ``X.scales`` (docs/layouts.md); ``compressed.json`` lists
-the layers.
+the layers. Heads and MLP channels of which nothing is left are cut out first (``ebft/narrow.py``): layers then have
+widths of their own, and one without zeros is stored, and run, as an ordinary linear layer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ebft.checkpoint import load_model, load_tokenizer
 from ebft.decoder import find_blocks
 from ebft.errors import EBFTError
 from ebft.matrices import find_matrices
+from ebft.narrow import HEAD_COUNTS, narrow_
 from ebft.output import OutputFolder
 from ebft.weights import make_buffers_real
 from ebft_kernels import CompressedLinear
@@ -32,6 +34,8 @@ FORMAT = 1
 
 def compress_model(model: PreTrainedModel, values: str | None = None) -> dict[str, dict[str, Any]]:
     """Replace the linear layers inside the blocks of ``model`` by ``CompressedLinear`` ones, in place.
+
+    One without zeros becomes, or stays, an ``nn.Linear``, unless ``values`` are given.
 
     Args:
         model: pruned: the zeros of its weights are what is left out.
@@ -50,14 +54,16 @@ def compress_model(model: PreTrainedModel, values: str | None = None) -> dict[st
                 continue
             weight = layer.weight.detach().T.contiguous() if isinstance(layer, Conv1D) else layer.weight.detach()
             bias = None if layer.bias is None else layer.bias.detach()
-            compressed = CompressedLinear.from_weight(weight, weight != 0, bias, values=values)
-            _replace(block, place, compressed)
+            kept = weight != 0
+            dense = values is None and bool(kept.all())
+            small = _linear(weight, bias) if dense else CompressedLinear.from_weight(weight, kept, bias, values=values)
+            _replace(block, place, small)
             layers[f"{path}.{number}.{place}"] = {
                 "in_features": matrix.inputs,
                 "out_features": matrix.outputs,
-                "kept": compressed.values.numel(),
+                "kept": int(kept.sum()),
                 "bias": bias is not None,
-                "values": str(compressed.values.dtype).removeprefix("torch."),
+                "values": "dense" if dense else str(small.values.dtype).removeprefix("torch."),
             }
     return layers
 
@@ -74,8 +80,10 @@ def save_compressed(source: str, output: str, *, values: str | None = None, over
     folder = OutputFolder(output, overwrite=overwrite, made_by=INDEX)
     model, tokenizer = load_model(source), load_tokenizer(source)
     dense = {name: module.weight.nbytes for name, module in model.named_modules() if hasattr(module, "weight")}
+    heads = narrow_(model)
     layers = compress_model(model, values)
-    stored = sum(model.get_submodule(name).nbytes() for name in layers)
+    small = {name: model.get_submodule(name) for name in layers}
+    stored = sum(m.nbytes() if isinstance(m, CompressedLinear) else m.weight.nbytes for m in small.values())
     own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # of tied weights the first alone
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name in own}
     summary = {"dense_bytes": sum(dense[name] for name in layers), "bytes": stored}
@@ -84,13 +92,14 @@ def save_compressed(source: str, output: str, *, values: str | None = None, over
         out.save(lambda path: (model.config.save_pretrained(path), tokenizer.save_pretrained(path)))
         if model.generation_config is not None:
             out.save(lambda path: model.generation_config.save_pretrained(path))
-        out.write_json(INDEX, {"format": FORMAT, **summary, "layers": layers})
+        out.write_json(INDEX, {"format": FORMAT, **summary, "layers": layers, "heads": heads})
         out.commit()
     return {"layers": layers, **summary}
 
 
 def load_compressed(folder: str | Path) -> PreTrainedModel:
-    """A Hugging Face model from a folder of ``save_compressed``; its block linears are ``CompressedLinear`` layers.
+    """A Hugging Face model from a folder of ``save_compressed``; its block linears are ``CompressedLinear`` layers, or
+    ordinary ones where nothing is left to leave out.
 
     Raises:
         EBFTError: the folder is none, or is torn.
@@ -107,8 +116,15 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config)
         for name, layer in index["layers"].items():
             kinds = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8"}
-            sizes = (layer["in_features"], layer["out_features"], layer["kept"])
-            _replace(model, name, CompressedLinear(*sizes, layer["bias"], kinds[layer["values"]]))
+            sizes = (layer["in_features"], layer["out_features"])
+            if layer["values"] == "dense":
+                _replace(model, name, nn.Linear(*sizes, layer["bias"]))
+            else:
+                _replace(model, name, CompressedLinear(*sizes, layer["kept"], layer["bias"], kinds[layer["values"]]))
+        for name, counts in index.get("heads", {}).items():
+            for count in HEAD_COUNTS:
+                if count in counts:
+                    setattr(model.get_submodule(name), count, int(counts[count]))
     make_buffers_real(model, but=CompressedLinear)
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -124,6 +140,15 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    outputs, inputs = weight.shape
+    layer = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -7,15 +7,22 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ebft.biases import fill_in_biases_
+from ebft.checkpoint import first_line
 from ebft.config import EBFTConfig
-from ebft.decoder import Decoder
+from ebft.decoder import Decoder, find_blocks
+from ebft.errors import EBFTError
+from ebft.matrices import find_matrices
 from ebft.output import OutputFolder
 from ebft.pruning.uniform import narrowed
 from ebft.pruning.units import Units, bias_name, bias_of, find_units, removed_by
 from ebft.weights import ShardedWeights
 from ebft_kernels import PackedMask
+
+# What attention modules may know their number of heads by.
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size")
 
 Cuts = dict[str, list[Tensor]]  # name in the block -> for each of its dimensions the places that are kept, int64
 
@@ -47,6 +54,64 @@ def cut(tensor: Tensor, kept: Sequence[Tensor]) -> Tensor:
     for dimension, places in enumerate(kept):
         tensor = tensor.index_select(dimension, places.to(tensor.device))
     return tensor
+
+
+def narrow_(model: PreTrainedModel) -> dict[str, dict[str, int]]:
+    """Cut out of the blocks, in place, every unit of which all weights are 0, but for one of a kind in each.
+
+    Returns:
+        attention module -> what it has to be told of its number of heads. Blocks without known units stay as they are.
+
+    Raises:
+        EBFTError: the model then does not run, or has other outputs.
+    """
+    told: dict[str, dict[str, int]] = {}
+    with torch.no_grad():
+        ids = torch.arange(8).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
+        before = model(ids).logits.float()
+        path, blocks = find_blocks(model)
+        shapes = [parameter.shape for parameter in model.parameters()]
+        for index, block in enumerate(blocks):
+            told |= _narrow_block_(f"{path}.{index}", block)
+        if shapes == [parameter.shape for parameter in model.parameters()]:
+            return {}
+        try:
+            change = (model(ids).logits.float() - before).norm() / before.norm()
+        except RuntimeError as error:
+            raise EBFTError(f"{type(model).__name__} does not run with fewer heads: {first_line(error)}") from None
+    if not change < 0.05:  # sums in another order, in bfloat16 perhaps
+        raise EBFTError(f"{type(model).__name__} does not work with fewer heads: its outputs change by {change:.0%}")
+    return told
+
+
+def _narrow_block_(name: str, block: nn.Module) -> dict[str, dict[str, int]]:
+    matrices = find_matrices(block)
+    try:
+        units = find_units(name, block, matrices)
+    except EBFTError:
+        return {}
+    kept = {matrix.name: block.get_parameter(matrix.name) != 0 for matrix in matrices}
+    removed = [removed_by(of_kind, kept) for of_kind in units]
+    removed = [gone[1:] if len(gone) == len(of_kind) else gone for of_kind, gone in zip(units, removed, strict=True)]
+    for parameter, places in cuts_of(block, units, removed).items():
+        place, _, last = parameter.rpartition(".")
+        layer = block.get_submodule(place)
+        setattr(layer, last, nn.Parameter(cut(getattr(layer, last).detach(), places), requires_grad=False))
+        if isinstance(layer, Conv1D):
+            layer.nx, layer.nf = layer.weight.shape
+        else:
+            layer.out_features, layer.in_features = layer.weight.shape
+    heads, gone = units[0], removed[0]
+    place = heads.consumer.name.removesuffix(".weight").rpartition(".")[0]
+    attention = block.get_submodule(place)
+    counts = {
+        count: getattr(attention, count) // len(heads) * (len(heads) - len(gone))
+        for count in HEAD_COUNTS
+        if len(gone) and isinstance(getattr(attention, count, None), int)
+    }
+    for count, value in counts.items():
+        setattr(attention, count, value)
+    return {f"{name}.{place}": counts} if counts else {}
 
 
 def as_saved(

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from ebft import EBFTConfig, run_ebft
 from ebft.audit import audit
+from ebft.compressed import load_compressed, save_compressed
 from ebft.decoder import Decoder, find_blocks
 from ebft.errors import EBFTError
 from ebft.matrices import find_matrices
@@ -226,6 +227,26 @@ def test_a_run_of_uniform_widths_measures_what_it_saves(flap_run, tiny):
     assert any(saved[name].any() for name in saved if name.endswith("down_proj.bias"))
     assert {mask.density() for mask in result.masks.values()} == {1.0}
     assert audit(str(result.output), str(tiny / "model")).faults == []
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt", "gpt2", "gpt-neox"])
+def test_the_compact_form_has_layers_of_their_own_widths(family, tmp_path, short_run, tokenizer):
+    """Lossless: logits and generated tokens are those of the full shape; the weights that are 0 are not stored."""
+    model = random_model(family)
+    whole = weights_in_blocks(model)
+    settings = {"structured": True, "prune": "flap", "sparsity": 0.4, "eval": "", "model": None, "recover": "none"}
+    result = run_ebft(model, EBFTConfig.preset("demo", **short_run(**settings)), tokenizer=tokenizer)
+    saved = save_compressed(str(result.output), str(tmp_path / "compact"))
+    small = load_compressed(tmp_path / "compact")
+    assert saved["bytes"] == 4 * weights_in_blocks(small)
+    assert 1 - weights_in_blocks(small) / whole == pytest.approx(result.summary["sparsity"])
+    widths = [tuple(tuple(p.shape) for p in block.parameters()) for block in find_blocks(small)[1]]
+    assert len(set(widths)) > 1
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(small(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    tokens = [m.generate(ids, max_new_tokens=8, do_sample=False).tolist() for m in (small, model)]
+    assert tokens[0] == tokens[1]
 
 
 def test_layerwise_reckons_with_what_the_biases_hold():
