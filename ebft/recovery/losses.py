@@ -42,7 +42,7 @@ class Loss:
     An E_j or a ||Y_t - X_t||^2 of less than a tenth of their geometric mean counts as that tenth.
 
     Attributes:
-        channels: c (width,), float32; None for 1.
+        channels: c (width,), float64; None for 1.
         tokens: of the energies ||Y_t - X_t||^2 / width, the floor, and what the reciprocal of one is multiplied by;
             scalars; None for weights of 1.
         cosine: s, a scalar; None for 0.
@@ -57,7 +57,7 @@ class Loss:
         """As the settings want it, with weights that are all 1: it takes the memory that any takes."""
         one = torch.ones(())
         return cls(
-            channels=torch.ones(width) if config.loss == "channel" else None,
+            channels=torch.ones(width, dtype=torch.float64) if config.loss == "channel" else None,
             tokens=(one, one) if config.token_weights == "norm" else None,
             cosine=one if config.loss == "cosine" else None,
         )
@@ -84,7 +84,7 @@ class Loss:
         sums = torch.stack([torch.ones_like(token).sum(), (1 / token.clamp(min=floor)).sum()])
         ranks.add_([sums])
         return cls(
-            channels=(weights / weights.mean()).float() if config.loss == "channel" else None,
+            channels=weights / weights.mean() if config.loss == "channel" else None,
             tokens=(floor, sums[0] / sums[1]) if config.token_weights == "norm" else None,
             cosine=2 * size if config.loss == "cosine" else None,
         )
@@ -107,7 +107,7 @@ class Loss:
     def value(self, output: Tensor, target: Tensor, inputs: Tensor) -> Tensor:
         """The loss."""
         squares = (output - target).square()
-        of_token = (squares if self.channels is None else squares * self.channels).mean(-1)
+        of_token = (squares if self.channels is None else squares * self.channels.to(squares.dtype)).mean(-1)
         if self.cosine is not None:
             of_token = of_token + self.cosine * (1 - F.cosine_similarity(output, target, dim=-1))
         if self.tokens is not None:

@@ -55,9 +55,9 @@ class Block(nn.Module):
         return hidden + self.down(torch.tanh(self.up(hidden)))
 
 
-def tune(out: Path) -> None:
+def tune(out: Path, changes: dict) -> None:
     """20 steps on this rank's share of 10 samples; the first rank writes what came of it."""
-    config = EBFTConfig.preset("paper", samples=10, batch_size=4, epochs=7, lr=1e-2)
+    config = EBFTConfig.preset("paper", samples=10, batch_size=4, epochs=7, lr=1e-2, **changes)
     generator = torch.Generator().manual_seed(1)
     inputs, targets = (torch.randn(10, 3, 12, generator=generator, dtype=torch.float64) for _ in range(2))
     block = Block()

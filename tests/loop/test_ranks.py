@@ -31,10 +31,18 @@ def settings(short_run):
 # --- sequences shared -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_twenty_steps_in_float64(count, tmp_path):
-    assert on_ranks(1, tune, tmp_path / "one") == [0]
-    assert on_ranks(count, tune, tmp_path / "several") == [0] * count
+@pytest.mark.parametrize(
+    ("count", "changes"),
+    [
+        (2, {}),
+        (3, {}),
+        (3, {"loss": "channel", "token_weights": "norm", "refresh_every": 4, "refresh_share": 0.2}),
+        (2, {"loss": "cosine", "optimizer": "sign"}),
+    ],
+)
+def test_twenty_steps_in_float64(count, changes, tmp_path):
+    assert on_ranks(1, tune, tmp_path / "one", changes) == [0]
+    assert on_ranks(count, tune, tmp_path / "several", changes) == [0] * count
     one, several = (json.loads((tmp_path / name).read_text()) for name in ("one", "several"))
     assert len(one[0]) == 21
     for mine, theirs in zip(one[:2], several[:2], strict=True):  # kept in float32
@@ -45,19 +53,24 @@ def test_twenty_steps_in_float64(count, tmp_path):
         )
 
 
-@pytest.mark.parametrize(("count", "streams"), [(2, "host"), (3, "disk")])
-def test_a_run_with_shared_sequences(count, streams, settings, tmp_path):
+OPTIONS = {"unit": "halves", "optimizer": "muon", "input": "mix", "target": "dense-stream", "holdout": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("count", "given"), [(2, {"streams": "host"}), (3, {"streams": "disk"}), (3, {**OPTIONS, "loss": "channel"})]
+)
+def test_a_run_with_shared_sequences(count, given, settings, tmp_path):
     """The same masks; losses and perplexities within one per cent; sound files, written once."""
-    assert on_ranks(1, job, settings("one", streams=streams)) == [0]
-    assert on_ranks(count, job, settings("several", streams=streams)) == [0] * count
+    assert on_ranks(1, job, settings("one", **given)) == [0]
+    assert on_ranks(count, job, settings("several", **given)) == [0] * count
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(
         p.name for p in (tmp_path / "several").iterdir()
     )
     one, several = (load_file(tmp_path / name / "masks.safetensors") for name in ("one", "several"))
     assert all(torch.equal(words, several[name]) for name, words in one.items())
     for mine, theirs in zip(lines(tmp_path / "one"), lines(tmp_path / "several"), strict=True):
-        assert theirs["losses"][0] == pytest.approx(mine["losses"][0], rel=1e-5)
-        assert theirs["gradient_norms"][0] == pytest.approx(mine["gradient_norms"][0], rel=1e-4)
+        assert theirs["losses"][0] == pytest.approx(mine["losses"][0], rel=1e-4)
+        assert theirs["gradient_norms"][0] == pytest.approx(mine["gradient_norms"][0], rel=1e-3)
         assert theirs["loss_after"] == pytest.approx(mine["loss_after"], rel=1e-2)
     for text, values in perplexity(tmp_path / "one").items():
         for stage, value in values.items():
