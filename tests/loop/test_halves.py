@@ -20,6 +20,8 @@ CPU = torch.device("cpu")
 class Told:
     """Keeps the tasks it is given, with what the block gives then, and changes all that it may."""
 
+    needs = frozenset()
+
     def __init__(self):
         self.tasks, self.outputs = [], []
 
@@ -52,7 +54,7 @@ def task_of(family, target):
     task = BlockTask(
         index=1, block=block, matrices=decoder.matrices[1], masks=masks, inputs=hidden, targets=forward(dense, source),
         forward=forward, dense_block=lambda: copy.deepcopy(dense), dense_forward=forward, dense_inputs=source,
-        on_step=lambda done, steps: None, scratch=lambda: room,
+        statistics={}, on_step=lambda done, steps: None, scratch=lambda: room,
     )  # fmt: skip
     return task, dense
 
