@@ -60,7 +60,8 @@ def audit(output: str, against: str | None = None) -> Audit:
         raise EBFTError(f"{output} holds no {SUMMARY} and config.json; expected the folder of a finished run")
     try:
         settings = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["config"]
-        pattern = Pattern.parse(settings["pattern"]) if settings["pattern"] else None
+        transposable = bool(settings.get("transposable"))
+        pattern = Pattern.parse(settings["pattern"], transposable=transposable) if settings["pattern"] else None
         recovered, trust = settings["recover"] != "none", bool(settings["trust_remote_code"])
         structured, uniform = bool(settings.get("structured")), bool(settings.get("uniform"))
         updated = settings["prune"] in UPDATING
@@ -220,10 +221,13 @@ def _check_masks(found: Audit, model: Source, masks: dict[str, PackedMask], patt
 
 
 def _is_pattern(matrix: Matrix, kept: Tensor, pattern: Pattern) -> bool:
-    if matrix.inputs % pattern.group:
-        return False
-    experts = (PackedMask.from_dense(expert.contiguous()) for expert in matrix.by_expert(kept))
-    return all(expert.is_nm(pattern.keep, pattern.group) for expert in experts)
+    experts = matrix.by_expert(kept)
+    sides = [experts, experts.mT] if pattern.transposable else [experts]
+    return all(
+        side.shape[-1] % pattern.group == 0
+        and PackedMask.from_dense(side.contiguous()).is_nm(pattern.keep, pattern.group)
+        for side in sides
+    )
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ class EBFTConfig:
         False, "the same widths in every layer, and smaller matrices in the output (--structured by a criterion)"
     )
     pattern: str | None = _setting(None, "keep N of every M consecutive inputs, in place of --sparsity", metavar="N:M")
+    transposable: bool = _setting(False, "--pattern holds along the outputs too, within M x M tiles")
     schedule: str | None = _setting(
         None,
         "prune gradually, such as 0.5,0.6,0.7: every share a run of its own from what the last one recovered, towards "
@@ -287,6 +288,13 @@ class EBFTConfig:
             )
         if self.prune == "flap" and not self.structured:
             raise EBFTError("--prune flap scores whole heads and channels; expected --structured with it")
+        if self.transposable and (not self.pattern or self.refine != "none" or self.refresh_every):
+            other = "--refine dsnot" if self.refine != "none" else f"--refresh-every {self.refresh_every}"
+            raise EBFTError(
+                f"--transposable holds along the outputs too, which {other} would not keep so; expected one of both"
+                if self.pattern
+                else "--transposable is of N:M masks; expected --pattern with it"
+            )
         self._check_allocation()
         if self.refine != "none" and (self.prune == "zeros" or self.structured):
             other = "--structured, which takes whole heads and channels" if self.structured else "--prune zeros"
@@ -417,7 +425,11 @@ class EBFTConfig:
     @property
     def mask_pattern(self) -> Pattern:
         """What is pruned of a matrix: a share of its weights, or M - N of every M."""
-        return Pattern.parse(self.pattern) if self.pattern else Pattern(sparsity=self.sparsity)
+        return (
+            Pattern.parse(self.pattern, transposable=self.transposable)
+            if self.pattern
+            else Pattern(sparsity=self.sparsity)
+        )
 
     @property
     def steps(self) -> tuple[EBFTConfig, ...]:

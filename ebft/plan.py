@@ -36,6 +36,7 @@ from ebft.generation import SELF, WRITTEN_AT_ONCE
 from ebft.job import check_lengths, choose_device, choose_masker
 from ebft.pruning import InputStatistics
 from ebft.pruning.statistics import PRODUCTS
+from ebft.pruning.transposable import ENTRIES_AT_ONCE
 from ebft.reconstruct import BlockReconstructor
 from ebft.recovery.halves import halves
 from ebft.recovery.layerwise import ROWS_AT_ONCE
@@ -67,6 +68,7 @@ SWEPT_INPUTS = 5  # matrices inputs x inputs of SparseGPT, beside the Gram matri
 SWEPT_WEIGHTS = 14  # bytes a weight of it: the weights left, those given back, the scores of a block of columns
 SWAPPED_WEIGHTS = 31  # bytes a weight of the matrix at hand, while DSnoT swaps
 EXCHANGED_BYTES = 48  # a weight of the matrix at hand, while a part of its mask is chosen anew
+TILE_BYTES = 8  # an entry of the largest tensor while transposable masks are made, beside MASK_BYTES
 MASK_BYTES = 28  # a weight of the matrix at hand, while its mask is made in torch
 QUESTION = 512  # tokens of a zero-shot task's question and one of its answers
 WIKITEXT2 = 350_000  # tokens of its test split, for vocabularies of 32 000; fewer with larger ones
@@ -471,6 +473,8 @@ class _Planner:
             )
         a_weight = MASK_BYTES if config.refine == "none" else SWAPPED_WEIGHTS
         working = max(a_weight * m.outputs * m.inputs for m in matrices)
+        if config.transposable:
+            working += TILE_BYTES * min(ENTRIES_AT_ONCE, config.mask_pattern.group * self.largest)
         if grams:
             swept = (4 * SWEPT_INPUTS * m.inputs**2 + SWEPT_WEIGHTS * m.outputs * m.inputs for m in matrices)
             working = max(working, *swept)

@@ -136,6 +136,8 @@ def _unrefined(config: _Settings, criterion: Criterion | None, surgeon: SparseGP
     if prune != "zeros" and not Path(prune).is_file():
         known = ", ".join((*CRITERIA, *UPDATING))
         raise EBFTError(f"--prune is {prune!r}; expected {known}, zeros or an existing file of masks")
+    if allocation.pattern.transposable:
+        raise EBFTError(f"--transposable is how a criterion chooses, and --prune is {prune}; expected a criterion")
     if allocation.name:
         raise EBFTError(f"--allocation is how much a criterion prunes, and --prune is {prune}; expected a criterion")
     return given_masker(prune)
@@ -159,7 +161,7 @@ class _ByCriterion:
         self._allocation.check(names, matrices)
         for name, of_block in zip(names, matrices, strict=True):
             for matrix in of_block:
-                self._allocation.pattern.check_width(f"{name}.{matrix.name}", matrix.inputs)
+                self._allocation.pattern.check_shape(f"{name}.{matrix.name}", matrix.outputs, matrix.inputs)
 
     def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
         result, changed = BlockMasks(), set[str]()
@@ -218,7 +220,7 @@ class _Refined:
         self._masker.check(names, blocks, matrices)
         for name, of_block in zip(names, matrices, strict=True):
             for matrix in of_block:
-                self._pattern.check_width(f"{name}.{matrix.name}", matrix.inputs)
+                self._pattern.check_shape(f"{name}.{matrix.name}", matrix.outputs, matrix.inputs)
 
     def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
         result = self._masker(block_name, block, matrices, statistics)

@@ -57,7 +57,10 @@ class SparseGPT:
             the mask, bool (outputs, inputs), True = kept; and the weight to go with it, zero where pruned.
         """
         left, factor, order = self._begun(weight, inputs)
-        if pattern.group:
+        if pattern.transposable:  # tiles span columns, so that the whole mask comes first
+            chosen = mask_of_best(_scores(left, factor.diagonal()), pattern, per_row=True)
+            mask = _sweep_(left, factor, lambda _, start, stop: chosen[:, start:stop], COLUMNS, COLUMNS)
+        elif pattern.group:
             width = pattern.group * max(1, COLUMNS // pattern.group)
             best_of_groups = partial(mask_of_best, pattern=pattern, per_row=True)
             mask = _sweep_(left, factor, lambda scores, *_: best_of_groups(scores), width, pattern.group)
