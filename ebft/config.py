@@ -184,6 +184,12 @@ class EBFTConfig:
         0.0, "share of the sequences that no block is tuned on: the weights that do best on them are kept"
     )
     patience: int = _setting(2, "epochs without a lower error on the held-out sequences before a block is done")
+    epochs_where: str = _setting(
+        "all",
+        "what becomes of the epochs that a block saves by ending early: nothing, or later blocks that pruning has "
+        "harmed more than the mean of those before take them, up to twice --epochs",
+        choices=("all", "error"),
+    )
     target: str = _setting(
         "sparse-stream",
         "targets: the dense block applied to the block's input, or the dense model's own hidden states",
@@ -322,6 +328,8 @@ class EBFTConfig:
                 )
         if self.unit == self.recompute == "halves":
             raise EBFTError("--recompute halves of --unit halves would be quarters; expected --recompute none or block")
+        if self.epochs_where == "error":
+            self._check_epochs_where()
         self._check_optimizer()
         if self.update_in_backward:
             self._check_update_in_backward()
@@ -373,6 +381,20 @@ class EBFTConfig:
                 f"--recover is {self.recover!r}; expected none, or one or more of {', '.join(RECOVERIES[1:])} in this "
                 "order, joined by +"
             )
+
+    def _check_epochs_where(self) -> None:
+        if not self.holdout:
+            raise EBFTError(
+                "--epochs-where error spends what blocks save by ending early, which none does without --holdout; "
+                "expected --holdout above 0"
+            )
+        if self.input == "dense-stream":
+            raise EBFTError(
+                "--epochs-where error looks at the blocks before, of which blocks with --input dense-stream are "
+                "independent; expected --input sparse-stream or mix"
+            )
+        if self.unit == "halves":
+            raise EBFTError("--epochs-where error counts epochs of whole blocks; expected --unit block")
 
     def _check_optimizer(self) -> None:
         """Layouts of weights and states, which only AdamW has."""

@@ -34,6 +34,7 @@ from ebft.plan import fit_to_budget
 from ebft.pruning import BlockMasks, Criterion, InputObserver, Statistics, sum_over_ranks_
 from ebft.ranks import joined
 from ebft.recovery import BlockResult, BlockTask, WholeTask
+from ebft.recovery.epochs import epochs_for
 from ebft.report import Reporter, model_card
 from ebft.report_page import report_page
 from ebft.stream import Store, Stream, Streams
@@ -406,7 +407,7 @@ def _walk(job: Job) -> list[dict[str, Any]]:
             pruned = decoder.round_as_stored(index, block) if kept_apart else None
             result = None
             if streams and job.recovery:
-                result = _recover(job, streams, index, block, masks, statistics, advance)
+                result = _recover(job, streams, index, block, masks, statistics, lines, advance)
 
             weights = decoder.round_as_stored(index, block)  # the stream goes through the block as it is saved
             if not all(torch.isfinite(weight).all() for weight in weights.values()):
@@ -533,9 +534,10 @@ def _recover(
     block: nn.Module,
     masks: BlockMasks,
     statistics: Statistics,
+    lines: Mapping[int, dict[str, Any]],
     advance: Callable[..., None],
 ) -> BlockResult:
-    """Recover ``block`` in place."""
+    """Recover ``block`` in place; ``lines``: those of finished blocks."""
     assert job.recovery is not None
     dense_inputs = streams.dense_inputs
     task = BlockTask(
@@ -552,6 +554,7 @@ def _recover(
         statistics=statistics,
         on_step=lambda done, steps: advance(index + done / steps),
         scratch=streams.scratch,
+        epochs=partial(epochs_for, job.config, [lines[before] for before in range(index) if before in lines]),
     )
     result = job.recovery.recover(task)
     if not math.isfinite(result.error_after):
@@ -589,6 +592,7 @@ def _block_line(job: Job, index: int, masks: BlockMasks, result: BlockResult | N
         "gradient_norms": [],
         "seconds": seconds,
         "tuning_seconds": 0.0,
+        "epochs": 0,
         "peak_memory_bytes": _peak_memory(job.decoder.device),
         "implementations": implementations(job.decoder),
         "notes": masks.notes,
@@ -603,6 +607,7 @@ def _block_line(job: Job, index: int, masks: BlockMasks, result: BlockResult | N
             "relative_held_out_before": _over(result.held_out_before, energy),
             "relative_held_out_after": _over(result.held_out_after, energy),
             "tuning_seconds": result.seconds,
+            "epochs": result.epochs,
             "losses": result.losses,
             "gradient_norms": result.gradient_norms,
             "notes": masks.notes + result.notes,

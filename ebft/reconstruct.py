@@ -24,6 +24,7 @@ from ebft.errors import EBFTError, MemoryRanOut
 from ebft.matrices import router_paths
 from ebft.ranks import Ranks
 from ebft.recovery import BlockResult, BlockTask, Forward
+from ebft.recovery.epochs import MOST
 from ebft.recovery.halves import halves
 from ebft.recovery.losses import Loss, Measured
 from ebft.recovery.optimizers import MaskedOptimizer, make_optimizer
@@ -111,6 +112,8 @@ class BlockReconstructor:
             forward=task.forward,
             on_step=task.on_step,
             only=task.only,
+            epochs=task.epochs,
+            error_before=task.error_before,
         )
 
     def fit(
@@ -124,6 +127,8 @@ class BlockReconstructor:
         forward: Forward | None = None,
         on_step: Callable[[int, int], None] | None = None,
         only: frozenset[str] | None = None,
+        epochs: Callable[[float], int] | None = None,
+        error_before: float | None = None,
         **kwargs: Any,
     ) -> BlockResult:
         """Tune ``block`` in place.
@@ -142,6 +147,7 @@ class BlockReconstructor:
             forward: (block, hidden) -> hidden; by default ``block(hidden, **kwargs)`` under autocast.
             on_step: called with (steps done, steps in all) after each step.
             only: names of the parameters that are tuned (default: all but routers).
+            epochs, error_before: see ``BlockTask``.
 
         Raises:
             EBFTError: the block has no halves to recompute.
@@ -152,20 +158,24 @@ class BlockReconstructor:
         split = Split.of(samples_of_all(inputs, self._ranks), config.holdout, self._ranks)
         errors = Errors(inputs, targets, split, self._device, self._ranks, self.micro_batch)
         through = partial(forward, block)
-        steps = config.epochs * -(-len(split.tuned) // config.batch_size)
-        losses, norms = torch.zeros(steps, device=self._device), torch.zeros(steps, device=self._device)
+        energy = errors.branch_energy()
         with self.prepared(block, masks, forward, index, only) as tuning:
             tuning = replace(tuning, loss=Loss.of(config, errors))
             judged = partial(tuning.loss.measured, errors, through)
             set_scales(tuning.optimizer, config)
             before = now = judged(split.probe)
+            most = config.epochs
+            if epochs:
+                most = epochs((before.error if error_before is None else error_before) / (energy or math.inf))
+            steps = most * -(-len(split.tuned) // config.batch_size)
+            losses, norms = torch.zeros(steps, device=self._device), torch.zeros(steps, device=self._device)
             refresh = MaskRefresh(config, block, masks, tuning.optimizer, steps)
             best = _Best(block, refresh.masks)
             watch: _Watch = _Probe(best, before)
             if len(split.held_out):
                 watch = _HeldOut(best, before, lambda: judged(split.held_out), config.patience)
             step, began = 0, time.perf_counter()
-            for epoch in range(config.epochs):
+            for epoch in range(most):
                 order = batch_order(len(split.tuned), config.seed, index, epoch)
                 batches = split.tuned[order].split(config.batch_size)
                 mine = [split.here(batch) for batch in batches]
@@ -192,12 +202,13 @@ class BlockReconstructor:
             gradient_norms=norms[:step].tolist(),
             error_before=before.error,
             error_after=error,
-            branch_energy=errors.branch_energy(),
+            branch_energy=energy,
             seconds=seconds,
             notes=tuning.notes + refresh.notes() + notes,
             held_out_before=watch.held_out_before,
             held_out_after=watch.held_out_after,
             masks=refresh.changed(),
+            epochs=epoch + 1,
         )
 
     @contextlib.contextmanager
@@ -280,7 +291,7 @@ class BlockReconstructor:
     def _refresh(self, tuning: Tuning, refresh: MaskRefresh, errors: Errors, index: int, step: int) -> None:
         """Choose masks anew by the gradients of a few batches, which depend on (seed, block, step) alone."""
         config, split = self._config, errors.split
-        order = batch_order(len(split.tuned), config.seed, index, config.epochs + step)  # as that of no epoch
+        order = batch_order(len(split.tuned), config.seed, index, MOST * config.epochs + step)  # as that of no epoch
         batches = split.tuned[order].split(config.batch_size)[:BATCHES]
         sources = errors.inputs, errors.targets
         for batch, (x, y) in zip(batches, carry(self._device, sources, map(split.here, batches)), strict=True):

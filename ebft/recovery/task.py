@@ -40,6 +40,9 @@ class BlockTask:
         on_step: called with (steps done, steps in all).
         scratch: room for as much as ``targets``, where they are; the same one whenever it is asked for.
         only: names of the parameters that are recovered; None for all.
+        epochs: gives how many a recovery that has epochs may take, from the relative error of the pruned block; None
+            for ``config.epochs``.
+        error_before: mean squared error before the recoveries that came before in a sum; None for the first.
     """
 
     index: int
@@ -56,6 +59,8 @@ class BlockTask:
     on_step: Callable[[int, int], None]
     scratch: Callable[[], Tensor]
     only: frozenset[str] | None = None
+    epochs: Callable[[float], int] | None = None
+    error_before: float | None = None
 
     def told(self, place: int, places: int, done: int, steps: int) -> None:
         """``on_step`` of a part of the task: the one at ``place`` of ``places`` alike."""
@@ -77,6 +82,7 @@ class BlockResult:
         notes: what is worth a line in the report, a sentence each.
         held_out_before, held_out_after: mean squared error on the samples that were held out; None without any.
         masks: parameter name -> kept weights, of the matrices whose masks are others now.
+        epochs: that were taken.
     """
 
     losses: list[float]
@@ -89,6 +95,7 @@ class BlockResult:
     held_out_before: float | None = None
     held_out_after: float | None = None
     masks: Mapping[str, PackedMask] = field(default_factory=dict)
+    epochs: int = 0
 
 
 class BlockRecovery(Protocol):
@@ -121,8 +128,13 @@ class Chain:
         """Recover ``task.block`` by all of them; errors are those before the first and after the last."""
         results: list[BlockResult] = []
         for place, link in enumerate(self.links):
-            told = partial(task.told, place, len(self.links))
-            results.append(link.recover(replace(task, masks={**task.masks, **_masks_of(results)}, on_step=told)))
+            part = replace(
+                task,
+                masks={**task.masks, **_masks_of(results)},
+                on_step=partial(task.told, place, len(self.links)),
+                error_before=results[0].error_before if results else None,
+            )
+            results.append(link.recover(part))
         return in_turn(results)
 
 
@@ -137,6 +149,7 @@ def in_turn(results: Sequence[BlockResult]) -> BlockResult:
         seconds=sum(result.seconds for result in results),
         notes=[note for result in results for note in result.notes],
         masks=_masks_of(results),
+        epochs=sum(result.epochs for result in results),
     )
 
 
