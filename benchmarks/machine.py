@@ -24,13 +24,16 @@ def machine_info() -> dict[str, Any]:
     }
 
 
+def result_file(name: str) -> Path:
+    """``results/<device>/<name>.json``."""
+    return RESULTS / re.sub("[^a-z0-9]+", "-", machine_info()["device"].lower()) / f"{name}.json"
+
+
 def write_result(name: str, content: dict[str, Any], folder: Path | None = None) -> Path:
-    """Write ``content`` with the machine's facts to ``results/<device>/<name>.json``; gives the file."""
-    machine = machine_info()
-    folder = folder or RESULTS / re.sub("[^a-z0-9]+", "-", machine["device"].lower())
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}.json"
-    file.write_text(json.dumps({"machine": machine, **content}, indent=2) + "\n", encoding="utf-8")
+    """Write ``content`` with the machine's facts to ``result_file(name)``, or into ``folder``; gives the file."""
+    file = folder / f"{name}.json" if folder else result_file(name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"machine": machine_info(), **content}, indent=2) + "\n", encoding="utf-8")
     return file
 
 

@@ -6,8 +6,9 @@
 A cell is a method at a sparsity with a seed (of the calibration sample and the batch order): one run of ``ebft.run``,
 an audit of its folder, and the perplexity of the saved model on every text. When a cell is finished its row is
 appended to WORK/rows.jsonl, and the table, the chart and the result file are made anew; the same command again goes on
-where it ended. Minutes are those of the walk and what follows it, without loading, saving and perplexities; "memory"
-is the peak of the process's resident memory while it worked, whole model included.
+where it ended. A new WORK begins with the cells of the result file, if it has the same settings. Minutes are those of
+the walk and what follows it, without loading, saving and perplexities; "memory" is the peak of the process's resident
+memory while it worked, whole model included.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.machine import write_result
+from benchmarks.machine import result_file, write_result
 from ebft.audit import audit
 from ebft.calibration import evaluation_tokens
 from ebft.checkpoint import load_tokenizer, open_model
@@ -87,13 +88,13 @@ def main() -> None:
     given = _arguments(sys.argv[1:])
     work = Path(given.work)
     (work / "cells").mkdir(parents=True, exist_ok=True)
-    rows = Rows(work / "rows.jsonl")
     texts = dict(text.split("=", 1) if "=" in text else (Path(text).stem, text) for text in given.eval)
     tokenizer = load_tokenizer(given.model)
     windows = {
         name: evaluation_tokens(text, tokenizer, seqlen=given.eval_seqlen).ids[: given.eval_windows]
         for name, text in texts.items()
     }
+    rows = Rows(work / "rows.jsonl", _committed(given, texts))
     if not rows.find("dense"):
         rows.append({"method": "dense", "perplexity": _perplexities(given, given.model, windows)})
     failed = []
@@ -210,10 +211,12 @@ def _perplexities(given: argparse.Namespace, model: str | None, windows: dict[st
 class Rows:
     """The finished cells, a JSON object a line; others may append to the same file."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, begin_with: Iterable[dict[str, Any]] = ()) -> None:
         self._file = file
         self.all: list[dict[str, Any]] = []
         self._read()
+        for row in () if self.all else begin_with:
+            self.append(row)
 
     def _read(self) -> None:
         if self._file.is_file():
@@ -312,10 +315,22 @@ def chart(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def _settings(given: argparse.Namespace, texts: dict[str, str]) -> dict[str, Any]:
+    """What all cells of a table have in common."""
+    settings = {name: getattr(given, name) for name in ("model", "eval_windows", "eval_seqlen", "samples", "seqlen")}
+    settings |= {"dtype": given.dtype, "calibration": Path(given.calibration).name}
+    return settings | {"eval": {name: Path(text).name for name, text in texts.items()}}
+
+
+def _committed(given: argparse.Namespace, texts: dict[str, str]) -> list[dict[str, Any]]:
+    """The cells of an earlier table of these settings on this machine."""
+    file = result_file(given.name)
+    found = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return found["cells"] if found.get("settings") == _settings(given, texts) else []
+
+
 def _write(given: argparse.Namespace, rows: Rows, texts: dict[str, str]) -> Path:
-    settings = {name: value for name, value in vars(given).items() if name not in ("work", "keep", "quick", "name")}
-    settings["calibration"] = Path(given.calibration).name
-    settings["eval"] = {name: Path(text).name for name, text in texts.items()}
+    settings = _settings(given, texts)
     kept = [{**row, "flags": [Path(f).name if "/" in f else f for f in row.get("flags", [])]} for row in rows.all]
     cells = [dataclasses.asdict(cell) for cell in summaries(rows.all)]
     file = write_result(given.name, {"settings": settings, "table": cells, "cells": kept})

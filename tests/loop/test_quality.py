@@ -21,6 +21,7 @@ def flags(tiny, tmp_path):
 def run(flags, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["quality", *flags])
     monkeypatch.setattr(quality, "write_result", partial(write_result, folder=tmp_path))
+    monkeypatch.setattr(quality, "result_file", lambda name: tmp_path / f"{name}.json")
     quality.main()
 
 
@@ -45,6 +46,9 @@ def test_cells_are_run_once_and_make_a_table(flags, monkeypatch, tmp_path):
 
     monkeypatch.setattr(quality.subprocess, "run", lambda *_, **__: pytest.fail("a finished cell was run again"))
     run(flags, monkeypatch, tmp_path)
+    run([*flags, "--work", str(tmp_path / "new")], monkeypatch, tmp_path)  # begins with the result file's cells
+    assert (tmp_path / "new" / "rows.jsonl").read_text().count("\n") == len(rows)
+    (tmp_path / "quality.json").unlink()
     (tmp_path / "work" / "rows.jsonl").write_text(json.dumps(rows[0]) + "\n")  # rows are lost, folders are there
     with pytest.raises(SystemExit, match="another seqlen"):
         run([*flags, "--seqlen", "20"], monkeypatch, tmp_path)
