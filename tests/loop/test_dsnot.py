@@ -3,6 +3,8 @@
 import pytest
 import torch
 from conftest import random_model
+from safetensors.torch import load_file
+from several import job, on_ranks
 
 from ebft import EBFTConfig, EBFTError, run_ebft
 from ebft.audit import audit
@@ -128,6 +130,15 @@ def test_masks_from_a_file(config, silent, tokenizer, tmp_path):
     given |= {"prune": str(tmp_path / "other.safetensors"), "overwrite": True}
     with pytest.raises(EBFTError, match=f"the groups of --pattern 2:4, and the mask of {name} is not 2:4"):
         run_ebft(random_model("llama-gqa"), config(pattern="2:4", **given), tokenizer=tokenizer, reporter=silent)
+
+
+def test_ranks_choose_the_same_masks(short_run, tmp_path):
+    """Gram matrices, sums and outliers over all sequences, whoever has them."""
+    settings = {"prune": "sparsegpt", "refine": "dsnot", "dsnot_threshold": 0.0, "allocation": "owl", "sparsity": 0.5}
+    for count in (1, 2):
+        assert on_ranks(count, job, short_run(f"on-{count}", recover="none", eval="", **settings)) == [0] * count
+    one, two = (load_file(tmp_path / f"on-{count}" / "masks.safetensors") for count in (1, 2))
+    assert all(torch.equal(words, two[name]) for name, words in one.items())
 
 
 def test_what_does_not_go_together(config, silent, tokenizer):
