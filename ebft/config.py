@@ -145,7 +145,7 @@ class EBFTConfig:
     )
     optimizer: str = _setting(
         "adamw",
-        "AdamW; Lion (the sign of a momentum), for a lower learning rate; or Muon, with AdamW for norms and biases",
+        "AdamW; Lion (the sign of a momentum); or Muon, with AdamW for norms and biases",
         choices=("adamw", "sign", "muon"),
     )
     lr: float = _setting(2e-4, "learning rate, decayed linearly to 0 in each block")
