@@ -56,6 +56,28 @@ class Method:
     prunes: bool = False
 
 
+# Options of the recipe, each put alone over the preset light.
+OPTIONS = {
+    "batch 8": ("--batch-size", "8"),
+    "absolute lr": ("--lr-scale", "absolute", "--lr", "3e-3"),
+    "sparse-stream targets": ("--target", "sparse-stream"),
+    "mixed inputs": ("--input", "mix"),
+    "weight decay 0.1": ("--weight-decay", "0.1"),
+    "warm-up, cosine": ("--warmup", "0.1", "--lr-decay", "cosine"),
+    "no clipping": ("--clip", "0"),
+    "warm start": ("--recover", "layerwise+ebft"),
+    "warm start on dense inputs": ("--recover", "layerwise+ebft", "--cg-inputs", "dense"),
+    "channel loss": ("--loss", "channel"),
+    "cosine loss": ("--loss", "cosine"),
+    "token weights": ("--token-weights", "norm"),
+    "sign": ("--optimizer", "sign", "--lr", "0.002"),
+    "muon": ("--optimizer", "muon"),
+    "halves": ("--unit", "halves"),
+    "mask refresh": ("--refresh-every", "8", "--refresh-share", "0.05"),
+    "held-out stop": ("--holdout", "0.125"),
+    "self-generated text": ("--calibration", "self"),
+}
+
 METHODS = {
     "none": Method(("--recover", "none")),
     "dsnot": Method(("--refine", "dsnot", "--recover", "none"), prunes=True),
@@ -67,6 +89,7 @@ METHODS = {
     **{f"paper-small, lr {lr}": Method(("--preset", "paper", "--lr", lr)) for lr in ("6e-4", "1e-3", "2e-3")},
     "light": Method(("--preset", "light")),
     "best": Method(("--preset", "best")),
+    **{f"light, {name}": Method(("--preset", "light", *flags)) for name, flags in OPTIONS.items()},
     **{
         f"lora, lr {lr}": Method(("--recover", "lora", "--lm-lr", lr), as_long_as="paper-small")
         for lr in ("1e-4", "3e-4", "1e-3")
@@ -153,7 +176,7 @@ def _cell(
     output = work / "cells" / f"{method}_{target}_{seed}".replace(", ", "-").replace(" ", "-")
     flags = [*METHODS[method].flags, *TARGETS[target], "--seed", str(seed)]
     flags += ["--samples", str(given.samples), "--seqlen", str(given.seqlen), "--dtype", given.dtype]
-    flags += ["--calibration", given.calibration, "--eval", ""]
+    flags += ["--eval", "", *([] if "--calibration" in flags else ["--calibration", given.calibration])]
     flags += ["--model", given.model] if given.model else []
     if "--preset" not in flags:
         flags = ["--preset", "paper", *flags]
