@@ -124,7 +124,8 @@ class EBFTConfig:
     )
     recompute: str = _setting(
         "none",
-        "activations that are made again in the backward pass: those of the block, or of its attention and MLP in turn",
+        "activations that are made again in the backward pass: those of the block, or of its attention and MLP in turn "
+        "(with --window 2 of its blocks)",
         choices=("none", "block", "halves"),
     )
     weights: str = _setting(
@@ -142,6 +143,10 @@ class EBFTConfig:
         "block",
         "what ebft tunes at once: a block, or its attention and then its MLP, each towards the dense one's output",
         choices=("block", "halves"),
+    )
+    window: int = _setting(
+        1,
+        "blocks that ebft tunes together, towards the dense states after them: 1, or 2, of which the first is then kept",
     )
     optimizer: str = _setting(
         "adamw",
@@ -328,6 +333,7 @@ class EBFTConfig:
                 )
         if self.unit == self.recompute == "halves":
             raise EBFTError("--recompute halves of --unit halves would be quarters; expected --recompute none or block")
+        self._check_window()
         if self.epochs_where == "error":
             self._check_epochs_where()
         self._check_optimizer()
@@ -381,6 +387,24 @@ class EBFTConfig:
                 f"--recover is {self.recover!r}; expected none, or one or more of {', '.join(RECOVERIES[1:])} in this "
                 "order, joined by +"
             )
+
+    def _check_window(self) -> None:
+        if self.window not in (1, 2):
+            raise EBFTError(f"--window is {self.window}; expected 1 or 2 blocks")
+        if self.window == 1:
+            return
+        if "ebft" not in self.recoveries:
+            raise EBFTError(f"--window 2 is how ebft tunes, and --recover is {self.recover}; expected ebft among it")
+        others = {
+            "--unit halves, which tunes less than a block": self.unit == "halves",
+            "--input dense-stream, which makes blocks independent": self.input == "dense-stream",
+            "--epochs-where error, which goes by errors of single blocks": self.epochs_where == "error",
+            "--refresh-every, whose masks of the second block would be thrown away": self.refresh_every > 0,
+            "--compile, which would compile every two blocks anew": self.compile,
+        }
+        for other, given in others.items():
+            if given:
+                raise EBFTError(f"--window 2 tunes two blocks together, and does not go with {other}; expected one")
 
     def _check_epochs_where(self) -> None:
         if not self.holdout:
@@ -505,6 +529,11 @@ class EBFTConfig:
     def by_halves(self) -> bool:
         """Whether attention and MLP of a block are tuned in turn."""
         return self.unit == "halves" and "ebft" in self.recoveries
+
+    @property
+    def by_windows(self) -> bool:
+        """Whether a block is tuned together with the next one."""
+        return self.window == 2
 
     @property
     def calibration_parts(self) -> dict[str, int]:

@@ -28,7 +28,16 @@ from ebft.output import OutputFolder, checksum
 from ebft.pruning import Criterion, Masker, make_allocation, make_masker, make_structured_masker
 from ebft.ranks import Ranks, own_device
 from ebft.reconstruct import BlockReconstructor
-from ebft.recovery import BlockRecovery, Chain, FullFineTuning, HalfByHalf, Layerwise, LoRA, WholeModelRecovery
+from ebft.recovery import (
+    BlockRecovery,
+    Chain,
+    FullFineTuning,
+    HalfByHalf,
+    InWindows,
+    Layerwise,
+    LoRA,
+    WholeModelRecovery,
+)
 from ebft.recovery.task import Split
 from ebft.report import Reporter
 from ebft.stream import Store
@@ -197,6 +206,8 @@ def _block_recovery(
 
     def reconstruction() -> BlockRecovery:
         whole = BlockReconstructor(config, device, compute, sharing)
+        if config.by_windows:
+            return InWindows(config, device, whole, sharing)
         return HalfByHalf(config, device, whole, sharing) if config.by_halves else whole
 
     made: dict[str, Callable[[], BlockRecovery]] = {

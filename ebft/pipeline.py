@@ -33,11 +33,11 @@ from ebft.output import LINES, MASKS, SUMMARY, OutputFolder
 from ebft.plan import fit_to_budget
 from ebft.pruning import BlockMasks, Criterion, InputObserver, Statistics, sum_over_ranks_
 from ebft.ranks import joined
-from ebft.recovery import BlockResult, BlockTask, WholeTask
+from ebft.recovery import BlockResult, BlockTask, Following, WholeTask
 from ebft.recovery.epochs import epochs_for
 from ebft.report import Reporter, model_card
 from ebft.report_page import report_page
-from ebft.stream import Store, Stream, Streams
+from ebft.stream import Run, Store, Stream, Streams
 from ebft.survey import survey
 from ebft.weights import ShardedWeights
 from ebft_kernels import PackedMask, load_masks
@@ -504,25 +504,38 @@ def _pass_by(job: Job, streams: Streams, index: int) -> None:
 
 
 def _dense_pass(job: Job, streams: Streams, index: int, block: nn.Module) -> Statistics:
-    """The dense block on its stream: its outputs become the targets, its inputs give statistics.
+    """The dense block on its stream: its outputs become the targets, its inputs give statistics."""
+    needs = job.masker.needs | (job.recovery.needs if job.recovery else frozenset())
+    statistics = _observe(job, index, block, needs, streams.dense_source, streams.dense_pass)
+    _check_finite(job, index, streams.targets, "the dense block's outputs")
+    return statistics
+
+
+def _observe(
+    job: Job,
+    index: int,
+    block: nn.Module,
+    needs: frozenset[str],
+    source: Stream,
+    move: Callable[[Run], object],
+) -> Statistics:
+    """What ``block``, not yet pruned, is given on ``source``, which ``move`` takes through the dense block.
 
     Where the teacher is another model, the statistics are those of the block that is pruned, from a pass of its own.
     """
     decoder, teacher = job.decoder, job.teacher
-    needs = job.masker.needs | (job.recovery.needs if job.recovery else frozenset())
     observer = InputObserver(block, decoder.matrices[index], needs)
     watching = observer.watching() if needs else contextlib.nullcontext()
     run = partial(decoder.run_block, index, block)
     if teacher is decoder:
         with watching:
-            streams.dense_pass(run)
+            move(run)
     else:
         if needs:
             with watching, torch.no_grad():
-                for hidden in streams.dense_source.batches():
+                for hidden in source.batches():
                     run(hidden)
-        streams.dense_pass(partial(teacher.run_block, index, teacher.working_block(index)))
-    _check_finite(job, index, streams.targets, "the dense block's outputs")
+        move(partial(teacher.run_block, index, teacher.working_block(index)))
     sum_over_ranks_(observer.statistics, job.sharing)
     return observer.statistics
 
@@ -554,6 +567,7 @@ def _recover(
         statistics=statistics,
         on_step=lambda done, steps: advance(index + done / steps),
         scratch=streams.scratch,
+        following=partial(_following, job, streams, index) if _has_following(job, index) else None,
         epochs=partial(epochs_for, job.config, [lines[before] for before in range(index) if before in lines]),
     )
     result = job.recovery.recover(task)
@@ -561,6 +575,23 @@ def _recover(
         raise _not_finite(job, index, "its outputs are NaN or infinity, or too large for a mean square")
     masks.masks.update(result.masks)
     return result
+
+
+def _has_following(job: Job, index: int) -> bool:
+    return job.config.by_windows and index + 1 < len(job.decoder)
+
+
+def _following(job: Job, streams: Streams, index: int) -> Following:
+    """The block after ``index``, pruned by what flows into it where block ``index`` gives its targets."""
+    decoder, after, ahead = job.decoder, index + 1, list[Stream]()
+    block = decoder.working_block(after)
+    statistics = _observe(
+        job, after, block, job.masker.needs, streams.targets, lambda run: ahead.append(streams.look_ahead(run))
+    )
+    _check_finite(job, index, ahead[0], "the outputs of the dense block after it")
+    masks = job.masker(decoder.names[after], block, decoder.matrices[after], statistics).masks
+    apply_masks(block, masks)
+    return Following(block, decoder.matrices[after], masks, partial(decoder.run_block, after), ahead[0].states)
 
 
 def _check_finite(job: Job, index: int, stream: Stream, what: str) -> None:

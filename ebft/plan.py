@@ -38,10 +38,12 @@ from ebft.pruning import InputStatistics
 from ebft.pruning.statistics import PRODUCTS
 from ebft.pruning.transposable import ENTRIES_AT_ONCE
 from ebft.reconstruct import BlockReconstructor
+from ebft.recovery import Forward
 from ebft.recovery.halves import halves
 from ebft.recovery.layerwise import ROWS_AT_ONCE
 from ebft.recovery.losses import Loss
 from ebft.recovery.refresh import BATCHES, UNTIL
+from ebft.recovery.windows import in_turn_through
 from ebft.report import duration
 from ebft.shapes import shapes_only, without_values
 from ebft.zero_shot import BATCH
@@ -289,7 +291,7 @@ class _Planner:
     def _has_halves(self) -> bool:
         masks = {name: PackedMask.ones((1, 1)) for name in self.shapes}
         try:
-            return bool(halves(self.decoder.stored_block(self.index), masks))
+            return self.config.by_windows or bool(halves(self.decoder.stored_block(self.index), masks))
         except EBFTError:
             return False
 
@@ -385,7 +387,8 @@ class _Planner:
         elif (self._writes or config.eval_task_names) and self.gpu:
             rows["the whole model, on its way to the GPU"] = self.parameters * stored
         if "ebft" in config.recoveries:
-            rows["the best weights of a block"] = self.largest * (4 if config.weights == "fp32" else 2)
+            a_weight = 4 if config.weights == "fp32" else 2
+            rows["the best weights of a block"] = config.window * self.largest * a_weight
         if config.streams not in ("device", "disk"):
             rows["streams"] = self._streams(config)
         return rows
@@ -417,6 +420,14 @@ class _Planner:
         with shapes_only(kept=1 - self.config.mask_pattern.sparsity, flash=flash):
             yield block._apply(without_values).requires_grad_(False), call.map_tensors(without_values)
 
+    def _tuned(self, block: nn.Module, call: BlockCall) -> tuple[nn.Module, list[str], Forward]:
+        """What is tuned together, ``block`` or a window of such; the names of its matrices, and its forward."""
+        forward: Forward = partial(BlockCall.__call__, call, compute=self.compute)
+        if not self.config.by_windows:
+            return block, list(self.shapes), forward
+        names = [f"{place}.{name}" for place in range(2) for name in self.shapes]
+        return nn.ModuleList([block, copy.deepcopy(block)]), names, in_turn_through(forward, forward)
+
     def _tuning(self, config: EBFTConfig) -> dict[str, int]:
         """Peak bytes of two steps by row: the first makes the optimizer's states, the second has them."""
         batch = min(config.batch_size, config.samples)
@@ -424,13 +435,15 @@ class _Planner:
         planned = min(batch, 2 * size)  # further parts of a batch are like the second
         config = dataclasses.replace(config, compile=False)
         tracker = _Tracker()
-        with self._fakes(size, config.seqlen, flash=self.gpu) as (block, call):
+        with self._fakes(size, config.seqlen, flash=self.gpu) as fakes:
+            block, names, through = self._tuned(*fakes)
+            call = fakes[1]
             x, y = (torch.empty(planned, config.seqlen, self.width) for _ in range(2))
-            masks = {name: PackedMask.from_dense(block.get_parameter(name) != 0) for name in self.shapes}
+            masks = {name: PackedMask.from_dense(block.get_parameter(name) != 0) for name in names}
 
             def forward(block: nn.Module, hidden: Tensor) -> Tensor:
                 tracker.reset_mod_stats()  # or it takes a second part for a mistake
-                return call(block, hidden, compute=self.compute)
+                return through(block, hidden)
 
             reconstructor = BlockReconstructor(config, torch.device("cpu"), self.compute)
             with reconstructor.prepared(block, masks, forward) as tuning:
@@ -478,7 +491,14 @@ class _Planner:
         if grams:
             swept = (4 * SWEPT_INPUTS * m.inputs**2 + SWEPT_WEIGHTS * m.outputs * m.inputs for m in matrices)
             working = max(working, *swept)
-        found = {"masks of a block": self.largest * 4 + sum(s.numel() for s in self.shapes.values()) + working + grams}
+        beside = 4 * self.largest * (config.window - 1)  # the block that is tuned, while the next one is made
+        found = {
+            "masks of a block": beside
+            + self.largest * 4
+            + sum(s.numel() for s in self.shapes.values())
+            + working
+            + grams
+        }
         if solved:
             systems = [
                 m.experts * 2 * m.inputs**2 * (config.cg_inputs == "sparse")
@@ -496,7 +516,7 @@ class _Planner:
                 tracker.track_external(block, x)
                 with tracker, torch.no_grad(), _Observed():
                     call(block, x, compute=self.compute)
-            found[name] = _peak(tracker) + (grams if name.startswith("dense pass") else 0)
+            found[name] = _peak(tracker) + (beside + grams if name.startswith("dense pass") else 0)
         if config.eval_texts:
             tracker = _Tracker()
             with shapes_only():
@@ -514,13 +534,13 @@ class _Planner:
         """FLOPs of all passes through all blocks, those of a recomputation among them."""
         one = dataclasses.replace(config, compile=False, update_in_backward=False, gpu_memory=None)
         counted = []
-        with self._fakes(1, config.seqlen, flash=False) as (block, call):
+        with self._fakes(1, config.seqlen, flash=False) as fakes:
+            block, names, forward = self._tuned(*fakes)
             x, masks = (
                 torch.empty(1, config.seqlen, self.width),
-                {n: PackedMask.ones(s) for n, s in self.shapes.items()},
+                {name: PackedMask.ones(block.get_parameter(name).shape) for name in names},
             )
             reconstructor = BlockReconstructor(one, torch.device("cpu"), self.compute)
-            forward = partial(BlockCall.__call__, call, compute=self.compute)
             for grad in (False, True):
                 counter = FlopCounterMode(display=False)
                 with reconstructor.prepared(block, masks, forward) as tuning, counter, torch.set_grad_enabled(grad):
@@ -529,11 +549,14 @@ class _Planner:
                         loss.backward()
                 counted.append(counter.get_total_flops())
         surveyed = choose_masker(config).surveyor is not None
-        passes = 2 + surveyed + (self.config.epochs + 1) / 16  # dense, recovered, and the errors on the probe
+        of_one = [flops / config.window for flops in counted]
+        blocks, probes = len(self.decoder), (self.config.epochs + 1) / 16  # on which errors are measured
+        tuned = blocks + (blocks - 1) * (config.window - 1)
+        passes = blocks * (2 + surveyed) + tuned - blocks  # dense, recovered; in windows the next one, dense
         steps = float(config.epochs if "ebft" in config.recoveries else 0)
         if config.refreshes:
             steps *= 1 + UNTIL * BATCHES / config.refresh_every
-        return float(len(self.decoder) * config.samples * (steps * counted[1] + passes * counted[0]))
+        return config.samples * (tuned * (steps * of_one[1] + probes * of_one[0]) + passes * of_one[0])
 
     def _rates(self) -> dict[str, float]:
         """FLOP/s by name: of the device named, of the one that is here, or of all that are known."""
@@ -547,9 +570,9 @@ class _Planner:
 
 
 def _buffers(config: EBFTConfig) -> int:
-    """Streams of calibration: inputs and targets; the dense block's inputs, mixed ones, targets of the first half."""
+    """Streams of calibration: inputs, targets; the dense block's inputs, mixed ones, targets of a half or a window."""
     dense_inputs = config.uses_dense_inputs and config.target == "dense-stream"
-    return 2 + dense_inputs + (config.input == "mix") + config.by_halves
+    return 2 + dense_inputs + (config.input == "mix") + (config.by_halves or config.by_windows)
 
 
 def _where(config: EBFTConfig, on: str) -> tuple[bool, torch.dtype]:

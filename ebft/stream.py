@@ -299,9 +299,17 @@ class Streams:
 
     def scratch(self) -> Tensor:
         """Room for as much as the targets, where they are; the same one for every block."""
+        return self._room().states
+
+    def look_ahead(self, run: Run) -> Stream:
+        """The targets after the next dense block, in the room of ``scratch``."""
+        self.targets.through(run, out=self._room())
+        return self._room()
+
+    def _room(self) -> Stream:
         if self._scratch is None:
             self._scratch = self.targets.empty("scratch-0")
-        return self._scratch.states
+        return self._scratch
 
     def position(self) -> dict[str, Any] | None:
         """Names of the files that the next block begins with, and their checksums; None where streams are in memory."""

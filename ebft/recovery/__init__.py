@@ -4,17 +4,20 @@ from ebft.recovery.full import FullFineTuning
 from ebft.recovery.halves import HalfByHalf
 from ebft.recovery.layerwise import Layerwise
 from ebft.recovery.lora import LoRA
-from ebft.recovery.task import BlockRecovery, BlockResult, BlockTask, Chain, Forward
+from ebft.recovery.task import BlockRecovery, BlockResult, BlockTask, Chain, Following, Forward
 from ebft.recovery.whole_model import WholeModelRecovery, WholeResult, WholeTask
+from ebft.recovery.windows import InWindows
 
 __all__ = [
     "BlockRecovery",
     "BlockResult",
     "BlockTask",
     "Chain",
+    "Following",
     "Forward",
     "FullFineTuning",
     "HalfByHalf",
+    "InWindows",
     "Layerwise",
     "LoRA",
     "WholeModelRecovery",

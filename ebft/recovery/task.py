@@ -21,6 +21,22 @@ Forward = Callable[[nn.Module, Tensor], Tensor]  # (block, hidden states) -> hid
 
 
 @dataclass(frozen=True)
+class Following:
+    """The block after the one at hand, ahead of its turn.
+
+    Attributes:
+        block, matrices, masks, forward: as in ``BlockTask``; pruned as far as that can be known now.
+        targets: what it should give where the block at hand gives its own targets.
+    """
+
+    block: nn.Module
+    matrices: Sequence[Matrix]
+    masks: Mapping[str, PackedMask]
+    forward: Forward
+    targets: Tensor
+
+
+@dataclass(frozen=True)
 class BlockTask:
     """A pruned block, and what it is recovered from.
 
@@ -39,6 +55,8 @@ class BlockTask:
             the recovery need of it. Who uses it last takes it out, because it may be large.
         on_step: called with (steps done, steps in all).
         scratch: room for as much as ``targets``, where they are; the same one whenever it is asked for.
+        following: makes the next block, with targets in ``scratch``; None for the last block, and where
+            ``config.by_windows`` does not ask for it.
         only: names of the parameters that are recovered; None for all.
         epochs: gives how many a recovery that has epochs may take, from the relative error of the pruned block; None
             for ``config.epochs``.
@@ -58,6 +76,7 @@ class BlockTask:
     statistics: Statistics
     on_step: Callable[[int, int], None]
     scratch: Callable[[], Tensor]
+    following: Callable[[], Following] | None = None
     only: frozenset[str] | None = None
     epochs: Callable[[float], int] | None = None
     error_before: float | None = None
