@@ -146,7 +146,7 @@ class EBFTConfig:
     )
     window: int = _setting(
         1,
-        "blocks that ebft tunes together, towards the dense states after them: 1, or 2, of which the first is then kept",
+        "blocks that ebft tunes together, towards the dense states after them: 1, or 2, of which the first is kept",
     )
     optimizer: str = _setting(
         "adamw",

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -416,17 +416,25 @@ class _Planner:
     @contextlib.contextmanager
     def _fakes(self, batch: int, seqlen: int, flash: bool) -> Iterator[tuple[nn.Module, BlockCall]]:
         """Where tensors are fake: the largest block in float32, and how it is called."""
-        block, call = self.decoder.copy_of_block(self.index).float(), self.decoder.call_for(self.index, batch, seqlen)
-        with shapes_only(kept=1 - self.config.mask_pattern.sparsity, flash=flash):
-            yield block._apply(without_values).requires_grad_(False), call.map_tensors(without_values)
+        with self._window(1, batch, seqlen, flash) as ((block,), call):
+            yield block, call
 
-    def _tuned(self, block: nn.Module, call: BlockCall) -> tuple[nn.Module, list[str], Forward]:
-        """What is tuned together, ``block`` or a window of such; the names of its matrices, and its forward."""
+    @contextlib.contextmanager
+    def _window(self, blocks: int, batch: int, seqlen: int, flash: bool) -> Iterator[tuple[list[nn.Module], BlockCall]]:
+        """The same with so many of it."""
+        copies = [self.decoder.copy_of_block(self.index).float() for _ in range(blocks)]
+        call = self.decoder.call_for(self.index, batch, seqlen)
+        with shapes_only(kept=1 - self.config.mask_pattern.sparsity, flash=flash):
+            fakes = [block._apply(without_values).requires_grad_(False) for block in copies]
+            yield fakes, call.map_tensors(without_values)
+
+    def _tuned(self, blocks: Sequence[nn.Module], call: BlockCall) -> tuple[nn.Module, list[str], Forward]:
+        """What is tuned together, a block or a window of them; the names of its matrices, and its forward."""
         forward: Forward = partial(BlockCall.__call__, call, compute=self.compute)
-        if not self.config.by_windows:
-            return block, list(self.shapes), forward
-        names = [f"{place}.{name}" for place in range(2) for name in self.shapes]
-        return nn.ModuleList([block, copy.deepcopy(block)]), names, in_turn_through(forward, forward)
+        if len(blocks) == 1:
+            return blocks[0], list(self.shapes), forward
+        names = [f"{place}.{name}" for place in range(len(blocks)) for name in self.shapes]
+        return nn.ModuleList(blocks), names, in_turn_through(*[forward] * len(blocks))
 
     def _tuning(self, config: EBFTConfig) -> dict[str, int]:
         """Peak bytes of two steps by row: the first makes the optimizer's states, the second has them."""
@@ -435,9 +443,8 @@ class _Planner:
         planned = min(batch, 2 * size)  # further parts of a batch are like the second
         config = dataclasses.replace(config, compile=False)
         tracker = _Tracker()
-        with self._fakes(size, config.seqlen, flash=self.gpu) as fakes:
-            block, names, through = self._tuned(*fakes)
-            call = fakes[1]
+        with self._window(config.window, size, config.seqlen, flash=self.gpu) as (blocks, call):
+            block, names, through = self._tuned(blocks, call)
             x, y = (torch.empty(planned, config.seqlen, self.width) for _ in range(2))
             masks = {name: PackedMask.from_dense(block.get_parameter(name) != 0) for name in names}
 
@@ -534,7 +541,7 @@ class _Planner:
         """FLOPs of all passes through all blocks, those of a recomputation among them."""
         one = dataclasses.replace(config, compile=False, update_in_backward=False, gpu_memory=None)
         counted = []
-        with self._fakes(1, config.seqlen, flash=False) as fakes:
+        with self._window(config.window, 1, config.seqlen, flash=False) as fakes:
             block, names, forward = self._tuned(*fakes)
             x, masks = (
                 torch.empty(1, config.seqlen, self.width),

@@ -1,9 +1,9 @@
 """--window 2: a block and the one after it are tuned together towards what both should give, and the first is kept.
 
-A block that is tuned alone leaves errors that the next one may enlarge; tuned with it, towards the states after both, it
-leaves those that the next one can take (cross-block reconstruction, arXiv 2406.15524). There windows of two overlap,
+A block that is tuned alone leaves errors that the next one may enlarge; tuned with it, towards the states after both,
+it leaves those that the next one can take (cross-block reconstruction, arXiv 2406.15524). There windows of two overlap,
 and a block goes on in the second from what the first has made of it. Here its tuning in the first is thrown away, and
-begins anew from its pruned weights when its own turn comes: so a finished block is all that a commit has to hold.
+begins anew from its pruned weights when its own turn comes: so finished blocks are all that a commit has to hold.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import random_model
-from faults import assert_same, in_child, job
+from faults import assert_same, job
 from safetensors.torch import load_file
 from several import on_ranks
 from torch import nn
@@ -19,6 +19,12 @@ from ebft.plan import make_plan
 from ebft.stream import Streams
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _light(monkeypatch):
+    """No pictures: these runs are tiny."""
+    monkeypatch.setattr(ebft.pipeline, "report_page", lambda summary, lines: "")
 
 
 @pytest.fixture
@@ -101,31 +107,45 @@ def test_only_the_first_is_kept(watched, short_run, silent, tmp_path):
         assert after < at_first
 
 
-def test_resumed(short_run, tmp_path):
-    """SIGKILL in the midst; the same bits."""
-    given = {"window": 2, "target": "dense-stream", "streams": "disk", "recover": "layerwise+ebft", "eval": ""}
-    assert in_child(job, short_run("whole", **given)) == 0
-    assert in_child(job, short_run("out", **given), 25) < 0
-    assert list((tmp_path / "out.partial" / "commits").glob("block-*"))
-    assert in_child(job, short_run("out", resume=True, **given)) == 0
+class Stop(Exception):
+    """Ends a run in this process."""
+
+
+def test_resumed(short_run, silent, tmp_path, monkeypatch):
+    """After one block of three; the same bits."""
+
+    def run(output, **more):
+        given = short_run(output, window=2, target="dense-stream", streams="disk", eval="", **more)
+        run_ebft(config=EBFTConfig(**given), reporter=silent)
+
+    def stop_at_the_second(job, index, *others):
+        if index == 1:
+            raise Stop
+        return line_of(job, index, *others)
+
+    run("whole")
+    line_of = ebft.pipeline._block_line
+    monkeypatch.setattr(ebft.pipeline, "_block_line", stop_at_the_second)
+    with pytest.raises(Stop):
+        run("out")
+    monkeypatch.setattr(ebft.pipeline, "_block_line", line_of)
+    assert len(list((tmp_path / "out.partial" / "commits").glob("block-*"))) == 1
+    run("out", resume=True)
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
-def test_ranks(short_run, tmp_path):
-    given = {"window": 2, "prune": "sparsegpt", "recompute": "halves", "eval": "", "epochs": 2}
-    assert on_ranks(1, job, short_run("one", **given)) == [0]
-    assert on_ranks(2, job, short_run("several", **given)) == [0, 0]
-    one, several = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "several"))
-    for name, weight in one.items():
-        torch.testing.assert_close(several[name], weight, rtol=1e-3, atol=1e-4)
-
-
-def test_recomputing_changes_nothing(short_run, silent, tmp_path):
-    """Any family with blocks: OPT has no halves, and its windows have."""
+def test_ranks_and_recomputation(short_run, silent, tmp_path):
+    """Two ranks, one process, and one that recomputes its blocks in turn: the last two to the bit."""
+    given = {"window": 2, "prune": "sparsegpt", "eval": "", "epochs": 2}
     for recompute in ("none", "halves"):
-        run_ebft(config=EBFTConfig(**short_run(recompute, window=2, recompute=recompute, eval="")), reporter=silent)
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("none", "halves"))
-    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+        run_ebft(
+            config=EBFTConfig.preset("demo", **short_run(recompute, recompute=recompute, **given)), reporter=silent
+        )
+    assert on_ranks(2, job, short_run("ranks", **given)) == [0, 0]
+    one, other, ranks = (load_file(tmp_path / name / "model.safetensors") for name in ("none", "halves", "ranks"))
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name])
+        torch.testing.assert_close(ranks[name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_the_plan(short_run):
