@@ -499,13 +499,8 @@ class _Planner:
             swept = (4 * SWEPT_INPUTS * m.inputs**2 + SWEPT_WEIGHTS * m.outputs * m.inputs for m in matrices)
             working = max(working, *swept)
         beside = 4 * self.largest * (config.window - 1)  # the block that is tuned, while the next one is made
-        found = {
-            "masks of a block": beside
-            + self.largest * 4
-            + sum(s.numel() for s in self.shapes.values())
-            + working
-            + grams
-        }
+        made = 4 * self.largest + sum(shape.numel() for shape in self.shapes.values())
+        found = {"masks of a block": beside + made + working + grams}
         if solved:
             systems = [
                 m.experts * 2 * m.inputs**2 * (config.cg_inputs == "sparse")

@@ -50,12 +50,14 @@ def watched(monkeypatch):
     "given",
     [
         {"target": "dense-stream", "streams": "disk"},
-        {"target": "dense-stream", "prune": "sparsegpt", "input": "mix"},
+        {"target": "dense-stream", "prune": "sparsegpt", "input": "mix", "teacher": "the model"},
         {"target": "sparse-stream", "recover": "layerwise+ebft", "holdout": 0.3},
     ],
 )
 def test_what_a_window_is_given(given, watched, short_run, silent):
     """Targets against the dense blocks, applied here; the second block as it will be in its own turn."""
+    if "teacher" in given:  # opened apart, so that statistics and targets are of passes of their own
+        given = {**given, "teacher": short_run()["model"]}
     result = run_ebft(config=EBFTConfig(**short_run(window=2, **given)), reporter=silent)
     (ids,), tasks = watched
     dense = Decoder(random_model("llama-gqa"), CPU)
