@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ebft.biases import consumers, with_biases
@@ -24,8 +25,18 @@ from ebft.decoder import Decoder
 from ebft.errors import EBFTError
 from ebft.generation import SELF, Generated, generate
 from ebft.glue import liger_missing
+from ebft.matrices import Matrix
 from ebft.output import OutputFolder, checksum
-from ebft.pruning import Criterion, Masker, make_allocation, make_masker, make_structured_masker
+from ebft.pruning import (
+    Criterion,
+    Masker,
+    Pattern,
+    make_allocation,
+    make_masker,
+    make_structured_masker,
+    mask_of_best,
+)
+from ebft.pruning.units import find_units, removed_by
 from ebft.ranks import Ranks, own_device
 from ebft.reconstruct import BlockReconstructor
 from ebft.recovery import (
@@ -133,7 +144,7 @@ def prepare_job(
     decoder = Decoder(student.model, device, compute, fuse_glue, student.weights)
     dense = decoder
     if teacher is not None or config.teacher is not None:
-        opened = _open(config, teacher or config.teacher, reporter)
+        opened = _with_biases_of(student.model, _open(config, teacher or config.teacher, reporter))
         dense = Decoder(opened.model, device, compute, fuse_glue, opened.weights)
         _check_teacher(decoder, dense)
     _check_masks(config, masker, decoder, recovers_towards_itself=bool(config.block_recoveries) and dense is decoder)
@@ -249,6 +260,15 @@ def _open(config: EBFTConfig, source: str | PreTrainedModel | None, reporter: Re
     else:
         opened = open_model(source, trust_remote_code=config.trust_remote_code, say=reporter.say)
     return with_biases(opened, consumers(opened.model), reporter.say) if config.fills_biases else opened
+
+
+def _with_biases_of(model: PreTrainedModel, teacher: Source) -> Source:
+    """The teacher with biases of 0 where structured pruning has given the model some that it has not got."""
+    own, theirs = (
+        {name.removesuffix(".bias") for name, _ in of.named_parameters() if name.endswith(".bias")}
+        for of in (model, teacher.model)
+    )
+    return with_biases(teacher, sorted(own - theirs), say=lambda sentence: None) if own - theirs else teacher
 
 
 def _calibrate(
@@ -410,11 +430,10 @@ def _check_masks(config: EBFTConfig, masker: Masker, decoder: Decoder, *, recove
             for matrix, mask in masker(name, block, matrices, {}).masks.items():
                 pruned = block.get_parameter(matrix)[~mask.dense()]
                 prunes, changes = prunes or bool(pruned.numel()), changes or bool((pruned != 0).any())
-        else:  # a criterion takes zeros first; does it need more than there are?
-            zeros = [float((block.get_parameter(m.name) == 0).float().mean()) for m in matrices]
-            asked = [allocation.of(name, m.name).sparsity for m in matrices]
-            prunes = prunes or any(asked)
-            changes = changes or any(has < 0.99 * share for has, share in zip(zeros, asked, strict=True))
+        else:
+            asked = [allocation.of(name, m.name) for m in matrices]
+            prunes = prunes or any(pattern.sparsity for pattern in asked)
+            changes = changes or _zeros_are_not_enough(config, name, block, matrices, asked)
         if prunes and changes:
             return
     if not prunes:
@@ -424,6 +443,26 @@ def _check_masks(config: EBFTConfig, masker: Masker, decoder: Decoder, *, recove
             f"--prune {config.prune} prunes only weights that are zero already, so against the model itself the loss "
             "would be 0; give the dense model with --teacher"
         )
+
+
+def _zeros_are_not_enough(
+    config: EBFTConfig, name: str, block: nn.Module, matrices: list[Matrix], asked: list[Pattern]
+) -> bool:
+    """Whether a criterion, which takes zeros first, needs more than ``block`` has."""
+    weights = {matrix.name: block.get_parameter(matrix.name) for matrix in matrices}
+    if config.structured:
+        kept = {of_matrix: weight != 0 for of_matrix, weight in weights.items()}
+        gone = sum(len(removed_by(units, kept)) * units.parameters for units in find_units(name, block, matrices))
+        return gone < 0.99 * config.sparsity * sum(matrix.outputs * matrix.inputs for matrix in matrices)
+
+    def lacks(matrix: Matrix, pattern: Pattern) -> bool:
+        weight = weights[matrix.name]
+        if not pattern.group:
+            return float((weight == 0).float().mean()) < 0.99 * pattern.sparsity
+        experts = matrix.by_expert(weight)
+        return any(bool(expert[~mask_of_best(expert.abs(), pattern, per_row=True)].any()) for expert in experts)
+
+    return any(map(lacks, matrices, asked))
 
 
 # --- the summary --------------------------------------------------------------------------------------------------

@@ -426,11 +426,11 @@ def _walk(job: Job) -> list[dict[str, Any]]:
 
 
 def _prune(job: Job, streams: Streams | None, index: int, block: nn.Module) -> tuple[BlockMasks, Statistics]:
-    """Prune ``block`` by what flows into it; gives the statistics too if the recovery needs them: they may be large."""
-    statistics = _dense_pass(job, streams, index, block) if streams else {}
-    masks = job.masker(job.decoder.names[index], block, job.decoder.matrices[index], statistics)
+    """Prune ``block`` by what flows into it; gives what the recovery needs of the dense one's statistics, if any."""
+    own, dense = _dense_pass(job, streams, index, block) if streams else ({}, {})
+    masks = job.masker(job.decoder.names[index], block, job.decoder.matrices[index], own)
     apply_masks(block, masks.masks)
-    return masks, statistics if job.recovery and job.recovery.needs else {}
+    return masks, dense if job.recovery and job.recovery.needs else {}
 
 
 def _finished_blocks(job: Job) -> dict[int, dict[str, Any]]:
@@ -503,10 +503,10 @@ def _pass_by(job: Job, streams: Streams, index: int) -> None:
         streams.sparse_pass(partial(decoder.run_block, index, saved))
 
 
-def _dense_pass(job: Job, streams: Streams, index: int, block: nn.Module) -> Statistics:
-    """The dense block on its stream: its outputs become the targets, its inputs give statistics."""
-    needs = job.masker.needs | (job.recovery.needs if job.recovery else frozenset())
-    statistics = _observe(job, index, block, needs, streams.dense_source, streams.dense_pass)
+def _dense_pass(job: Job, streams: Streams, index: int, block: nn.Module) -> tuple[Statistics, Statistics]:
+    """The dense block on its stream: its outputs become the targets, its inputs give statistics (see ``_observe``)."""
+    of_dense = job.recovery.needs if job.recovery else frozenset[str]()
+    statistics = _observe(job, index, block, of_dense, streams.dense_source, streams.dense_pass)
     _check_finite(job, index, streams.targets, "the dense block's outputs")
     return statistics
 
@@ -515,27 +515,37 @@ def _observe(
     job: Job,
     index: int,
     block: nn.Module,
-    needs: frozenset[str],
+    of_dense: frozenset[str],
     source: Stream,
     move: Callable[[Run], object],
-) -> Statistics:
+) -> tuple[Statistics, Statistics]:
     """What ``block``, not yet pruned, is given on ``source``, which ``move`` takes through the dense block.
 
-    Where the teacher is another model, the statistics are those of the block that is pruned, from a pass of its own.
+    Returns:
+        what the masker needs to know of ``block``, and ``of_dense`` of the dense one: the same unless the teacher is
+        another model, where each has a pass of its own.
     """
-    decoder, teacher = job.decoder, job.teacher
-    observer = InputObserver(block, decoder.matrices[index], needs)
-    watching = observer.watching() if needs else contextlib.nullcontext()
-    run = partial(decoder.run_block, index, block)
+    decoder, teacher, of_masker = job.decoder, job.teacher, job.masker.needs
     if teacher is decoder:
-        with watching:
-            move(run)
-    else:
-        if needs:
-            with watching, torch.no_grad():
-                for hidden in source.batches():
-                    run(hidden)
-        move(partial(teacher.run_block, index, teacher.working_block(index)))
+        both = _watched(job, decoder, index, block, of_masker | of_dense, move)
+        return both, both
+
+    def run_only(run: Run) -> None:
+        with torch.no_grad():
+            for hidden in source.batches():
+                run(hidden)
+
+    own = _watched(job, decoder, index, block, of_masker, run_only) if of_masker else {}
+    return own, _watched(job, teacher, index, teacher.working_block(index), of_dense, move)
+
+
+def _watched(
+    job: Job, model: Decoder, index: int, block: nn.Module, needs: frozenset[str], move: Callable[[Run], object]
+) -> Statistics:
+    """What flows into the matrices of ``block`` while ``move`` takes a stream through it."""
+    observer = InputObserver(block, model.matrices[index], needs)
+    with observer.watching() if needs else contextlib.nullcontext():
+        move(partial(model.run_block, index, block))
     sum_over_ranks_(observer.statistics, job.sharing)
     return observer.statistics
 
@@ -585,8 +595,8 @@ def _following(job: Job, streams: Streams, index: int) -> Following:
     """The block after ``index``, pruned by what flows into it where block ``index`` gives its targets."""
     decoder, after, ahead = job.decoder, index + 1, list[Stream]()
     block = decoder.working_block(after)
-    statistics = _observe(
-        job, after, block, job.masker.needs, streams.targets, lambda run: ahead.append(streams.look_ahead(run))
+    statistics, _ = _observe(
+        job, after, block, frozenset(), streams.targets, lambda run: ahead.append(streams.look_ahead(run))
     )
     _check_finite(job, index, ahead[0], "the outputs of the dense block after it")
     masks = job.masker(decoder.names[after], block, decoder.matrices[after], statistics).masks

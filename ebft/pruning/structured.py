@@ -91,7 +91,8 @@ class _ByScore:
     given = False
 
     def __init__(self, prune: str, sparsity: float) -> None:
-        self.needs = frozenset({"sums"}) if prune == "flap" else NOTHING  # of the block in the walk, for the bias
+        self._makes_up = prune == "flap"
+        self.needs = frozenset({"sums"}) if self._makes_up else NOTHING  # of the block in the walk
         self._comparison = _Comparison(prune, sparsity)
         self.surveyor: Surveyor | None = self._comparison
         self.name = f"{prune} structured {sparsity:.0%}"
@@ -102,7 +103,7 @@ class _ByScore:
 
     def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
         units = find_units(block_name, block, matrices)
-        return remove(block, units, self._comparison.removed(block_name, units), statistics)
+        return remove(block, units, self._comparison.removed(block_name), statistics if self._makes_up else {})
 
 
 class _Comparison:
@@ -129,7 +130,7 @@ class _Comparison:
     def take(self, concluded: Any) -> None:
         self._removed = concluded
 
-    def removed(self, block_name: str, units: Sequence[Units]) -> list[Tensor]:
+    def removed(self, block_name: str) -> list[Tensor]:
         """The units of each kind that go."""
         return [torch.tensor(gone, dtype=torch.int64) for gone in self._removed[block_name]]
 
@@ -181,10 +182,10 @@ class _Given:
                     f"--structured: {block_name}.{name} is not pruned by whole heads and channels; expected masks that "
                     "are, or no --structured"
                 )
-        return remove(block, units, removed, statistics)
+        return remove(block, units, removed, {})
 
 
-# --- what both do ---------------------------------------------------------------------------------------------------
+# --- what they share ------------------------------------------------------------------------------------------------
 
 
 def standardised(scores: Tensor) -> Tensor:

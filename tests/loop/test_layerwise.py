@@ -174,6 +174,21 @@ def test_first_layers_have_the_same_inputs_in_both_blocks(holdout, config, token
     assert (one - other).abs().max() > 1e-3
 
 
+def test_a_teacher_s_inputs_are_those_of_the_dense_block(tiny, short_run, silent, tmp_path):
+    """The same solution whether zeros are pruned again towards a teacher, or the dense model by their masks."""
+    given = {"cg_inputs": "dense", "eval": "", "target": "dense-stream"}
+    first = run_ebft(config=EBFTConfig(**short_run("first", recover="none", eval="")), reporter=silent)
+    solved = [
+        run_ebft(config=EBFTConfig(**short_run(name, recover="layerwise", **given, **how)), reporter=silent).model
+        for name, how in (
+            ("zeros", {"model": str(first.output), "prune": "zeros", "teacher": str(tiny / "model")}),
+            ("masks", {"prune": str(first.output / "masks.safetensors")}),
+        )
+    ]
+    for one, other in zip(*(model.parameters() for model in solved), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_it_beats_the_pruned_model_and_helps_what_follows(trained, config, silent):
     """On a model that has learned something; a sum of recoveries runs both, each after the other."""
     perplexity = {}

@@ -6,7 +6,7 @@ from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebft import run_ebft
+from ebft import EBFTError, run_ebft
 from ebft.pruning import InputStatistics, Pattern, magnitude, make_masker, mask_of_best, wanda
 
 
@@ -162,3 +162,13 @@ def test_a_masker_may_change_weights_and_look_at_all_blocks_first(trained, confi
     values, before = (result.summary["perplexity"]["builtin"] for result in (doubled, plain))
     assert values["pruned"] == pytest.approx(values["recovered"], rel=1e-6)
     assert values["pruned"] != pytest.approx(before["pruned"], rel=1e-3)
+
+
+def test_zeros_that_no_group_needs_are_not_enough(config, tokenizer, silent):
+    """Half of the weights are 0, but not two of every four: 2:4 has something to prune, and pruned once has not."""
+    model = random_model("llama-gqa")
+    for matrix in (parameter for name, parameter in model.named_parameters() if "_proj" in name):
+        matrix.data[:, ::4] = matrix.data[:, 1::8] = matrix.data[:, 2::8] = 0
+    run_ebft(model, config(pattern="2:4"), tokenizer=tokenizer, reporter=silent)
+    with pytest.raises(EBFTError, match="prunes only weights that are zero already"):
+        run_ebft(model, config(pattern="2:4", overwrite=True), tokenizer=tokenizer, reporter=silent)

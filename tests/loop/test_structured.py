@@ -192,6 +192,29 @@ def test_models_in_memory(family, prune, short_run, tokenizer, silent):
     assert ("MistralForCausalLM has no bias in down_proj and o_proj" in said) == (family == "mistral")
 
 
+def test_only_flap_puts_something_into_biases(short_run, tokenizer):
+    """Also where a recovery looks at the means that it would take."""
+    model = random_model("opt")
+    before = {name: p.clone() for name, p in model.named_parameters() if name.endswith(("fc2.bias", "out_proj.bias"))}
+    settings = {"structured": True, "prune": "magnitude", "sparsity": 0.26, "eval": "", "model": None}
+    settings |= {"recover": "layerwise", "cg_inputs": "dense"}
+    run_ebft(model, EBFTConfig.preset("demo", **short_run(**settings)), tokenizer=tokenizer)
+    assert all(torch.equal(model.get_parameter(name), bias) for name, bias in before.items())
+
+
+def test_pruning_and_recovery_are_two_steps(flap_run, tiny, tmp_path):
+    """A model that pruning has given biases goes by the teacher that has none, and can be pruned further."""
+    first = flap_run(recover="none", output=str(tmp_path / "first"))
+    again = {"model": str(first.output), "teacher": str(tiny / "model"), "recover": "layerwise+ebft"}
+    second = flap_run(prune="zeros", output=str(tmp_path / "second"), **again)
+    assert all(torch.equal(first.masks[name].dense(), mask.dense()) for name, mask in second.masks.items())
+    at_once = flap_run(recover="layerwise+ebft")
+    assert second.blocks[0]["loss_before"] == pytest.approx(at_once.blocks[0]["loss_before"], rel=1e-5)
+    further = flap_run(prune="magnitude", sparsity=0.4, model=str(second.output), output=str(tmp_path / "further"))
+    assert abs(further.summary["sparsity"] - 0.4) < 0.01
+    assert audit(str(further.output), str(tiny / "model")).faults == []
+
+
 @pytest.mark.parametrize(
     ("family", "heads"), [("llama-gqa", 2), ("mistral", 2), ("opt", 4), ("gpt2", 4), ("gpt-neox", 4)]
 )
