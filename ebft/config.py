@@ -48,6 +48,9 @@ class EBFTConfig:
     sparsegpt_damping: float = _setting(
         0.01, "what SparseGPT adds to its Hessian's diagonal, as a share of the mean (--prune sparsegpt)"
     )
+    act_order: bool = _setting(
+        False, "SparseGPT prunes inputs of large activations first (--prune sparsegpt, without --pattern)"
+    )
     allocation: str = _setting(
         "uniform",
         "pruned share of each block: uniform, owl (blocks with outliers keep more), or a JSON file, name -> share",
@@ -62,9 +65,6 @@ class EBFTConfig:
         0.1, "mean error of an output at which its row is done, in the output's unit (--refine dsnot)"
     )
     dsnot_cycles: int = _setting(50, "swaps in a row at most (--refine dsnot)")
-    act_order: bool = _setting(
-        False, "SparseGPT prunes inputs of large activations first (--prune sparsegpt, without --pattern)"
-    )
     sparsity: float = _setting(0.7, "share of each matrix's weights that is pruned, between 0 and 1")
     structured: bool = _setting(
         False, "prune whole heads (KV groups) and MLP channels; --sparsity is then the share of the blocks' parameters"
@@ -86,6 +86,11 @@ class EBFTConfig:
     )
     cg_iterations: int = _setting(20, "iterations of conjugate gradients in each layer (--recover layerwise)")
     cg_damping: float = _setting(0.01, "what holds weights where they were, as a share of the inputs' mean square")
+    cg_inputs: str = _setting(
+        "sparse",
+        "what a layer is solved on: its inputs in the dense block, or those that the layers solved before it give",
+        choices=("dense", "sparse"),
+    )
     lm_lr: float = _setting(
         3e-4, "AdamW learning rate of whole-model recoveries (lora, full), decayed linearly to 0 over their time"
     )
@@ -99,15 +104,10 @@ class EBFTConfig:
     lora_masked: bool = _setting(
         True, "adapters work under the mask while they are tuned, so that the masked merge loses nothing"
     )
-    cg_inputs: str = _setting(
-        "sparse",
-        "what a layer is solved on: its inputs in the dense block, or those that the layers solved before it give",
-        choices=("dense", "sparse"),
-    )
     calibration: str = _setting(
         "c4",
         "c4, wikitext2, builtin, self (text that the dense model writes), a .txt/.jsonl/.parquet file, or several of "
-        "them with their shares of the sequences, such as c4:0.75,self:0.25 (default shares: equal; paper: c4)",
+        "them with their shares of the sequences, such as c4:0.75,self:0.25, or of equal ones",
         metavar="NAME_OR_FILE[:SHARE],…",
     )
     windows: str = _setting(
@@ -153,7 +153,7 @@ class EBFTConfig:
         "AdamW; Lion (the sign of a momentum); or Muon, with AdamW for norms and biases",
         choices=("adamw", "sign", "muon"),
     )
-    lr: float = _setting(2e-4, "learning rate, decayed linearly to 0 in each block")
+    lr: float = _setting(2e-4, "learning rate, which --lr-decay lowers in each block")
     lr_scale: str = _setting(
         "absolute",
         "what --lr is: a learning rate, or a share of the root mean square of each matrix's kept weights",
@@ -689,10 +689,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_flag(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any]) -> None:
-    meta = setting.metadata
-    default = (
-        "" if setting.default in (None, False, "") or "default:" in meta["help"] else f" (paper: {setting.default})"
-    )
+    meta, value = setting.metadata, setting.default
+    said = " ".join(map(str, value)) if isinstance(value, tuple) else "on" if value is True else str(value)
+    unsaid = value is None or value is False or value == "" or "default:" in meta["help"]
+    default = "" if unsaid else f" (paper: {said})"
     options: dict[str, Any] = {"default": None, "help": meta["help"].replace("%", "%%") + default}
     if isinstance(setting.default, bool):
         options["action"] = argparse.BooleanOptionalAction
