@@ -140,12 +140,12 @@ def _unrefined(config: _Settings, criterion: Criterion | None, surgeon: SparseGP
         raise EBFTError(f"--transposable is how a criterion chooses, and --prune is {prune}; expected a criterion")
     if allocation.name:
         raise EBFTError(f"--allocation is how much a criterion prunes, and --prune is {prune}; expected a criterion")
-    return given_masker(prune)
+    return given_masker(prune, allocation.pattern)
 
 
-def given_masker(prune: str) -> Masker:
-    """The masker for masks that are there beforehand: ``zeros``, or those in a file."""
-    return _Zeros() if prune == "zeros" else _FromFile(prune)
+def given_masker(prune: str, pattern: Pattern) -> Masker:
+    """The masker for masks that are there beforehand: ``zeros``, or those in a file; N:M if the ``pattern`` is."""
+    return _Zeros(pattern) if prune == "zeros" else _FromFile(prune, pattern)
 
 
 class _ByCriterion:
@@ -255,19 +255,23 @@ class _Zeros:
     name, needs, given = "zeros that were there", NOTHING, True
     surveyor: Surveyor | None = None
 
+    def __init__(self, pattern: Pattern) -> None:
+        self._pattern = pattern
+
     def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
         pass
 
     def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
-        names = [matrix.name for matrix in matrices]
-        return BlockMasks({name: PackedMask.from_nonzero(block.get_parameter(name)) for name in names})
+        masks = {matrix.name: PackedMask.from_nonzero(block.get_parameter(matrix.name)) for matrix in matrices}
+        return _given("zeros", self._pattern, block_name, matrices, masks)
 
 
 class _FromFile:
     name, needs, given = "masks from a file", NOTHING, True
     surveyor: Surveyor | None = None
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, pattern: Pattern) -> None:
+        self._pattern = pattern
         self._file = file
         try:
             self._masks = load_masks(file)
@@ -291,7 +295,22 @@ class _FromFile:
             raise EBFTError(f"--prune {self._file} has masks for {_some(unknown)}, which the model does not prune")
 
     def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
-        return BlockMasks({matrix.name: self._masks[f"{block_name}.{matrix.name}"] for matrix in matrices})
+        masks = {matrix.name: self._masks[f"{block_name}.{matrix.name}"] for matrix in matrices}
+        return _given(self._file, self._pattern, block_name, matrices, masks)
+
+
+def _given(
+    prune: str, pattern: Pattern, block_name: str, matrices: list[Matrix], masks: dict[str, PackedMask]
+) -> BlockMasks:
+    """Masks that were there, which are N:M where the ``pattern`` says so."""
+    for matrix in matrices if pattern.group else ():
+        name, kept = f"{block_name}.{matrix.name}", masks[matrix.name].dense()
+        pattern.check_shape(name, matrix.outputs, matrix.inputs)
+        if not all(_is_pattern(of_expert, pattern) for of_expert in matrix.by_expert(kept)):
+            raise EBFTError(
+                f"--pattern is {pattern}, and what --prune {prune} keeps of {name} is not; expected one alone"
+            )
+    return BlockMasks(masks)
 
 
 def _some(names: dict[str, PackedMask]) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ebft.errors import EBFTError
 from ebft.matrices import Matrix
 from ebft.pruning.masker import NOTHING, BlockMasks, Masker, Surveyor, given_masker
+from ebft.pruning.pattern import Pattern
 from ebft.pruning.statistics import InputStatistics, Statistics
 from ebft.pruning.uniform import uniform_widths
 from ebft.pruning.units import Units, bias_name, bias_of, find_units, masks_without, removed_by
@@ -84,7 +85,7 @@ def make_structured_masker(prune: str, sparsity: float, *, uniform: bool = False
         raise EBFTError(
             f"--structured: --prune is {prune!r}; expected {', '.join(SCORES)}, zeros or an existing file of masks"
         )
-    return _Given(given_masker(prune))
+    return _Given(given_masker(prune, Pattern(sparsity)))
 
 
 class _ByScore:

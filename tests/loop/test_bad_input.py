@@ -211,6 +211,9 @@ def test_pruned_weights_without_a_teacher(refuse, tmp_path, model, tokenizer):
     for prune, flags in (("zeros", ()), (tmp_path / "masks.safetensors", ()), ("magnitude", ("--sparsity", 0.5))):
         said = refuse("--model", tmp_path / "pruned", "--prune", prune, *flags)
         assert "against the model itself the loss would be 0; give the dense model with --teacher" in said
+    for prune in ("zeros", tmp_path / "masks.safetensors"):
+        said = refuse("--model", tmp_path / "pruned", "--prune", prune, "--pattern", "1:4")
+        assert f"--pattern is 1:4, and what --prune {prune} keeps of model.layers.0." in said
 
 
 def test_a_teacher_of_another_shape(refuse, tmp_path):

@@ -128,7 +128,7 @@ def test_masks_from_a_file(config, silent, tokenizer, tmp_path):
     masks[name] = PackedMask.ones(masks[name].shape)
     save_masks(masks, tmp_path / "other.safetensors")
     given |= {"prune": str(tmp_path / "other.safetensors"), "overwrite": True}
-    with pytest.raises(EBFTError, match=f"the groups of --pattern 2:4, and the mask of {name} is not 2:4"):
+    with pytest.raises(EBFTError, match=f"--pattern is 2:4, and what --prune .* keeps of {name} is not"):
         run_ebft(random_model("llama-gqa"), config(pattern="2:4", **given), tokenizer=tokenizer, reporter=silent)
 
 
