@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 OUTPUT ?= ebft-output
+PARALLEL ?= -n 2 --dist loadfile
 
 .PHONY: help demo test test-all lint format build bench sanitize clean
 
@@ -13,7 +14,7 @@ demo: $(VENV)/.ready  ## prune SmolLM2-135M to 60 %, win its quality back, save 
 	$(RUN) -m ebft.run --output $(OUTPUT) --overwrite
 
 test: $(VENV)/.ready lint  ## lint, types and the tests (under 15 minutes on 2 cores)
-	$(RUN) -m pytest --benchmark-disable -m "not slow"
+	$(RUN) -m pytest $(PARALLEL) --benchmark-disable -m "not slow"
 
 test-all: $(VENV)/.ready lint  ## the slow tests too (they need the extra `tasks`, 340 MB)
 	$(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tasks]'
