@@ -142,7 +142,7 @@ def read_documents(text: str | Iterable[str], use: str, shuffle_seed: int | None
         return iter(builtin_documents(use))
     if text in HUB_TEXTS:
         return _from_hub(text, use, shuffle_seed)
-    return _from_file(text)
+    return _from_file(text, use)
 
 
 def builtin_documents(use: str) -> list[str]:
@@ -187,11 +187,11 @@ def _from_hub(name: str, use: str, shuffle_seed: int | None) -> Iterator[str]:
         raise EBFTError(f"text {name} ({entry['path']}) cannot be read from the hub: {reason}") from None
 
 
-def _from_file(file: str) -> Iterator[str]:
+def _from_file(file: str, use: str) -> Iterator[str]:
     path = Path(file).expanduser()
     kinds = {".txt": None, ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
     if not path.is_file() or path.suffix not in kinds:
-        names = ", ".join((*HUB_TEXTS, "builtin"))
+        names = ", ".join((*HUB_TEXTS, "builtin", *(("self",) if use == "calibration" else ())))
         raise EBFTError(f"text {file!r}: expected {names}, or an existing .txt, .jsonl or .parquet file")
     try:
         if kinds[path.suffix] is None:
