@@ -204,15 +204,16 @@ def test_only_flap_puts_something_into_biases(short_run, tokenizer):
 
 def test_pruning_and_recovery_are_two_steps(flap_run, tiny, tmp_path):
     """A model that pruning has given biases goes by the teacher that has none, and can be pruned further."""
-    first = flap_run(recover="none", output=str(tmp_path / "first"))
-    again = {"model": str(first.output), "teacher": str(tiny / "model"), "recover": "layerwise+ebft"}
+    first = flap_run(recover="none", eval="", output=str(tmp_path / "first"))
+    again = {"model": str(first.output), "teacher": str(tiny / "model"), "recover": "layerwise+ebft", "eval": ""}
     second = flap_run(prune="zeros", output=str(tmp_path / "second"), **again)
     assert all(torch.equal(first.masks[name].dense(), mask.dense()) for name, mask in second.masks.items())
-    at_once = flap_run(recover="layerwise+ebft")
+    at_once = flap_run(recover="layerwise+ebft", eval="")
     assert second.blocks[0]["loss_before"] == pytest.approx(at_once.blocks[0]["loss_before"], rel=1e-5)
-    further = flap_run(prune="magnitude", sparsity=0.4, model=str(second.output), output=str(tmp_path / "further"))
+    more = {"prune": "magnitude", "sparsity": 0.4, "recover": "none", "eval": "", "model": str(second.output)}
+    further = flap_run(output=str(tmp_path / "further"), **more)
     assert abs(further.summary["sparsity"] - 0.4) < 0.01
-    assert audit(str(further.output), str(tiny / "model")).faults == []
+    assert audit(str(further.output), str(second.output)).faults == []
 
 
 @pytest.mark.parametrize(
