@@ -97,6 +97,7 @@ ORDER = {
         "job",
         "plan",
         "survey",
+        "walk",
         "pipeline",
         "audit",
         "compressed",

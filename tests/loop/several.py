@@ -12,7 +12,7 @@ import torch
 from faults import CONTEXT, job
 from torch import nn
 
-from ebft import EBFTConfig, pipeline
+from ebft import EBFTConfig, walk
 from ebft.output import OutputFolder
 from ebft.ranks import joined
 from ebft.reconstruct import BlockReconstructor
@@ -89,7 +89,7 @@ def dies(given: dict, part: str) -> None:
 
     OutputFolder.commit_part = commit_part
     if last and "input" not in given:  # with shared sequences only the first rank commits: the last dies in its work
-        masker = pipeline.apply_masks
+        masker = walk.apply_masks
         seen = []
 
         def apply_masks(block, masks):
@@ -98,5 +98,5 @@ def dies(given: dict, part: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return masker(block, masks)
 
-        pipeline.apply_masks = apply_masks
+        walk.apply_masks = apply_masks
     job(given)

@@ -12,6 +12,7 @@ from torch import nn
 
 import ebft.job
 import ebft.pipeline
+import ebft.walk
 from ebft import BlockReconstructor, EBFTConfig, EBFTError, run_ebft
 from ebft.audit import main as audit
 from ebft.decoder import Decoder
@@ -126,11 +127,11 @@ def test_resumed(short_run, silent, tmp_path, monkeypatch):
         return line_of(job, index, *others)
 
     run("whole")
-    line_of = ebft.pipeline._block_line
-    monkeypatch.setattr(ebft.pipeline, "_block_line", stop_at_the_second)
+    line_of = ebft.walk._block_line
+    monkeypatch.setattr(ebft.walk, "_block_line", stop_at_the_second)
     with pytest.raises(Stop):
         run("out")
-    monkeypatch.setattr(ebft.pipeline, "_block_line", line_of)
+    monkeypatch.setattr(ebft.walk, "_block_line", line_of)
     assert len(list((tmp_path / "out.partial" / "commits").glob("block-*"))) == 1
     run("out", resume=True)
     assert_same(tmp_path / "out", tmp_path / "whole")
