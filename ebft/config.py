@@ -333,6 +333,7 @@ class EBFTConfig:
                 )
         if self.unit == self.recompute == "halves":
             raise EBFTError("--recompute halves of --unit halves would be quarters; expected --recompute none or block")
+        self._check_how_ebft_tunes()
         self._check_window()
         if self.epochs_where == "error":
             self._check_epochs_where()
@@ -388,13 +389,21 @@ class EBFTConfig:
                 "order, joined by +"
             )
 
+    def _check_how_ebft_tunes(self) -> None:
+        """Where it does not, what would have no effect."""
+        usual = {"unit": "block", "window": 1, "optimizer": "adamw", "loss": "mse", "token_weights": "none"}
+        for name, value in {**usual, "refresh_every": 0, "epochs_where": "all"}.items():
+            if "ebft" not in self.recoveries and getattr(self, name) != value:
+                raise EBFTError(
+                    f"{_flag(name)} {getattr(self, name)} is how ebft tunes, and --recover is {self.recover}; expected "
+                    "ebft among it"
+                )
+
     def _check_window(self) -> None:
         if self.window not in (1, 2):
             raise EBFTError(f"--window is {self.window}; expected 1 or 2 blocks")
         if self.window == 1:
             return
-        if "ebft" not in self.recoveries:
-            raise EBFTError(f"--window 2 is how ebft tunes, and --recover is {self.recover}; expected ebft among it")
         others = {
             "--unit halves, which tunes less than a block": self.unit == "halves",
             "--input dense-stream, which makes blocks independent": self.input == "dense-stream",

@@ -84,6 +84,8 @@ def refuse(model, tmp_path, capsys):
         (("--lora-rank", "0"), "--lora-rank is 0; expected a whole number of at least 1"),
         (("--lora-dropout", "0.1"), "--lora-dropout is 0.1, and with --lora-masked adapters are a part of the weight"),
         (("--target", "dense"), "--target is 'dense'; expected one of sparse-stream, dense-stream"),
+        (("--recover", "none", "--loss", "cosine"), "--loss cosine is how ebft tunes, and --recover is none"),
+        (("--recover", "layerwise", "--unit", "halves"), "--unit halves is how ebft tunes, and --recover is layerwise"),
         (("--windows", "all"), "--windows is 'all'; expected one of random-window, packed"),
         (("--dtype", "int8"), "--dtype is 'int8'; expected one of auto"),
         (("--device", "tpu9"), "--device is 'tpu9'; expected cpu, cuda, or cuda:N"),
