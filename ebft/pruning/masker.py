@@ -229,9 +229,10 @@ class _Refined:
         for matrix in matrices:
             weight = block.get_parameter(matrix.name).detach()
             mask = result.masks[matrix.name].dense().to(weight.device)
-            of_experts = zip(
-                matrix.by_expert(weight), matrix.by_expert(mask), statistics.get(matrix.name, []), strict=False
-            )
+            seen = statistics.get(matrix.name) or [InputStatistics.empty(matrix.inputs, weight.device)] * matrix.experts
+            if not all(inputs.tokens for inputs in seen):
+                result.notes.append(f"{matrix.name} (or experts of it) saw no tokens and keeps its mask as it was")
+            of_experts = zip(matrix.by_expert(weight), matrix.by_expert(mask), seen, strict=True)
             for expert_weight, expert_mask, inputs in of_experts:
                 if self._pattern.group and not _is_pattern(expert_mask, self._pattern):
                     raise EBFTError(

@@ -1,5 +1,7 @@
 """RIA and DSnoT, against what they say of one weight or one row at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import random_model
@@ -8,7 +10,8 @@ from several import job, on_ranks
 
 from ebft import EBFTConfig, EBFTError, run_ebft
 from ebft.audit import audit
-from ebft.pruning import InputStatistics, Pattern, SparseGPT, dsnot, magnitude, ria, wanda
+from ebft.matrices import find_matrices
+from ebft.pruning import InputStatistics, Pattern, SparseGPT, dsnot, magnitude, make_masker, ria, wanda
 from ebft_kernels import PackedMask, load_masks, save_masks
 
 
@@ -155,3 +158,12 @@ def test_what_does_not_go_together(config, silent, tokenizer):
     model = random_model("llama-gqa")
     with pytest.raises(EBFTError, match="goes by the dense weights, and the criterion has changed them"):
         run_ebft(model, config(refine="dsnot"), criterion=updating, tokenizer=tokenizer, reporter=silent)
+
+
+def test_a_matrix_that_saw_no_tokens_keeps_its_mask_and_the_report_says_so():
+    model = random_model("llama")
+    block, matrices = model.model.layers[0], find_matrices(model.model.layers[0])
+    config = EBFTConfig(prune="magnitude", refine="dsnot", sparsity=0.5)
+    plain, refined = (make_masker(c)("block", block, matrices, {}) for c in (replace(config, refine="none"), config))
+    assert plain.masks == refined.masks
+    assert all(any(f"{matrix.name} (or experts" in note for note in refined.notes) for matrix in matrices)
