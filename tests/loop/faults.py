@@ -22,6 +22,7 @@ from ebft import EBFTConfig, EBFTError, run_ebft
 from ebft.output import OutputFolder
 from ebft.report import Reporter
 from ebft.run import main
+from ebft.stream import Streams
 
 _ASKING = threading.Lock()
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -113,3 +114,24 @@ def assert_same(one: Path, other: Path) -> None:
 def _lines(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "blocks.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+@contextlib.contextmanager
+def stopped_at_pass(number):
+    """A run inside ends where the sparse stream is moved on for the ``number``-th time; it must come so far."""
+
+    class Stop(Exception):
+        pass
+
+    real, passes = Streams.sparse_pass, []
+
+    def stopped(self, run):
+        passes.append(run)
+        if len(passes) == number:
+            raise Stop
+        return real(self, run)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Streams, "sparse_pass", stopped)
+        with pytest.raises(Stop):
+            yield

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from conftest import random_model
-from faults import assert_same
+from faults import assert_same, stopped_at_pass
 from torch import nn
 
 from ebft import EBFTConfig, run_ebft
 from ebft.decoder import Decoder
 from ebft.matrices import find_matrices
 from ebft.recovery.layerwise import input_groups, inputs_of, masked_least_squares
-from ebft.stream import Streams
 from ebft_kernels import load_masks
 
 CPU = torch.device("cpu")
@@ -206,27 +205,13 @@ def test_it_beats_the_pruned_model_and_helps_what_follows(trained, config, silen
 
 
 @pytest.mark.parametrize("streams", ["host", "disk"])
-def test_a_streamed_run_is_gone_on_with(streams, short_run, silent, tmp_path, monkeypatch):
+def test_a_streamed_run_is_gone_on_with(streams, short_run, silent, tmp_path):
     """Dense targets, so that the dense model's states before and after a block are both needed."""
     given = {"recover": "layerwise", "target": "dense-stream", "streams": streams}
     whole = run_ebft(config=EBFTConfig(**short_run("whole", **given)), reporter=silent)
 
-    class Stop(Exception):
-        pass
-
-    real = Streams.sparse_pass
-    passes = []
-
-    def stopped(self, run):
-        passes.append(run)
-        if len(passes) == 2:
-            raise Stop
-        return real(self, run)
-
-    monkeypatch.setattr(Streams, "sparse_pass", stopped)
-    with pytest.raises(Stop):
+    with stopped_at_pass(2):
         run_ebft(config=EBFTConfig(**short_run(**given)), reporter=silent)
-    monkeypatch.undo()
     run_ebft(config=EBFTConfig(**short_run(**given, resume=True)), reporter=silent)
     assert_same(tmp_path / "out", tmp_path / "whole")
     assert all(line["loss_after"] < line["loss_before"] for line in whole.blocks)

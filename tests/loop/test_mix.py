@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import random_model
-from faults import assert_same
+from faults import assert_same, stopped_at_pass
 
 from ebft import EBFTConfig, EBFTError, run_ebft
 from ebft.decoder import Decoder
@@ -55,26 +55,13 @@ def test_its_ends_are_the_streams(mix, same, short_run, silent, tmp_path):
 
 
 @pytest.mark.parametrize("streams", ["host", "disk"])
-def test_a_run_is_gone_on_with(streams, short_run, silent, tmp_path, monkeypatch):
+def test_a_run_is_gone_on_with(streams, short_run, silent, tmp_path):
     given = {"input": "mix", "target": "dense-stream", "streams": streams, "recover": "layerwise+ebft"}
     whole = run_ebft(config=EBFTConfig(**short_run("whole", **given)), reporter=silent)
     assert all(line["loss_after"] < line["loss_before"] for line in whole.blocks)
 
-    class Stop(Exception):
-        pass
-
-    real, passes = Streams.sparse_pass, []
-
-    def stopped(self, run):
-        passes.append(run)
-        if len(passes) == 3:
-            raise Stop
-        return real(self, run)
-
-    monkeypatch.setattr(Streams, "sparse_pass", stopped)
-    with pytest.raises(Stop):
+    with stopped_at_pass(3):
         run_ebft(config=EBFTConfig(**short_run(**given)), reporter=silent)
-    monkeypatch.undo()
     run_ebft(config=EBFTConfig(**short_run(**given, resume=True)), reporter=silent)
     assert_same(tmp_path / "out", tmp_path / "whole")
 
