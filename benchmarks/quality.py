@@ -33,7 +33,8 @@ from benchmarks.machine import result_file, write_result
 from ebft.audit import audit
 from ebft.calibration import evaluation_tokens
 from ebft.checkpoint import load_tokenizer, open_model
-from ebft.config import ORGANISATION, parse_args
+from ebft.command_line import parse_args
+from ebft.config import ORGANISATION
 from ebft.decoder import Decoder
 from ebft.evaluate import perplexities
 

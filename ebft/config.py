@@ -1,8 +1,7 @@
-"""One dataclass holds every setting of a run; the command line, the YAML file and the presets are made from it."""
+"""One dataclass holds every setting of a run, with the presets; ``ebft/command_line.py`` makes its flags from it."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import re
@@ -13,9 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ebft.devices import DEVICES, HERE
 from ebft.errors import EBFTError
 from ebft.pruning.allocation import LAMBDA
 from ebft.pruning.pattern import Pattern
@@ -247,7 +243,7 @@ class EBFTConfig:
             value, choices = getattr(self, setting.name), setting.metadata["choices"]
             object.__setattr__(self, setting.name, _typed(setting.name, value))
             if choices and value not in choices:
-                raise EBFTError(f"{_flag(setting.name)} is {value!r}; expected one of {', '.join(choices)}")
+                raise EBFTError(f"{flag(setting.name)} is {value!r}; expected one of {', '.join(choices)}")
         if not Path(self.output).expanduser().name:
             raise EBFTError(f"--output is {self.output!r}; expected the path of a folder that has a name")
         if not 0 < self.sparsity < 1:
@@ -256,15 +252,15 @@ class EBFTConfig:
         self._check_recover()
         for name in ("samples", "epochs", "batch_size", "cg_iterations", "patience", "lm_epochs", "lora_rank"):
             if getattr(self, name) < 1:
-                raise EBFTError(f"{_flag(name)} is {getattr(self, name)}; expected a whole number of at least 1")
+                raise EBFTError(f"{flag(name)} is {getattr(self, name)}; expected a whole number of at least 1")
         for name in ("seqlen", "eval_seqlen"):
             if getattr(self, name) < 2:
-                raise EBFTError(f"{_flag(name)} is {getattr(self, name)}; expected a whole number of at least 2")
+                raise EBFTError(f"{flag(name)} is {getattr(self, name)}; expected a whole number of at least 2")
         self.calibration_parts  # noqa: B018  (parses names and shares, so that a wrong one is said now)
         for name in ("warmup", "holdout", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise EBFTError(
-                    f"{_flag(name)} is {getattr(self, name):g}; expected a share from 0 up to, not including, 1"
+                    f"{flag(name)} is {getattr(self, name):g}; expected a share from 0 up to, not including, 1"
                 )
         if not 0 <= self.mix <= 1:
             raise EBFTError(f"--mix is {self.mix:g}; expected a share from 0 to 1")
@@ -277,7 +273,7 @@ class EBFTConfig:
             raise EBFTError(f"--holdout is {self.holdout:g} of 1 sequence; expected --samples 2 or more")
         for name in ("lr", "weight_decay", "clip", "cg_damping", "lm_lr", "lora_alpha", "sparsegpt_damping"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise EBFTError(f"{_flag(name)} is {getattr(self, name)}; expected a finite number of at least 0")
+                raise EBFTError(f"{flag(name)} is {getattr(self, name)}; expected a finite number of at least 0")
         if self.lm_seconds is not None and not 0 < self.lm_seconds < float("inf"):
             raise EBFTError(f"--lm-seconds is {self.lm_seconds:g}; expected a finite number above 0")
         if self.lora_dropout and self.lora_masked:
@@ -322,7 +318,7 @@ class EBFTConfig:
             )
         for name in ("gpu_memory", "host_memory", "max_shard_size"):
             if getattr(self, name) is not None:
-                parse_bytes(getattr(self, name), _flag(name))
+                parse_bytes(getattr(self, name), flag(name))
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
             raise EBFTError(f"--micro-batch is {self.micro_batch}; expected 1 to {self.batch_size}, the --batch-size")
         for name, other in (("recompute", "none or block"), ("unit", "block")):
@@ -395,7 +391,7 @@ class EBFTConfig:
         for name, value in {**usual, "refresh_every": 0, "epochs_where": "all"}.items():
             if "ebft" not in self.recoveries and getattr(self, name) != value:
                 raise EBFTError(
-                    f"{_flag(name)} {getattr(self, name)} is how ebft tunes, and --recover is {self.recover}; expected "
+                    f"{flag(name)} {getattr(self, name)} is how ebft tunes, and --recover is {self.recover}; expected "
                     "ebft among it"
                 )
 
@@ -439,10 +435,10 @@ class EBFTConfig:
         ):
             given = getattr(self, name)
             if self.optimizer != "adamw" and given != usual:
-                said = _flag(name) if given is True else f"{_flag(name)} {given}"
+                said = flag(name) if given is True else f"{flag(name)} {given}"
                 raise EBFTError(
                     f"{said} is a layout of AdamW, and --optimizer is {self.optimizer}; expected "
-                    f"{f'no {said}' if given is True else f'{_flag(name)} {usual}'} or --optimizer adamw"
+                    f"{f'no {said}' if given is True else f'{flag(name)} {usual}'} or --optimizer adamw"
                 )
 
     def _check_refresh(self) -> None:
@@ -632,38 +628,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def parse_args(argv: Sequence[str] | None = None) -> tuple[EBFTConfig, str | None]:
-    """The run that a command line asks for; and where only its plan is wanted (``--plan``), on which device.
-
-    Later beats earlier: preset, then ``--config`` file, then flags. With no ``--preset`` it is ``paper`` where a
-    model is named and ``demo`` where none is.
-    """
-    parser = _Parser(
-        prog="python -m ebft.run",
-        description="Prune a decoder and win its quality back, block by block.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="starting settings (default: paper; no model: demo)")
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings from a YAML file, over the preset's")
-    parser.add_argument(
-        "--plan",
-        nargs="?",
-        const=HERE,
-        choices=(HERE, *DEVICES),
-        metavar="|".join((HERE, *DEVICES)),
-        help="print what the run would need on this machine or on a named GPU, and stop",
-    )
-    for setting in dataclasses.fields(EBFTConfig):
-        _add_flag(parser, setting)
-    given = vars(parser.parse_args(argv))
-    preset, file, plan = given.pop("preset"), given.pop("config"), given.pop("plan")
-    settings = _read_yaml(file) if file else {}
-    from_file = settings.pop("preset", None)
-    preset = preset or from_file
-    settings.update({name: value for name, value in given.items() if value is not None})
-    return EBFTConfig.preset(preset or ("paper" if settings.get("model") else "demo"), **settings), plan
-
-
 def parse_bytes(text: str, what: str) -> int:
     """``"8GiB"``, ``"500MB"`` … as a number of bytes; ``EBFTError`` about ``what`` for anything else."""
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
@@ -690,30 +654,6 @@ def apportion(total: int, shares: Sequence[float]) -> list[int]:
     return parts
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, with errors in the sentence that every other error has."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise EBFTError(message)
-
-
-def _add_flag(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any]) -> None:
-    meta, value = setting.metadata, setting.default
-    said = " ".join(map(str, value)) if isinstance(value, tuple) else "on" if value is True else str(value)
-    unsaid = value is None or value is False or value == "" or "default:" in meta["help"]
-    default = "" if unsaid else f" (paper: {said})"
-    options: dict[str, Any] = {"default": None, "help": meta["help"].replace("%", "%%") + default}
-    if isinstance(setting.default, bool):
-        options["action"] = argparse.BooleanOptionalAction
-    elif setting.name == "betas":
-        options |= {"nargs": 2, "metavar": ("BETA1", "BETA2")}
-    elif meta["choices"]:
-        options["metavar"] = "|".join(meta["choices"])
-    elif meta["metavar"]:
-        options["metavar"] = meta["metavar"]
-    parser.add_argument(_flag(setting.name), **options)
-
-
 def _names_and_shares(mixture: str) -> list[tuple[str, float | None]]:
     """``a:0.5,b:0.5`` as names and shares; a file that is there wins, whatever commas and colons its name has."""
     pieces, found = mixture.split(","), []
@@ -734,7 +674,8 @@ def _name_and_share(part: str) -> tuple[str, float | None]:
     return part, None
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """The command line's name of a setting."""
     return "--" + name.replace("_", "-")
 
 
@@ -752,7 +693,7 @@ def _typed(name: str, value: Any) -> Any:
         return None
     kind = kinds[0] if kinds else wanted
     expected = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, "two numbers")
-    fault = EBFTError(f"{_flag(name)} is {value!r}; expected {expected}")
+    fault = EBFTError(f"{flag(name)} is {value!r}; expected {expected}")
     try:
         if kind is bool:
             if not isinstance(value, bool):
@@ -775,13 +716,3 @@ def _typed(name: str, value: Any) -> Any:
         return (float(first), float(second))
     except (TypeError, ValueError, OverflowError):
         raise fault from None
-
-
-def _read_yaml(file: str) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise EBFTError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise EBFTError(f"--config {file} holds {type(settings).__name__}; expected settings as 'name: value' lines")
-    return {str(name).replace("-", "_"): value for name, value in settings.items()}

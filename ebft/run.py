@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ebft.config import EBFTConfig, parse_args
+from ebft.command_line import parse_args
+from ebft.config import EBFTConfig
 from ebft.errors import EBFTError
 from ebft.output import SUMMARY, OutputFolder, is_kept
 from ebft.pipeline import run_ebft

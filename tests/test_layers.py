@@ -79,6 +79,7 @@ ORDER = {
         "matrices",
         "pruning",
         "config",
+        "command_line",
         "report",
         "report_page",
         "weights",

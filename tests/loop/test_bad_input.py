@@ -351,7 +351,8 @@ def test_a_criterion_that_gives_no_mask(criterion, says, config, silent, tokeniz
 
 
 def test_settings_from_yaml_are_those_of_the_flags(tmp_path):
-    from ebft.config import EBFTConfig, parse_args
+    from ebft.command_line import parse_args
+    from ebft.config import EBFTConfig
 
     wanted = EBFTConfig.preset("paper", model="x/y", sparsity=0.5, betas=(0.9, 0.99), fused=True)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(wanted.to_dict()))
