@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import platform
 import time
 from collections.abc import Callable, Iterable
@@ -36,7 +37,7 @@ from ebft.pruning import (
     make_structured_masker,
     mask_of_best,
 )
-from ebft.pruning.units import find_units, removed_by
+from ebft.pruning.units import bias_name, find_units, removed_by
 from ebft.ranks import Ranks, own_device
 from ebft.reconstruct import BlockReconstructor
 from ebft.recovery import (
@@ -147,7 +148,7 @@ def prepare_job(
         opened = _with_biases_of(student.model, _open(config, teacher or config.teacher, reporter))
         dense = Decoder(opened.model, device, compute, fuse_glue, opened.weights)
         _check_teacher(decoder, dense)
-    _check_masks(config, masker, decoder, recovers_towards_itself=bool(config.block_recoveries) and dense is decoder)
+    _check_masks(config, masker, decoder, dense)
 
     needs_calibration = recovers or bool(masker.needs) or masker.surveyor is not None
     if tokenizer is None and not isinstance(source, PreTrainedModel):
@@ -394,32 +395,37 @@ def check_lengths(config: EBFTConfig, model: PretrainedConfig) -> None:
 
 
 def _check_teacher(decoder: Decoder, teacher: Decoder) -> None:
+    """Structured pruning may have left the model less of every matrix and its bias; all else is the same in both."""
     if len(teacher) != len(decoder):
         raise EBFTError(f"--teacher has {len(teacher)} blocks; expected {len(decoder)}, as the model has")
     for index, name in enumerate(decoder.names):
-        shapes = {n: tuple(p.shape) for n, p in decoder.stored_block(index).named_parameters()}
-        theirs = {n: tuple(p.shape) for n, p in teacher.stored_block(index).named_parameters()}
+        shapes, theirs = (
+            {n: tuple(p.shape) for n, p in of.stored_block(index).named_parameters()} for of in (decoder, teacher)
+        )
+        may_be_less = {n for m in decoder.matrices[index] for n in (m.name, bias_name(m))}
         for parameter in sorted(shapes.keys() | theirs.keys()):
-            if shapes.get(parameter) != theirs.get(parameter):
-                raise EBFTError(
-                    f"--teacher has {theirs.get(parameter)} for {name}.{parameter}; "
-                    f"expected {shapes.get(parameter)}, as the model has"
-                )
-    ours, its = (_shape_settings(either.model) for either in (decoder, teacher))
+            own, its = shapes.get(parameter), theirs.get(parameter)
+            if own != its and not (parameter in may_be_less and _is_part_of(own, its)):
+                raise EBFTError(f"--teacher has {its} for {name}.{parameter}; expected {own}, as the model has")
+    ours, of_teacher = (_shape_settings(either.model) for either in (decoder, teacher))
     for setting, value in ours.items():
-        if its[setting] != value:
-            raise EBFTError(f"--teacher has {setting} {its[setting]}; expected {value}, as the model has")
+        if of_teacher[setting] != value:
+            raise EBFTError(f"--teacher has {setting} {of_teacher[setting]}; expected {value}, as the model has")
+
+
+def _is_part_of(shape: tuple[int, ...] | None, whole: tuple[int, ...] | None) -> bool:
+    return shape is not None and whole is not None and len(shape) == len(whole) and all(map(operator.le, shape, whole))
 
 
 def _shape_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """What two models can differ in although all their blocks are alike in shape."""
+    """What two models can differ in although all their blocks are alike in shape, or one's a part of the other's."""
     config = model.config.get_text_config()
-    names = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
-    rows = model.get_input_embeddings().weight.shape[0]
-    return {"vocabulary": rows, **{name: getattr(config, name, None) for name in names}}
+    settings = {name: getattr(config, name, None) for name in ("model_type", "hidden_size", "max_position_embeddings")}
+    settings["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {"vocabulary": model.get_input_embeddings().weight.shape[0], **settings}
 
 
-def _check_masks(config: EBFTConfig, masker: Masker, decoder: Decoder, *, recovers_towards_itself: bool) -> None:
+def _check_masks(config: EBFTConfig, masker: Masker, decoder: Decoder, teacher: Decoder) -> None:
     """Whatever can be known of the masks before the walk: widths, names, shapes, and that there is something to do."""
     masker.check(decoder.names, [decoder.stored_block(index) for index in range(len(decoder))], decoder.matrices)
     allocation, prunes = make_allocation(config.allocation, config.mask_pattern), False
@@ -436,13 +442,18 @@ def _check_masks(config: EBFTConfig, masker: Masker, decoder: Decoder, *, recove
             changes = changes or _zeros_are_not_enough(config, name, block, matrices, asked)
         if prunes and changes:
             return
-    if not prunes:
+    if not prunes and _parameters(decoder) == _parameters(teacher):
         raise EBFTError(f"--prune {config.prune} prunes nothing: it keeps every weight of every block")
-    if recovers_towards_itself:
+    if config.block_recoveries and teacher is decoder:
         raise EBFTError(
             f"--prune {config.prune} prunes only weights that are zero already, so against the model itself the loss "
             "would be 0; give the dense model with --teacher"
         )
+
+
+def _parameters(decoder: Decoder) -> int:
+    """Of all matrices of all blocks."""
+    return sum(m.experts * m.outputs * m.inputs for matrices in decoder.matrices for m in matrices)
 
 
 def _zeros_are_not_enough(

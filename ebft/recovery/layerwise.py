@@ -76,14 +76,17 @@ class Layerwise:
         else:
             some = task.inputs[: self._at_once].to(self._device).float()
             groups = self._ranks.first(lambda: input_groups(task.block, task.matrices, task.forward, some))
+        narrower: list[str] = []
         for done, group in enumerate(groups):
             if on_dense_inputs:
                 products = [InputProducts.of_dense(seen) for seen in statistics.pop(group[0].name)]
             else:
                 products = self._products(task, dense, group[0], rows)
-            notes += self._solve(task, dense, group, products)
+            narrower += self._solve(task, dense, group, products)
             task.on_step(done + 1, len(groups))
         unseen = [matrix.name for matrix in task.matrices if all(matrix not in group for group in groups)]
+        if narrower:
+            notes.append(f"layerwise: the dense block has more of {', '.join(narrower)}; left as pruned")
         if unseen:
             notes.append(f"layerwise: the block does not multiply {', '.join(unseen)}; left as pruned")
 
@@ -138,12 +141,15 @@ class Layerwise:
     def _solve(
         self, task: BlockTask, dense: nn.Module, matrices: list[Matrix], products: list[InputProducts]
     ) -> list[str]:
-        """Solve layers that have the same inputs, in place; gives notes."""
-        notes = []
+        """Solve layers that have the same inputs, in place; gives the names of those that cannot be.
+
+        These are narrower than the dense block's in outputs, or in inputs too where ``products`` are of the dense ones.
+        """
+        narrower = []
         for matrix in matrices:
             own, of_dense = (matrix.by_expert(block.get_parameter(matrix.name)) for block in (task.block, dense))
             if own.shape[1] != of_dense.shape[1] or own.shape[2] != products[0].gram.shape[0]:
-                notes.append(f"layerwise: {matrix.name} is smaller than the dense block's; left as pruned")
+                narrower.append(matrix.name)
                 continue
             offset = _offset(task.block, dense, matrix)
             kept = matrix.by_expert(task.masks[matrix.name].dense().to(self._device))
@@ -160,7 +166,7 @@ class Layerwise:
                         damping=self._config.cg_damping,
                     )
                 )
-        return notes
+        return narrower
 
 
 def _parts(rows: Tensor, at_once: int) -> list[Tensor]:

@@ -228,7 +228,7 @@ def test_a_teacher_of_another_shape(refuse, tmp_path):
     random_model("llama", vocab_size=400).save_pretrained(tmp_path / "mute")
     assert "--teacher has vocabulary 400; expected 512" in refuse("--teacher", tmp_path / "mute")
     random_model("llama", num_attention_heads=8, num_key_value_heads=8).save_pretrained(tmp_path / "heads")
-    assert "--teacher has num_attention_heads 8; expected 4" in refuse("--teacher", tmp_path / "heads")
+    assert "--teacher has head_dim 4; expected 8" in refuse("--teacher", tmp_path / "heads")
 
 
 def test_output_folders(refuse, tmp_path, model):

@@ -1,5 +1,7 @@
 """Structured pruning: what a unit is, which ones go, and that nothing of them is left in what is saved."""
 
+import re
+
 import pytest
 import torch
 from conftest import random_model
@@ -251,6 +253,28 @@ def test_a_run_of_uniform_widths_measures_what_it_saves(flap_run, tiny):
     assert any(saved[name].any() for name in saved if name.endswith("down_proj.bias"))
     assert {mask.density() for mask in result.masks.values()} == {1.0}
     assert audit(str(result.output), str(tiny / "model")).faults == []
+
+
+@pytest.mark.parametrize(
+    ("on", "left"),
+    [
+        ({"recover": "ebft"}, ""),
+        ({"recover": "ebft", "unit": "halves"}, ""),
+        ({"recover": "layerwise+ebft"}, "q k v gate up"),
+        ({"recover": "layerwise+ebft", "cg_inputs": "dense"}, "q k v o gate up down"),
+    ],
+)
+def test_a_model_of_uniform_widths_is_recovered_against_its_wider_teacher(flap_run, tiny, tmp_path, on, left):
+    """The closed form has an aim where a layer has all outputs of the dense one, and inputs of its own."""
+    first = flap_run(uniform=True, recover="none", eval="", sparsity=0.26, output=str(tmp_path / "first"))
+    two_steps = {"structured": False, "prune": "zeros", "model": str(first.output), "teacher": str(tiny / "model")}
+    second = flap_run(**two_steps, **{"eval": "", "lr": 1e-3, **on})
+    assert {mask.density() for mask in second.masks.values()} == {1.0}
+    assert audit(str(second.output), str(first.output)).faults == []
+    for block in second.blocks:
+        assert block["loss_after"] < block["loss_before"]
+        said = [note for note in block["notes"] if "the dense block has more of" in note]
+        assert re.findall(r"(\w+)_proj", " ".join(said)) == left.split()
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "opt", "gpt2", "gpt-neox"])
