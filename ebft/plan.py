@@ -27,13 +27,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ebft.calibration import builtin_documents
 from ebft.checkpoint import DEFAULT_MODEL, load_config
+from ebft.checks import check_lengths
 from ebft.config import EBFTConfig, parse_bytes
 from ebft.decoder import BlockCall, Decoder, autocast, find_blocks
 from ebft.devices import DEVICES, HERE, SHARE
 from ebft.errors import EBFTError
 from ebft.evaluate import TOKENS_AT_ONCE
 from ebft.generation import SELF, WRITTEN_AT_ONCE
-from ebft.job import check_lengths, choose_device, choose_masker
+from ebft.job import choose_device, choose_masker
 from ebft.pruning import InputStatistics
 from ebft.pruning.statistics import PRODUCTS
 from ebft.pruning.transposable import ENTRIES_AT_ONCE

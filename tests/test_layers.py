@@ -95,6 +95,7 @@ ORDER = {
         "zero_shot",
         "recovery",
         "reconstruct",
+        "checks",
         "job",
         "plan",
         "survey",
