@@ -74,6 +74,7 @@ OPTIONS = {
     "sign": ("--optimizer", "sign", "--lr", "0.002"),
     "muon": ("--optimizer", "muon"),
     "halves": ("--unit", "halves"),
+    "pairs of blocks": ("--unit", "pair"),
     "mask refresh": ("--refresh-every", "8", "--refresh-share", "0.05"),
     "held-out stop": ("--holdout", "0.125"),
     "self-generated text": ("--calibration", "self"),

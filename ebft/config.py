@@ -121,7 +121,7 @@ class EBFTConfig:
     recompute: str = _setting(
         "none",
         "activations that are made again in the backward pass: those of the block, or of its attention and MLP in turn "
-        "(with --window 2 of its blocks)",
+        "(of --unit pair its two blocks)",
         choices=("none", "block", "halves"),
     )
     weights: str = _setting(
@@ -137,12 +137,9 @@ class EBFTConfig:
     compile: bool = _setting(False, "run the block through torch.compile while it is tuned")
     unit: str = _setting(
         "block",
-        "what ebft tunes at once: a block, or its attention and then its MLP, each towards the dense one's output",
-        choices=("block", "halves"),
-    )
-    window: int = _setting(
-        1,
-        "blocks that ebft tunes together, towards the dense states after them: 1, or 2, of which the first is kept",
+        "what ebft tunes at once: a block; its attention and then its MLP, each towards the dense one's output; or a "
+        "block with the next one, towards the dense states after both, of which the first is kept",
+        choices=("block", "halves", "pair"),
     )
     optimizer: str = _setting(
         "adamw",
@@ -330,7 +327,7 @@ class EBFTConfig:
         if self.unit == self.recompute == "halves":
             raise EBFTError("--recompute halves of --unit halves would be quarters; expected --recompute none or block")
         self._check_how_ebft_tunes()
-        self._check_window()
+        self._check_pair()
         if self.epochs_where == "error":
             self._check_epochs_where()
         self._check_optimizer()
@@ -387,7 +384,7 @@ class EBFTConfig:
 
     def _check_how_ebft_tunes(self) -> None:
         """Where it does not, what would have no effect."""
-        usual = {"unit": "block", "window": 1, "optimizer": "adamw", "loss": "mse", "token_weights": "none"}
+        usual = {"unit": "block", "optimizer": "adamw", "loss": "mse", "token_weights": "none"}
         for name, value in {**usual, "refresh_every": 0, "epochs_where": "all"}.items():
             if "ebft" not in self.recoveries and getattr(self, name) != value:
                 raise EBFTError(
@@ -395,13 +392,10 @@ class EBFTConfig:
                     "ebft among it"
                 )
 
-    def _check_window(self) -> None:
-        if self.window not in (1, 2):
-            raise EBFTError(f"--window is {self.window}; expected 1 or 2 blocks")
-        if self.window == 1:
+    def _check_pair(self) -> None:
+        if self.unit != "pair":
             return
         others = {
-            "--unit halves, which tunes less than a block": self.unit == "halves",
             "--input dense-stream, which makes blocks independent": self.input == "dense-stream",
             "--epochs-where error, which goes by errors of single blocks": self.epochs_where == "error",
             "--refresh-every, whose masks of the second block would be thrown away": self.refresh_every > 0,
@@ -409,7 +403,7 @@ class EBFTConfig:
         }
         for other, given in others.items():
             if given:
-                raise EBFTError(f"--window 2 tunes two blocks together, and does not go with {other}; expected one")
+                raise EBFTError(f"--unit pair tunes two blocks together, and does not go with {other}; expected one")
 
     def _check_epochs_where(self) -> None:
         if not self.holdout:
@@ -536,9 +530,14 @@ class EBFTConfig:
         return self.unit == "halves" and "ebft" in self.recoveries
 
     @property
-    def by_windows(self) -> bool:
+    def by_pairs(self) -> bool:
         """Whether a block is tuned together with the next one."""
-        return self.window == 2
+        return self.unit == "pair"
+
+    @property
+    def blocks_at_once(self) -> int:
+        """How many blocks are tuned together."""
+        return 2 if self.by_pairs else 1
 
     @property
     def calibration_parts(self) -> dict[str, int]:

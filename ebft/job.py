@@ -39,7 +39,7 @@ from ebft.recovery import (
     Chain,
     FullFineTuning,
     HalfByHalf,
-    InWindows,
+    InPairs,
     Layerwise,
     LoRA,
     WholeModelRecovery,
@@ -212,8 +212,8 @@ def _block_recovery(
 
     def reconstruction() -> BlockRecovery:
         whole = BlockReconstructor(config, device, compute, sharing)
-        if config.by_windows:
-            return InWindows(config, device, whole, sharing)
+        if config.by_pairs:
+            return InPairs(config, device, whole, sharing)
         return HalfByHalf(config, device, whole, sharing) if config.by_halves else whole
 
     made: dict[str, Callable[[], BlockRecovery]] = {

@@ -43,8 +43,8 @@ from ebft.recovery import Forward
 from ebft.recovery.halves import halves
 from ebft.recovery.layerwise import ROWS_AT_ONCE
 from ebft.recovery.losses import Loss
+from ebft.recovery.pairs import in_turn_through
 from ebft.recovery.refresh import BATCHES, UNTIL
-from ebft.recovery.windows import in_turn_through
 from ebft.report import duration
 from ebft.shapes import shapes_only, without_values
 from ebft.zero_shot import BATCH
@@ -292,7 +292,7 @@ class _Planner:
     def _has_halves(self) -> bool:
         masks = {name: PackedMask.ones((1, 1)) for name in self.shapes}
         try:
-            return self.config.by_windows or bool(halves(self.decoder.stored_block(self.index), masks))
+            return self.config.by_pairs or bool(halves(self.decoder.stored_block(self.index), masks))
         except EBFTError:
             return False
 
@@ -389,7 +389,7 @@ class _Planner:
             rows["the whole model, on its way to the GPU"] = self.parameters * stored
         if "ebft" in config.recoveries:
             a_weight = 4 if config.weights == "fp32" else 2
-            rows["the best weights of a block"] = config.window * self.largest * a_weight
+            rows["the best weights of a block"] = config.blocks_at_once * self.largest * a_weight
         if config.streams not in ("device", "disk"):
             rows["streams"] = self._streams(config)
         return rows
@@ -417,11 +417,11 @@ class _Planner:
     @contextlib.contextmanager
     def _fakes(self, batch: int, seqlen: int, flash: bool) -> Iterator[tuple[nn.Module, BlockCall]]:
         """Where tensors are fake: the largest block in float32, and how it is called."""
-        with self._window(1, batch, seqlen, flash) as ((block,), call):
+        with self._blocks(1, batch, seqlen, flash) as ((block,), call):
             yield block, call
 
     @contextlib.contextmanager
-    def _window(self, blocks: int, batch: int, seqlen: int, flash: bool) -> Iterator[tuple[list[nn.Module], BlockCall]]:
+    def _blocks(self, blocks: int, batch: int, seqlen: int, flash: bool) -> Iterator[tuple[list[nn.Module], BlockCall]]:
         """The same with so many of it."""
         copies = [self.decoder.copy_of_block(self.index).float() for _ in range(blocks)]
         call = self.decoder.call_for(self.index, batch, seqlen)
@@ -430,7 +430,7 @@ class _Planner:
             yield fakes, call.map_tensors(without_values)
 
     def _tuned(self, blocks: Sequence[nn.Module], call: BlockCall) -> tuple[nn.Module, list[str], Forward]:
-        """What is tuned together, a block or a window of them; the names of its matrices, and its forward."""
+        """What is tuned together, a block or a pair; the names of its matrices, and its forward."""
         forward: Forward = partial(BlockCall.__call__, call, compute=self.compute)
         if len(blocks) == 1:
             return blocks[0], list(self.shapes), forward
@@ -444,7 +444,7 @@ class _Planner:
         planned = min(batch, 2 * size)  # further parts of a batch are like the second
         config = dataclasses.replace(config, compile=False)
         tracker = _Tracker()
-        with self._window(config.window, size, config.seqlen, flash=self.gpu) as (blocks, call):
+        with self._blocks(config.blocks_at_once, size, config.seqlen, flash=self.gpu) as (blocks, call):
             block, names, through = self._tuned(blocks, call)
             x, y = (torch.empty(planned, config.seqlen, self.width) for _ in range(2))
             masks = {name: PackedMask.from_dense(block.get_parameter(name) != 0) for name in names}
@@ -499,7 +499,7 @@ class _Planner:
         if grams:
             swept = (4 * SWEPT_INPUTS * m.inputs**2 + SWEPT_WEIGHTS * m.outputs * m.inputs for m in matrices)
             working = max(working, *swept)
-        beside = 4 * self.largest * (config.window - 1)  # the block that is tuned, while the next one is made
+        beside = 4 * self.largest * (config.blocks_at_once - 1)  # the block that is tuned, while the next one is made
         made = 4 * self.largest + sum(shape.numel() for shape in self.shapes.values())
         found = {"masks of a block": beside + made + working + grams}
         if solved:
@@ -537,7 +537,7 @@ class _Planner:
         """FLOPs of all passes through all blocks, those of a recomputation among them."""
         one = dataclasses.replace(config, compile=False, update_in_backward=False, gpu_memory=None)
         counted = []
-        with self._window(config.window, 1, config.seqlen, flash=False) as fakes:
+        with self._blocks(config.blocks_at_once, 1, config.seqlen, flash=False) as fakes:
             block, names, forward = self._tuned(*fakes)
             x, masks = (
                 torch.empty(1, config.seqlen, self.width),
@@ -552,10 +552,10 @@ class _Planner:
                         loss.backward()
                 counted.append(counter.get_total_flops())
         surveyed = choose_masker(config).surveyor is not None
-        of_one = [flops / config.window for flops in counted]
+        of_one = [flops / config.blocks_at_once for flops in counted]
         blocks, probes = len(self.decoder), (self.config.epochs + 1) / 16  # on which errors are measured
-        tuned = blocks + (blocks - 1) * (config.window - 1)
-        passes = blocks * (2 + surveyed) + tuned - blocks  # dense, recovered; in windows the next one, dense
+        tuned = blocks + (blocks - 1) * (config.blocks_at_once - 1)
+        passes = blocks * (2 + surveyed) + tuned - blocks  # dense, recovered; in pairs the next one, dense
         steps = float(config.epochs if "ebft" in config.recoveries else 0)
         if config.refreshes:
             steps *= 1 + UNTIL * BATCHES / config.refresh_every
@@ -573,9 +573,9 @@ class _Planner:
 
 
 def _buffers(config: EBFTConfig) -> int:
-    """Streams of calibration: inputs, targets; the dense block's inputs, mixed ones, targets of a half or a window."""
+    """Streams of calibration: inputs, targets; the dense block's inputs, mixed ones, targets of a half or a pair."""
     dense_inputs = config.uses_dense_inputs and config.target == "dense-stream"
-    return 2 + dense_inputs + (config.input == "mix") + (config.by_halves or config.by_windows)
+    return 2 + dense_inputs + (config.input == "mix") + (config.by_halves or config.by_pairs)
 
 
 def _where(config: EBFTConfig, on: str) -> tuple[bool, torch.dtype]:

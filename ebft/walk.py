@@ -237,7 +237,7 @@ def _recover(
 
 
 def _has_following(job: Job, index: int) -> bool:
-    return job.config.by_windows and index + 1 < len(job.decoder)
+    return job.config.by_pairs and index + 1 < len(job.decoder)
 
 
 def _following(job: Job, streams: Streams, index: int) -> Following:

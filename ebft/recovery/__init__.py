@@ -4,9 +4,9 @@ from ebft.recovery.full import FullFineTuning
 from ebft.recovery.halves import HalfByHalf
 from ebft.recovery.layerwise import Layerwise
 from ebft.recovery.lora import LoRA
+from ebft.recovery.pairs import InPairs
 from ebft.recovery.task import BlockRecovery, BlockResult, BlockTask, Chain, Following, Forward
 from ebft.recovery.whole_model import WholeModelRecovery, WholeResult, WholeTask
-from ebft.recovery.windows import InWindows
 
 __all__ = [
     "BlockRecovery",
@@ -17,7 +17,7 @@ __all__ = [
     "Forward",
     "FullFineTuning",
     "HalfByHalf",
-    "InWindows",
+    "InPairs",
     "Layerwise",
     "LoRA",
     "WholeModelRecovery",

@@ -56,7 +56,7 @@ class BlockTask:
         on_step: called with (steps done, steps in all).
         scratch: room for as much as ``targets``, where they are; the same one whenever it is asked for.
         following: makes the next block, with targets in ``scratch``; None for the last block, and where
-            ``config.by_windows`` does not ask for it.
+            ``config.by_pairs`` does not ask for it.
         only: names of the parameters that are recovered; None for all.
         epochs: gives how many a recovery that has epochs may take, from the relative error of the pruned block; None
             for ``config.epochs``.

@@ -1,4 +1,4 @@
-"""--window 2: a block and the one after it are tuned together towards what both should give, and the first is kept.
+"""--unit pair: a block and the one after it are tuned together towards what both should give, and the first is kept.
 
 A block that is tuned alone leaves errors that the next one may enlarge; tuned with it, towards the states after both,
 it leaves those that the next one can take (cross-block reconstruction, arXiv 2406.15524). There windows of two overlap,
@@ -19,11 +19,11 @@ from ebft.ranks import Ranks
 from ebft.recovery.task import BlockRecovery, BlockResult, BlockTask, Errors, Forward, Split, samples_of_all
 
 
-class InWindows:
+class InPairs:
     """Tunes each block together with the next one, and the last one alone.
 
     Args:
-        alone: what tunes a window, as if it were a block; it looks at nothing of the dense block but its outputs.
+        alone: what tunes a pair, as if it were a block; it looks at nothing of the dense block but its outputs.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class InWindows:
         return self._alone.needs
 
     def recover(self, task: BlockTask) -> BlockResult:
-        """Tune ``task.block`` in its window; errors are those of the block itself, losses those of the window."""
+        """Tune ``task.block`` in its pair; errors are those of the block itself, losses those of the pair."""
         if task.following is None:
             return self._alone.recover(task)
         config = self._config
@@ -48,7 +48,7 @@ class InWindows:
         held_out = split.held_out if len(split.held_out) else None
         before, held_out_before = of_block(split.probe), None if held_out is None else of_block(held_out)
 
-        result = self._alone.recover(_window(task))
+        result = self._alone.recover(_pair(task))
         return replace(
             result,
             error_before=before,
@@ -59,7 +59,7 @@ class InWindows:
         )
 
 
-def _window(task: BlockTask) -> BlockTask:
+def _pair(task: BlockTask) -> BlockTask:
     """The block of ``task`` and the following one as one block, whose parameters' names begin with 0 and 1."""
     assert task.following is not None
     following = task.following()
@@ -80,10 +80,10 @@ def _window(task: BlockTask) -> BlockTask:
 
 
 def in_turn_through(*forwards: Forward) -> Forward:
-    """Hidden states through the blocks of a window in turn, each called in its own way."""
+    """Hidden states through the blocks of a pair in turn, each called in its own way."""
 
-    def forward(window: nn.Module, hidden: Tensor) -> Tensor:
-        for through, block in zip(forwards, window.children(), strict=True):
+    def forward(blocks: nn.Module, hidden: Tensor) -> Tensor:
+        for through, block in zip(forwards, blocks.children(), strict=True):
             hidden = through(block, hidden)
         return hidden
 

@@ -1,4 +1,4 @@
-"""--window 2: a block and the next one towards the dense states after both, of which the first is kept."""
+"""--unit pair: a block and the next one towards the dense states after both, of which the first is kept."""
 
 import copy
 
@@ -59,7 +59,7 @@ def test_what_a_window_is_given(given, watched, short_run, silent):
     """Targets against the dense blocks, applied here; the second block as it will be in its own turn."""
     if "teacher" in given:  # opened apart, so that statistics and targets are of passes of their own
         given = {**given, "teacher": short_run()["model"]}
-    result = run_ebft(config=EBFTConfig(**short_run(window=2, **given)), reporter=silent)
+    result = run_ebft(config=EBFTConfig(**short_run(unit="pair", **given)), reporter=silent)
     (ids,), tasks = watched
     dense = Decoder(random_model("llama-gqa"), CPU)
 
@@ -68,30 +68,30 @@ def test_what_a_window_is_given(given, watched, short_run, silent):
             hidden = dense.run_block(index, dense.working_block(index), hidden)
         return hidden
 
-    *windows, (_, last, _, _) = tasks
-    assert [len(list(window)) for _, window, _, _ in windows] == [2, 2]
+    *pairs, (_, last, _, _) = tasks
+    assert [len(list(pair)) for _, pair, _, _ in pairs] == [2, 2]
     assert not isinstance(last, nn.ModuleList)  # which is tuned alone
-    alone = [window[0] for _, window, _, _ in windows[1:]] + [last]
-    for index, ((task, window, inputs, targets), in_its_turn) in enumerate(zip(windows, alone, strict=True)):
+    alone = [pair[0] for _, pair, _, _ in pairs[1:]] + [last]
+    for index, ((task, pair, inputs, targets), in_its_turn) in enumerate(zip(pairs, alone, strict=True)):
         of_dense = given["target"] == "dense-stream"
         expected = through(0, index + 1, dense.enter(ids)) if of_dense else through(index, index + 1, inputs)
         torch.testing.assert_close(targets, expected)
-        out = dense.run_block(index + 1, window[1], dense.run_block(index, window[0], inputs))
-        torch.testing.assert_close(task.forward(window, inputs), out)
+        out = dense.run_block(index + 1, pair[1], dense.run_block(index, pair[0], inputs))
+        torch.testing.assert_close(task.forward(pair, inputs), out)
         assert list(task.masks) == [matrix.name for matrix in task.matrices]
         assert len(task.masks) == 14
         for name, mask in task.masks.items():
             assert 0.6 < 1 - mask.density() < 0.8
-            assert torch.count_nonzero(window.get_parameter(name)[~mask.dense()]) == 0
+            assert torch.count_nonzero(pair.get_parameter(name)[~mask.dense()]) == 0
         if of_dense:
             for name, weight in in_its_turn.named_parameters():
-                assert torch.equal(weight, window[1].get_parameter(name)), name
+                assert torch.equal(weight, pair[1].get_parameter(name)), name
     assert all(line["losses"][0] > 0 and line["epochs"] == 1 for line in result.blocks)
 
 
 def test_only_the_first_is_kept(watched, short_run, silent, tmp_path):
-    """What is saved of a block is what its own window made of it; errors are its own."""
-    result = run_ebft(config=EBFTConfig(**short_run(window=2, epochs=2, lr=3e-3)), reporter=silent)
+    """What is saved of a block is what its own pair made of it; errors are its own."""
+    result = run_ebft(config=EBFTConfig(**short_run(unit="pair", epochs=2, lr=3e-3)), reporter=silent)
     assert audit([str(tmp_path / "out")]) == 0
     _, tasks = watched
     saved = load_file(tmp_path / "out" / "model.safetensors")
@@ -118,7 +118,7 @@ def test_resumed(short_run, silent, tmp_path, monkeypatch):
     """After one block of three; the same bits."""
 
     def run(output, **more):
-        given = short_run(output, window=2, target="dense-stream", streams="disk", eval="", **more)
+        given = short_run(output, unit="pair", target="dense-stream", streams="disk", eval="", **more)
         run_ebft(config=EBFTConfig(**given), reporter=silent)
 
     def stop_at_the_second(job, index, *others):
@@ -139,7 +139,7 @@ def test_resumed(short_run, silent, tmp_path, monkeypatch):
 
 def test_ranks_and_recomputation(short_run, silent, tmp_path):
     """Two ranks, one process, and one that recomputes its blocks in turn: the last two to the bit."""
-    given = {"window": 2, "prune": "sparsegpt", "eval": "", "epochs": 2}
+    given = {"unit": "pair", "prune": "sparsegpt", "eval": "", "epochs": 2}
     for recompute in ("none", "halves"):
         run_ebft(
             config=EBFTConfig.preset("demo", **short_run(recompute, recompute=recompute, **given)), reporter=silent
@@ -153,7 +153,7 @@ def test_ranks_and_recomputation(short_run, silent, tmp_path):
 
 def test_the_plan(short_run):
     """Twice the states and the best weights, half as many streams again, and the work of the blocks that are tuned."""
-    one, two = (make_plan(EBFTConfig(**short_run(window=window, eval="", epochs=200))) for window in (1, 2))
+    one, two = (make_plan(EBFTConfig(**short_run(unit=unit, eval="", epochs=200))) for unit in ("block", "pair"))
     for row in ("weights", "optimizer states"):
         assert two.device[row] == 2 * one.device[row]
     assert two.device["activations"] > 1.5 * one.device["activations"]
@@ -165,9 +165,7 @@ def test_the_plan(short_run):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"window": 3}, "--window is 3; expected 1 or 2"),
         ({"recover": "layerwise"}, "--recover is layerwise; expected ebft among it"),
-        ({"unit": "halves"}, "does not go with --unit halves"),
         ({"input": "dense-stream"}, "does not go with --input dense-stream"),
         ({"epochs_where": "error", "holdout": 0.1}, "does not go with --epochs-where error"),
         ({"refresh_every": 10}, "does not go with --refresh-every"),
@@ -176,4 +174,4 @@ def test_the_plan(short_run):
 )
 def test_what_it_does_not_go_with(given, sentence):
     with pytest.raises(EBFTError, match=sentence):
-        EBFTConfig(**{"window": 2, **given})
+        EBFTConfig(**{"unit": "pair", **given})
