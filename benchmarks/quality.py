@@ -80,6 +80,8 @@ OPTIONS = {
     "self-generated text": ("--calibration", "self"),
 }
 
+SIX_MINUTES = ("--lm-lr", "1e-3", "--lm-seconds", "360", "--lm-epochs", "100000")  # of LoRA
+
 METHODS = {
     "none": Method(("--recover", "none")),
     "dsnot": Method(("--refine", "dsnot", "--recover", "none"), prunes=True),
@@ -90,11 +92,12 @@ METHODS = {
     "paper-small": Method(("--preset", "paper")),
     **{f"paper-small, lr {lr}": Method(("--preset", "paper", "--lr", lr)) for lr in ("6e-4", "1e-3", "2e-3")},
     "light": Method(("--preset", "light")),
+    "light, then lora": Method(("--preset", "light", "--batch-size", "4", "--recover", "ebft+lora", *SIX_MINUTES)),
     "best": Method(("--preset", "best")),
     **{f"light, {name}": Method(("--preset", "light", *flags)) for name, flags in OPTIONS.items()},
     **{
         f"lora, lr {lr}": Method(("--recover", "lora", "--lm-lr", lr), as_long_as="paper-small")
-        for lr in ("1e-4", "3e-4", "1e-3")
+        for lr in ("1e-4", "3e-4", "1e-3", "3e-3")
     },
 }
 STRUCTURED = "structured 26%"
