@@ -203,7 +203,8 @@ def _cell(
     blocks = [json.loads(line) for line in (output / "blocks.jsonl").read_text("utf-8").splitlines()]
     row = {"method": method, "target": target, "seed": seed, "flags": flags, "perplexity": perplexity}
     row["seconds"] = sum(s for stage, s in summary["stage_seconds"].items() if stage not in NOT_WORK)
-    row["memory_bytes"] = max(block["peak_memory_bytes"] for block in blocks)
+    of_whole_model = [summary[name] for name in ("lora", "full") if name in summary]
+    row["memory_bytes"] = max(part["peak_memory_bytes"] for part in (*blocks, *of_whole_model))
     row["sparsity"] = summary["sparsity"]
     row["blocks"] = {name: [block[name] for block in blocks] for name in _ERRORS}
     row["versions"], row["audited"] = summary["versions"], True

@@ -34,7 +34,7 @@ from ebft.report import Reporter, model_card
 from ebft.report_page import report_page
 from ebft.stream import Store
 from ebft.survey import survey
-from ebft.walk import apply_masks, not_finite, say_notes, walk
+from ebft.walk import apply_masks, begin_peak_memory, not_finite, peak_memory, say_notes, walk
 from ebft.weights import ShardedWeights
 from ebft_kernels import PackedMask, load_masks
 
@@ -258,6 +258,7 @@ def _recover_whole(job: Job, name: str) -> dict[str, Any]:
 
     def make() -> dict[str, Any]:
         assert job.calibration is not None
+        begin_peak_memory(decoder.device)
         model = decoder.whole(out.block)
         recovered.update({block: model.get_submodule(block) for block in decoder.names})
         with job.reporter.progress(name, 1) as advance:
@@ -278,6 +279,7 @@ def _recover_whole(job: Job, name: str) -> dict[str, Any]:
             "held_out_before": result.held_out_before,
             "held_out_after": result.held_out_after,
             "seconds": result.seconds,
+            "peak_memory_bytes": peak_memory(decoder.device),
             "notes": result.notes,
         }
         if result.left_out:

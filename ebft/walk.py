@@ -48,8 +48,7 @@ def walk(job: Job) -> list[dict[str, Any]]:
                     _pass_by(job, streams, index)
                 continue
             began = time.perf_counter()
-            if decoder.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(decoder.device)
+            begin_peak_memory(decoder.device)
             block = decoder.working_block(index)
             masks, statistics = _prune(job, streams, index, block)
             kept_apart = masks.changed or job.config.refreshes  # the pruned block is not the dense one under its masks
@@ -284,7 +283,7 @@ def _block_line(job: Job, index: int, masks: BlockMasks, result: BlockResult | N
         "seconds": seconds,
         "tuning_seconds": 0.0,
         "epochs": 0,
-        "peak_memory_bytes": _peak_memory(job.decoder.device),
+        "peak_memory_bytes": peak_memory(job.decoder.device),
         "implementations": implementations(job.decoder),
         "notes": masks.notes,
     }
@@ -319,8 +318,14 @@ def _block_note(line: dict[str, Any]) -> str:
     return "; ".join([said, *line["notes"]])
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak within the block on a GPU; on a CPU, the process's peak resident memory so far."""
+def begin_peak_memory(device: torch.device) -> None:
+    """What ``peak_memory`` gives on a GPU is from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak since ``begin_peak_memory`` on a GPU; on a CPU, the process's peak resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -234,6 +234,7 @@ def test_runs(family, changes, config, silent, tokenizer, tmp_path):
         assert sum(entry["losses"][-3:]) < sum(entry["losses"][:3])
         assert name != "full" or "lora" in summary or entry["held_out_after"] < entry["held_out_before"]
         assert 0 < entry["seconds"] <= summary["stage_seconds"][name]
+        assert entry["peak_memory_bytes"] >= max(block["peak_memory_bytes"] for block in result.blocks)
         assert f"Language-model loss ({name})" in page
     if "lora" in changes["recover"]:
         plain = summary["lora"]["plain_merge"]
