@@ -26,7 +26,7 @@ from ebft.ranks import Ranks
 from ebft.recovery import BlockResult, BlockTask, Forward
 from ebft.recovery.epochs import MOST
 from ebft.recovery.halves import halves
-from ebft.recovery.losses import Loss, Measured
+from ebft.recovery.losses import Loss, Measured, measured_by_token
 from ebft.recovery.optimizers import MaskedOptimizer, make_optimizer
 from ebft.recovery.rates import learning_rate, set_scales
 from ebft.recovery.recompute import recompute, recomputed
@@ -134,8 +134,8 @@ class BlockReconstructor:
         """Tune ``block`` in place.
 
         Where tuning ends worse than it began, or no longer in numbers, the best weights seen between epochs are kept.
-        With ``holdout`` the best are those of the least error on the samples held out; they are kept in any case, and
-        tuning ends ``patience`` epochs after them.
+        With ``holdout`` the best are those of the least error of a token, by its size, on the samples held out; they
+        are kept in any case, and tuning ends ``patience`` epochs after them.
 
         Args:
             block: float32, on the device; its weights at pruned places are set to zero and stay so.
@@ -173,7 +173,8 @@ class BlockReconstructor:
             best = _Best(block, refresh.masks)
             watch: _Watch = _Probe(best, before)
             if len(split.held_out):
-                watch = _HeldOut(best, before, lambda: judged(split.held_out), config.patience)
+                judge = partial(measured_by_token, errors, through, split.held_out)
+                watch = _HeldOut(best, before, judge, config.patience)
             step, began = 0, time.perf_counter()
             for epoch in range(most):
                 order = batch_order(len(split.tuned), config.seed, index, epoch)
@@ -471,13 +472,11 @@ class _HeldOut:
             return [], now.error
         what = _what(now)
         kept = f"the weights of epoch {self._best_epoch} were kept" if self._best_epoch else "no epoch's were kept"
-        rise = f"the {what} on held-out sequences rose from {self._least.loss:.3g} to {self._last.loss:.3g}"
-        if now.loss < self._kept.loss:
-            rise = (
-                f"over-fitting: the calibration {what} fell from {self._kept.loss:.3g} to {now.loss:.3g}, while {rise}"
-            )
+        rise = f"that of a held-out token rose from {self._least.loss:.3g} to {self._last.loss:.3g} of its size"
+        said = f"the calibration {what} went from {self._kept.loss:.3g} to {now.loss:.3g}, and {rise}"
+        over_fitting = "over-fitting: " if now.loss < self._kept.loss else ""
         self._best.restore()
-        return [f"{rise} in epoch {self._epochs}; {kept}"], self._kept.error
+        return [f"{over_fitting}{said} in epoch {self._epochs}; {kept}"], self._kept.error
 
 
 def _what(measured: Measured) -> str:

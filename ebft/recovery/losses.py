@@ -25,6 +25,24 @@ class Measured(NamedTuple):
     loss: float
 
 
+@torch.no_grad()
+def measured_by_token(errors: Errors, forward: Callable[[Tensor], Tensor], numbers: Tensor) -> Measured:
+    """A block on samples held out: error, and the mean over tokens of ||f_t - Y_t||^2 / ||Y_t||^2. A sync point.
+
+    The next block sees hidden states through a norm, so an error counts by the size of its token. In the plain error
+    the few tokens whose states are enormous (attention sinks, arXiv 2402.17762) outweigh all others, and what becomes
+    of the sinks of a few sequences says little of the rest.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=errors.device)
+    for x, y in errors.batches(numbers):
+        squares = (forward(x) - y).square().mean(-1)
+        size = y.square().mean(-1).clamp_min(torch.finfo(y.dtype).tiny)
+        totals += len(x) * torch.stack([squares.mean(), (squares / size).mean()])
+    errors.ranks.add_([totals])
+    error, loss = (totals / len(numbers)).tolist()
+    return Measured(error, loss)
+
+
 @dataclass(frozen=True)
 class Loss:
     """The mean over tokens t of   w_t ( mean over channels j of c_j (f_tj - Y_tj)^2  +  s (1 - cos(f_t, Y_t)) ).

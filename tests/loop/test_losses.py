@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ebft import BlockReconstructor, EBFTConfig
 from ebft.ranks import Ranks
-from ebft.recovery.losses import Loss
+from ebft.recovery.losses import Loss, measured_by_token
 from ebft.recovery.task import Errors, Split
 from ebft_kernels import PackedMask
 
@@ -112,3 +112,20 @@ def test_tuning_lowers_it_and_reports_the_plain_error(loss, token_weights, holdo
     assert sum(result.losses[:steps]) / steps == pytest.approx(first, rel=0.25)
     if token_weights == "norm":  # the others come nearer, whatever becomes of the sinks
         assert F.mse_loss(block(x)[:, 1:], y[:, 1:]) < 0.7 * F.mse_loss(pruned(x)[:, 1:], y[:, 1:])
+
+
+def test_held_out_sequences_are_judged_by_each_token_s_error_over_its_size():
+    """Tuning brings all tokens nearer but a few enormous ones, which are nearly all of the plain error."""
+    torch.manual_seed(0)
+    block, x = Block().requires_grad_(False), torch.randn(16, 8, 8)
+    y, mask = block(x), PackedMask.from_dense(torch.rand(12, 8) > 0.5)
+    mask.zero_pruned_(block.up.weight)
+    split, settings = Split.of(16, 0.25, Ranks()), EBFTConfig(holdout=0.25, lr=3e-3, epochs=6, batch_size=4)
+    pruned, held = copy.deepcopy(block), split.held_out
+    y[held, 0] = pruned(x)[held, 0] - 100 * (y - pruned(x))[held, 0]
+    errors = Errors(x, y, split, CPU, Ranks(), at_once=3)
+    ratios = (pruned(x)[held].double() - y[held]).square().sum(-1) / y[held].double().square().sum(-1)
+    assert measured_by_token(errors, pruned, held) == pytest.approx((errors.of(pruned, held), float(ratios.mean())))
+    result = BlockReconstructor(settings, CPU).fit(block, x, y, masks={"up.weight": mask})
+    assert result.held_out_after > result.held_out_before
+    assert F.mse_loss(block(x)[held, 1:], y[held, 1:]) < 0.9 * F.mse_loss(pruned(x)[held, 1:], y[held, 1:])
