@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,13 @@ from ebft.ranks import Ranks
 from ebft.recovery import BlockResult, BlockTask, Forward
 from ebft.recovery.epochs import MOST
 from ebft.recovery.halves import halves
-from ebft.recovery.losses import Loss, Measured, measured_by_token
+from ebft.recovery.losses import Loss, measured_by_token
 from ebft.recovery.optimizers import MaskedOptimizer, make_optimizer
 from ebft.recovery.rates import learning_rate, set_scales
 from ebft.recovery.recompute import recompute, recomputed
 from ebft.recovery.refresh import BATCHES, MaskRefresh
 from ebft.recovery.task import Errors, Split, batch_order, samples_of_all
+from ebft.recovery.watch import Best, HeldOut, Probe, Watch
 from ebft.stream import carry
 from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, mask_linears_
 
@@ -170,11 +171,11 @@ class BlockReconstructor:
             steps = most * -(-len(split.tuned) // config.batch_size)
             losses, norms = torch.zeros(steps, device=self._device), torch.zeros(steps, device=self._device)
             refresh = MaskRefresh(config, block, masks, tuning.optimizer, steps)
-            best = _Best(block, refresh.masks)
-            watch: _Watch = _Probe(best, before)
+            best = Best(block, refresh.masks)
+            watch: Watch = Probe(best, before)
             if len(split.held_out):
                 judge = partial(measured_by_token, errors, through, split.held_out)
-                watch = _HeldOut(best, before, judge, config.patience)
+                watch = HeldOut(best, before, judge, config.patience)
             step, began = 0, time.perf_counter()
             for epoch in range(most):
                 order = batch_order(len(split.tuned), config.seed, index, epoch)
@@ -360,125 +361,3 @@ def _masked_layers(block: nn.Module, masks: Mapping[str, PackedMask]) -> Iterato
             layer = block.get_submodule(path)
             assert isinstance(layer, MaskedLinear)
             setattr(block.get_submodule(parent), last, layer.to_linear())
-
-
-class _Best:
-    """The weights with the least loss so far, on the host, and their masks.
-
-    Args:
-        masks: those in force, which may be changed.
-    """
-
-    def __init__(self, block: nn.Module, masks: dict[str, PackedMask]) -> None:
-        self._tuned = [parameter for parameter in block.parameters() if parameter.requires_grad]
-        self._kept = [torch.empty_like(p, device="cpu", pin_memory=p.is_cuda, requires_grad=False) for p in self._tuned]
-        self._loss, self._masks, self._kept_masks = math.inf, masks, dict(masks)
-
-    @torch.no_grad()
-    def see(self, loss: float) -> bool:
-        """Keep the weights as they are now if ``loss``, which is theirs, is the least (the first are kept anyway)."""
-        if least := loss <= self._loss or math.isinf(self._loss):
-            self._loss, self._kept_masks = loss, dict(self._masks)
-            for kept, parameter in zip(self._kept, self._tuned, strict=True):
-                kept.copy_(parameter, non_blocking=True)
-        return least
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Bring them back."""
-        self._masks.update(self._kept_masks)
-        for kept, parameter in zip(self._kept, self._tuned, strict=True):
-            parameter.copy_(kept)
-
-
-class _Watch(Protocol):
-    """Looks at a block after every epoch: is it done, and which weights are kept?
-
-    Attributes:
-        held_out_before, held_out_after: as in ``BlockResult``.
-    """
-
-    held_out_before: float | None
-
-    @property
-    def held_out_after(self) -> float | None:
-        """See above."""
-
-    def done(self, now: Measured) -> bool:
-        """After an epoch, which this is measured on the probe after: whether more epochs are of no use."""
-
-    def end(self, now: Measured) -> tuple[list[str], float]:
-        """After the last one: notes, and the error on the probe of the weights kept, which the block then has."""
-
-
-class _Probe:
-    """No samples are held out: the last weights are kept, but where tuning diverged."""
-
-    held_out_before: float | None = None
-    held_out_after: float | None = None
-
-    def __init__(self, best: _Best, before: Measured) -> None:
-        self._best, self._before, self._least, self._epochs = best, before, before, 0
-        best.see(before.loss)
-
-    def done(self, now: Measured) -> bool:
-        self._epochs += 1
-        if self._best.see(now.loss):
-            self._least = now
-        return False
-
-    def end(self, now: Measured) -> tuple[list[str], float]:
-        if now.loss <= self._before.loss:
-            return [], now.error
-        self._best.restore()
-        what = _what(now)
-        note = (
-            f"tuning diverged: the {what} was {self._before.loss:.3g} before it and {now.loss:.3g} after epoch "
-            f"{self._epochs}; the best weights seen, of {what} {self._least.loss:.3g}, were kept"
-        )
-        return [note], self._least.error
-
-
-class _HeldOut:
-    """Samples are held out: the weights that do best on them are kept, and no more than ``patience`` epochs follow.
-
-    Args:
-        before: on the probe, before the first epoch.
-        judge: measures the block as it is on the held-out samples.
-    """
-
-    def __init__(self, best: _Best, before: Measured, judge: Callable[[], Measured], patience: int) -> None:
-        self._judge, self._patience = judge, patience
-        self._last = self._least = judge()
-        self.held_out_before: float | None = self._last.error
-        self._best, self._kept, self._epochs, self._best_epoch = best, before, 0, 0
-        best.see(self._last.loss)
-
-    @property
-    def held_out_after(self) -> float | None:
-        """See ``_Watch``."""
-        return self._least.error
-
-    def done(self, now: Measured) -> bool:
-        self._epochs += 1
-        self._last = self._judge()
-        if self._last.loss < self._least.loss:
-            self._least, self._kept, self._best_epoch = self._last, now, self._epochs
-            self._best.see(self._last.loss)
-        return self._epochs - self._best_epoch >= self._patience
-
-    def end(self, now: Measured) -> tuple[list[str], float]:
-        if self._best_epoch == self._epochs:
-            return [], now.error
-        what = _what(now)
-        kept = f"the weights of epoch {self._best_epoch} were kept" if self._best_epoch else "no epoch's were kept"
-        rise = f"that of a held-out token rose from {self._least.loss:.3g} to {self._last.loss:.3g} of its size"
-        said = f"the calibration {what} went from {self._kept.loss:.3g} to {now.loss:.3g}, and {rise}"
-        over_fitting = "over-fitting: " if now.loss < self._kept.loss else ""
-        self._best.restore()
-        return [f"{over_fitting}{said} in epoch {self._epochs}; {kept}"], self._kept.error
-
-
-def _what(measured: Measured) -> str:
-    """What a block is judged by, in a word: the loss, where that is something else than the error."""
-    return "error" if measured.loss == measured.error or math.isnan(measured.loss) else "loss"

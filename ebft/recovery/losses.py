@@ -25,24 +25,6 @@ class Measured(NamedTuple):
     loss: float
 
 
-@torch.no_grad()
-def measured_by_token(errors: Errors, forward: Callable[[Tensor], Tensor], numbers: Tensor) -> Measured:
-    """A block on samples held out: error, and the mean over tokens of ||f_t - Y_t||^2 / ||Y_t||^2. A sync point.
-
-    The next block sees hidden states through a norm, so an error counts by the size of its token. In the plain error
-    the few tokens whose states are enormous (attention sinks, arXiv 2402.17762) outweigh all others, and what becomes
-    of the sinks of a few sequences says little of the rest.
-    """
-    totals = torch.zeros(2, dtype=torch.float64, device=errors.device)
-    for x, y in errors.batches(numbers):
-        squares = (forward(x) - y).square().mean(-1)
-        size = y.square().mean(-1).clamp_min(torch.finfo(y.dtype).tiny)
-        totals += len(x) * torch.stack([squares.mean(), (squares / size).mean()])
-    errors.ranks.add_([totals])
-    error, loss = (totals / len(numbers)).tolist()
-    return Measured(error, loss)
-
-
 @dataclass(frozen=True)
 class Loss:
     """The mean over tokens t of   w_t ( mean over channels j of c_j (f_tj - Y_tj)^2  +  s (1 - cos(f_t, Y_t)) ).
@@ -139,13 +121,39 @@ class Loss:
         if self.plain:
             error = errors.of(forward, numbers)
             return Measured(error, error)
-        totals = torch.zeros(2, dtype=torch.float64, device=errors.device)
-        for x, y in errors.batches(numbers):
-            output = forward(x)
-            totals += len(x) * torch.stack([F.mse_loss(output, y), self.value(output, y, x)])
-        errors.ranks.add_([totals])
-        error, loss = (totals / len(numbers)).tolist()
-        return Measured(error, loss)
+        return _measured(errors, forward, numbers, self.value)
+
+
+@torch.no_grad()
+def measured_by_token(errors: Errors, forward: Callable[[Tensor], Tensor], numbers: Tensor) -> Measured:
+    """A block on samples held out: error, and the mean over tokens of ||f_t - Y_t||^2 / ||Y_t||^2. A sync point.
+
+    The next block sees hidden states through a norm, so an error counts by the size of its token. In the plain error
+    the few tokens whose states are enormous (attention sinks, arXiv 2402.17762) outweigh all others, and what becomes
+    of the sinks of a few sequences says little of the rest.
+    """
+
+    def by_size(output: Tensor, target: Tensor, inputs: Tensor) -> Tensor:
+        size = target.square().mean(-1).clamp_min(torch.finfo(target.dtype).tiny)
+        return ((output - target).square().mean(-1) / size).mean()
+
+    return _measured(errors, forward, numbers, by_size)
+
+
+def _measured(
+    errors: Errors,
+    forward: Callable[[Tensor], Tensor],
+    numbers: Tensor,
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Measured:
+    """Error and ``loss`` (of output, target and inputs), in one pass over these samples of all ranks."""
+    totals = torch.zeros(2, dtype=torch.float64, device=errors.device)
+    for x, y in errors.batches(numbers):
+        output = forward(x)
+        totals += len(x) * torch.stack([F.mse_loss(output, y), loss(output, y, x)])
+    errors.ranks.add_([totals])
+    mean, of_loss = (totals / len(numbers)).tolist()
+    return Measured(mean, of_loss)
 
 
 def _geometric_mean(energies: Tensor, ranks: Ranks) -> Tensor:

@@ -55,7 +55,7 @@ def watched(monkeypatch):
         {"target": "sparse-stream", "recover": "layerwise+ebft", "holdout": 0.3},
     ],
 )
-def test_what_a_window_is_given(given, watched, short_run, silent):
+def test_what_a_pair_is_given(given, watched, short_run, silent):
     """Targets against the dense blocks, applied here; the second block as it will be in its own turn."""
     if "teacher" in given:  # opened apart, so that statistics and targets are of passes of their own
         given = {**given, "teacher": short_run()["model"]}
