@@ -3,7 +3,8 @@
 published        mask multiplied into float32 weights in every forward pass, autocast, AdamW one parameter at a time,
                  and the hidden states copied to the host and back in every step; once more without these copies
 compiled         the same arithmetic, written cleanly under torch.compile, with the fused AdamW
-ours             zeroed bfloat16 weights with float32 masters, plain products, loss, clipping and step in fused kernels
+ours             zeroed bfloat16 weights with float32 masters, plain products, loss, clipping and step in fused kernels;
+                 once more with norms, rotary embedding and SwiGLU in liger-kernel, where that is installed
 ours, leanest    stochastic rounding, 8-bit moments of survivors, weights updated in the backward pass
 """
 
@@ -20,6 +21,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from benchmarks.baseline_loop import MultipliedLinear, hidden_of, replace
+from ebft.glue import fuse_glue_, liger_missing
 from ebft_kernels import MaskedAdamW, PackedMask, mask_linears_, reconstruction_loss_and_gradient
 
 RECIPE: dict[str, Any] = {"lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -141,9 +143,11 @@ def compiled(problem: Problem) -> Callable[[], Tensor]:
     return step
 
 
-def ours(problem: Problem, lean: bool) -> Callable[[], Tensor]:
+def ours(problem: Problem, lean: bool = False, liger: bool = False) -> Callable[[], Tensor]:
     """Zeroed weights and ``MaskedAdamW``; ``lean``: as little memory as there is."""
     block, call = _block(problem, torch.bfloat16)
+    if liger:
+        fuse_glue_(block)
     inputs = problem.inputs.bfloat16()
     if lean:
         mask_linears_(block, problem.masks)
@@ -173,9 +177,10 @@ def ours(problem: Problem, lean: bool) -> Callable[[], Tensor]:
 
 
 CONTENDERS: dict[str, Callable[[Problem], Callable[[], Any]]] = {
-    "ours": lambda problem: ours(problem, lean=False),
+    "ours": ours,
     "published, with host copies": lambda problem: published(problem, host_copies=True),
     "published, without host copies": lambda problem: published(problem, host_copies=False),
     "ours, leanest": lambda problem: ours(problem, lean=True),
+    **({} if liger_missing() else {"ours, with liger-kernel": lambda problem: ours(problem, liger=True)}),
     "torch.compile of a clean loop": compiled,
 }

@@ -131,8 +131,8 @@ def main() -> None:
 
 PAGE = """# Plans
 
-What runs need, by `python -m ebft.run … --plan`. This page is written by `python -m benchmarks.plans`; **nothing on
-it has been measured on a GPU**. On a CPU the plan of a step is held against the allocation events of torch's
+What runs need, by `python -m ebft.run … --plan`. This page is written by `python -m benchmarks.plans`; **its
+bytes have not been measured on a GPU**. On a CPU the plan of a step is held against the allocation events of torch's
 profiler, within a tenth (`tests/loop/test_plan.py`).
 
 ## How a plan is made
@@ -167,7 +167,9 @@ recomputed whole has all its activations.
 A run with `--gpu-memory` does the same and then holds torch's allocator to the budget, less the CUDA context.
 
 Times are those of the matrix products, recomputation included, at {share} of the data-sheet rate (TFLOP/s: {names}).
-Loading, perplexities, the optimizer's memory traffic and a slow disk come on top.
+That is the share that an H200 reached over whole blocks of LlamaV1-7B's shape, optimizer and all, without liger-kernel
+([`seven_b_run.json`](../benchmarks/results/nvidia-h200/seven_b_run.json)). Loading, perplexities and a slow disk come
+on top.
 
 ## The three of the promise
 Published recipe: 256 x 1024 tokens, batch 8, 10 epochs, 70 % pruned.

@@ -38,7 +38,7 @@ from ebft.config import ORGANISATION
 from ebft.decoder import Decoder
 from ebft.evaluate import perplexities
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _ERRORS = ("relative_error_before", "relative_error_after", "relative_held_out_before", "relative_held_out_after")
 NOT_WORK = ("load", "save", "dense_perplexity", "pruned_perplexity", "plain_merge_perplexity", "recovered_perplexity")
 
@@ -233,7 +233,7 @@ def _is_done(output: Path, flags: list[str]) -> bool:
 
 def _perplexities(given: argparse.Namespace, model: str | None, windows: dict[str, Tensor]) -> dict[str, float]:
     source = open_model(model)
-    decoder = Decoder(source.model, CPU, getattr(torch, given.dtype), weights=source.weights)
+    decoder = Decoder(source.model, DEVICE, getattr(torch, given.dtype), weights=source.weights)
     return perplexities(decoder, windows)
 
 

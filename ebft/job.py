@@ -326,6 +326,8 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         raise EBFTError(f"--device is {device!r}; expected cpu, cuda, or cuda:N")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise EBFTError(f"--device is {device}; this machine has {torch.cuda.device_count()} GPUs that torch can use")
+    if chosen.type == "cuda" and chosen.index is None:  # as the devices of tensors have it
+        chosen = torch.device("cuda", torch.cuda.current_device())
     if dtype != "auto":
         return chosen, getattr(torch, dtype)
     if chosen.type == "cpu":

@@ -130,8 +130,9 @@ def _choose(op: str, device: torch.device, args: tuple[Any, ...], tokens: int = 
         return Choice(op, forced, f"use_impl({forced!r}) asks for it")
     if op in PRODUCTS and missing["triton"] is None:
         return _faster_product(op, device, dtype, tokens, zeroed and op != "masked_linear_dw")
-    for impl, why in missing.items():
-        if why is None:
+    # On a GPU native kernels are there for few cases, and at least as fast (docs/kernels.md).
+    for impl in ("native", "triton"):
+        if missing[impl] is None:
             return Choice(op, impl, f"the fused kernel for {device.type}")
     first = "native" if device.type == "cpu" else "triton"
     return Choice(op, "torch", missing[first] or "", fallback=op in (NATIVE if first == "native" else FUSED))

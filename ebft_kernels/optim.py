@@ -200,14 +200,9 @@ class MaskedAdamW(torch.optim.Optimizer):
             with_grad = [p for p in group["params"] if p.grad is not None]
             for p in with_grad:
                 self._begin(p)
-            for (step, *_), params in _grouped(
-                with_grad, lambda p: (self.state[p]["step"], str(p.device), str(p.dtype))
-            ):
+            for (step, *_), params in _grouped(with_grad, self._goes_with):
                 states = [self.state[p] for p in params]
-                extras: dict[str, Any] = {
-                    f"{key}s": [_stored(state, key, p) for p, state in zip(params, states, strict=True)]
-                    for key in _EXTRAS
-                }
+                extras: dict[str, Any] = {f"{key}s": _all_stored(states, key, params[0]) for key in _EXTRAS}
                 masked_adamw_step(
                     params,
                     [_contiguous(p.grad) for p in params],
@@ -216,7 +211,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                     [self.mask_of(p) for p in params],
                     step=step,
                     grad_scale=self._grad_scale,
-                    row_offsets=[_row_offsets(state, p) for p, state in zip(params, states, strict=True)],
+                    row_offsets=_all_stored(states, "row_offsets", params[0]),
                     seed=self._seed,
                     stochastic=self._stochastic(params[0]),
                     param_ids=[numbers[p] for p in params],
@@ -252,12 +247,12 @@ class MaskedAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"],
             mask,
             step=state["step"],
-            row_offsets=_row_offsets(state, weight),
+            row_offsets=_all_stored([state], "row_offsets", weight)[0],
             seed=self._seed,
             stochastic=self._stochastic(weight),
             param_id=self._numbers()[weight],
             **_settings(group),
-            **{key: _stored(state, key, weight) for key in _EXTRAS},
+            **{key: _all_stored([state], key, weight)[0] for key in _EXTRAS},
         )
         mark_zeroed(weight, state["mask"])
 
@@ -270,6 +265,11 @@ class MaskedAdamW(torch.optim.Optimizer):
                 "are unscaled; expected no GradScaler"
             )
         return False
+
+    def _goes_with(self, param: Tensor) -> tuple[Any, ...]:
+        """Parameters for which this is the same take a step in one call."""
+        state = self.state[param]
+        return state["step"], str(param.device), str(param.dtype), "row_offsets" in state
 
     def _enter(self, param: Tensor) -> None:
         if self._in_backward and param.ndim == 2:
@@ -399,13 +399,10 @@ _EXTRAS = ("exp_avg_scale", "exp_avg_sq_scale", "master")  # states that not eve
 _LAYOUT = ("_weights", "_moments", "_compact", "_seed", "_zero_grads", "_in_backward")
 
 
-def _stored(state: dict[str, Any], key: str, param: Tensor) -> Tensor:
-    """A state, or an empty tensor where this layout has none."""
-    return state.get(key, torch.empty(0, device=param.device))
-
-
-def _row_offsets(state: dict[str, Any], param: Tensor) -> Tensor:
-    return state.get("row_offsets", torch.empty(0, dtype=torch.int64, device=param.device))
+def _all_stored(states: list[dict[str, Any]], key: str, like: Tensor) -> list[Tensor]:
+    """A state of each parameter, or an empty tensor where this layout has none: one for all, on ``like``'s device."""
+    nothing = torch.empty(0, dtype=torch.int64 if key == "row_offsets" else torch.float32, device=like.device)
+    return [state.get(key, nothing) for state in states]
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

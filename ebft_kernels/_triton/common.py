@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -29,9 +30,14 @@ def expand_words_down(words, WORDS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.reshape(bits, [WORDS * 32, COLUMNS]) != 0
 
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
 @triton.jit
 def popcount(words):
-    """Set bits of each int32, by arithmetic: the interpreter has no instruction for it."""
+    """Set bits of each int32; by arithmetic in the interpreter, which has no instruction for it."""
+    if not INTERPRETED:
+        return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1)
     x = words.to(tl.uint32, bitcast=True)
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
@@ -95,9 +101,6 @@ def pointer(row_ptr, column, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     return address
 
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
 @triton.jit
 def narrowed(values, DTYPE: tl.constexpr):
     """float32 rounded to DTYPE, to nearest even."""
@@ -152,13 +155,19 @@ def device_name(device: torch.device) -> str | None:
 def table_on(device: torch.device, rows: list[list[int]], behind: int) -> Tensor:
     """int64 numbers (a power of two of rows, columns) in device memory, for ``entry_of``; no host synchronisation.
 
-    Rows that fill up to the power of two hold ``behind``, which is more than any program's number.
+    Rows that fill up to the power of two hold ``behind``, which is more than any program's number. Tables are kept: a
+    loop's tensors lie where they lay in the step before.
     """
-    filled = rows + [[behind] * len(rows[0])] * (triton.next_power_of_2(len(rows)) - len(rows))
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _table(device, stream, tuple(map(tuple, rows)), behind)
+
+
+@functools.lru_cache(maxsize=256)
+def _table(device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...], behind: int) -> Tensor:
+    """A table, copied in the order of ``stream``, which alone may use it."""
+    filled = [*rows, *[(behind,) * len(rows[0])] * (triton.next_power_of_2(len(rows)) - len(rows))]
     table = torch.tensor(filled, dtype=torch.int64)
-    if device.type != "cuda":
-        return table
-    return table.pin_memory().to(device, non_blocking=True)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def alike(items: Iterable[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:

@@ -58,8 +58,9 @@ COLUMNS = tl.constexpr(14)
 CODES = tl.constexpr(QUANTIZED_BLOCK)  # 8-bit codes that share a scale
 
 DENSE = Config({"BLOCK": 1024}, 4, 1)
-COMPACT = Config({"BLOCK": 1024, "WORDS": 32}, 4, 1)
-COMPACT_CODES = Config({"BLOCK": QUANTIZED_BLOCK, "WORDS": 32}, 4, 1)
+# Of one warp, because a walk is a chain of loads and sums: many short ones at a time (benchmarks/compact_step.py).
+COMPACT = Config({"BLOCK": 1024, "WORDS": 4}, 1, 1)
+COMPACT_CODES = Config({"BLOCK": QUANTIZED_BLOCK, "WORDS": 4}, 1, 1)
 
 # --- kernels ------------------------------------------------------------------------------------------------------
 

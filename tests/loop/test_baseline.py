@@ -12,7 +12,7 @@ from ebft.calibration import calibration_tokens
 
 
 def test_both_loops_do_the_same(config, silent, tokenizer):
-    settings = config(sparsity=0.6, epochs=3, lr=1e-3, weight_decay=0.1)
+    settings = config(sparsity=0.6, epochs=3, lr=1e-3, weight_decay=0.1, device="cpu")
     ours, theirs = random_model("llama-gqa"), random_model("llama-gqa")
     tokens = calibration_tokens("builtin", tokenizer, samples=8, seqlen=24, windows="packed")
     dense = copy.deepcopy(theirs.state_dict())
