@@ -90,14 +90,15 @@ METHODS = {
     "sparsegpt": Method(("--prune", "sparsegpt", "--recover", "none"), prunes=True),
     "layerwise": Method(("--recover", "layerwise")),
     "paper-small": Method(("--preset", "paper")),
-    **{f"paper-small, lr {lr}": Method(("--preset", "paper", "--lr", lr)) for lr in ("6e-4", "1e-3", "2e-3")},
+    **{f"paper-small, lr {lr}": Method(("--preset", "paper", "--lr", lr)) for lr in ("6e-4", "1e-3", "2e-3", "4e-3")},
     "light": Method(("--preset", "light")),
     "light, then lora": Method(("--preset", "light", "--batch-size", "4", "--recover", "ebft+lora", *SIX_MINUTES)),
     "best": Method(("--preset", "best")),
     **{f"light, {name}": Method(("--preset", "light", *flags)) for name, flags in OPTIONS.items()},
     **{
-        f"lora, lr {lr}": Method(("--recover", "lora", "--lm-lr", lr), as_long_as="paper-small")
-        for lr in ("1e-4", "3e-4", "1e-3", "3e-3")
+        f"{name}, lr {lr}": Method(("--recover", name, "--lm-lr", lr), as_long_as="paper-small")
+        for name, rates in (("lora", ("1e-4", "3e-4", "1e-3", "3e-3")), ("full", ("3e-5", "1e-4", "3e-4")))
+        for lr in rates
     },
 }
 STRUCTURED = "structured 26%"

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,7 +45,7 @@ from ebft.recovery.losses import Loss
 from ebft.recovery.pairs import in_turn_through
 from ebft.recovery.refresh import BATCHES, UNTIL
 from ebft.report import duration
-from ebft.shapes import shapes_only, without_values
+from ebft.shapes import Tracker, shapes_only, without_values
 from ebft.zero_shot import BATCH
 from ebft_kernels import PackedMask, reconstruction_loss
 
@@ -443,7 +442,7 @@ class _Planner:
         size = min(config.micro_batch or batch, batch)
         planned = min(batch, 2 * size)  # further parts of a batch are like the second
         config = dataclasses.replace(config, compile=False)
-        tracker = _Tracker()
+        tracker = Tracker()
         with self._blocks(config.blocks_at_once, size, config.seqlen, flash=self.gpu) as (blocks, call):
             block, names, through = self._tuned(blocks, call)
             x, y = (torch.empty(planned, config.seqlen, self.width) for _ in range(2))
@@ -513,15 +512,15 @@ class _Planner:
         if config.eval_texts:
             shapes["perplexity, a block"] = (max(1, TOKENS_AT_ONCE // config.eval_seqlen), config.eval_seqlen)
         for name, shape in shapes.items():
-            tracker = _Tracker()
+            tracker = Tracker()
             with self._fakes(*shape, flash=self.gpu) as (block, call):
                 x = torch.empty(*shape, self.width)
                 tracker.track_external(block, x)
                 with tracker, torch.no_grad(), _Observed():
                     call(block, x, compute=self.compute)
-            found[name] = _peak(tracker) + (beside + grams if name.startswith("dense pass") else 0)
+            found[name] = tracker.peak() + (beside + grams if name.startswith("dense pass") else 0)
         if config.eval_texts:
-            tracker = _Tracker()
+            tracker = Tracker()
             with shapes_only():
                 head = torch.empty(self.vocabulary, self.width)
                 hidden, labels = torch.empty(TOKENS_AT_ONCE, self.width), torch.empty(TOKENS_AT_ONCE, dtype=torch.long)
@@ -530,7 +529,7 @@ class _Planner:
                     with autocast(cpu, self.compute):
                         logits = F.linear(hidden, head)
                     F.cross_entropy(logits.float(), labels, reduction="sum")
-            found["perplexity, final norm and head"] = _peak(tracker)
+            found["perplexity, final norm and head"] = tracker.peak()
         return found
 
     def flops(self, config: EBFTConfig) -> float:
@@ -632,24 +631,12 @@ class _Observed(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Tracker(MemTracker):
-    """torch's tracker, which hangs hooks on parameters to know their gradients: here on those alone that have any."""
-
-    def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> Any:
-        all_have = all(parameter.requires_grad for parameter in module.parameters())
-        return super()._track_module_params_and_buffers(module, install_grad_hooks and all_have)
-
-
 def _tokens_of(text: str) -> int:
     """About how many tokens an evaluation text has, without reading it."""
     file = Path(text).expanduser()
     if file.is_file():
         return file.stat().st_size // BYTES_A_TOKEN
     return sum(map(len, builtin_documents("evaluation"))) // BYTES_A_TOKEN if text == "builtin" else WIKITEXT2
-
-
-def _peak(tracker: MemTracker) -> int:
-    return max(int(size["Total"]) for size in tracker.get_tracker_snapshot("peak").values())
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

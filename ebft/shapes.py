@@ -1,4 +1,4 @@
-"""Running a block on shapes alone: no storage, no arithmetic, whatever the model's size."""
+"""Running a block on shapes alone: no storage, no arithmetic, whatever the model's size; and what it would allocate."""
 
 from __future__ import annotations
 
@@ -9,8 +9,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+
+class Tracker(MemTracker):
+    """torch's tracker, which hangs hooks on parameters to know their gradients: here on those alone that have any."""
+
+    def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> Any:
+        all_have = all(parameter.requires_grad for parameter in module.parameters())
+        return super()._track_module_params_and_buffers(module, install_grad_hooks and all_have)
+
+    def peak(self) -> int:
+        """Most bytes at a time, on the device that has most."""
+        return max(int(size["Total"]) for size in self.get_tracker_snapshot("peak").values())
 
 
 @contextlib.contextmanager
