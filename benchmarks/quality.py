@@ -328,19 +328,28 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def chart(rows: list[dict[str, Any]]) -> Figure:
-    """Perplexity on the first text against minutes, a panel a target."""
+    """Perplexity on the first text against minutes, a panel a target; the line is the frontier, grey are options."""
     cells = summaries(rows)
     targets = list(dict.fromkeys(cell.target for cell in cells))
-    figure = Figure(figsize=(5.5 * max(1, len(targets)), 4.5), layout="constrained")
+    across = min(3, max(1, len(targets)))
+    down = -(-len(targets) // across)
+    figure = Figure(figsize=(5.5 * across, 4.5 * max(1, down)), layout="constrained")
     for number, target in enumerate(targets, 1):
-        axes = figure.add_subplot(1, len(targets), number)
-        for cell in cells:
-            if cell.target == target:
-                text, (mean, deviation) = next(iter(cell.perplexity.items()))
-                axes.errorbar(max(cell.minutes, 0.01), mean, yerr=deviation, fmt="o")
-                axes.annotate(cell.method, (max(cell.minutes, 0.01), mean), xytext=(5, 4), textcoords="offset points")
-                axes.set(xlabel="minutes", ylabel=f"perplexity, {text}", title=target, xscale="log", yscale="log")
-        axes.margins(x=0.25)
+        axes = figure.add_subplot(down, across, number)
+        frontier: list[tuple[float, float]] = []
+        for cell in sorted((cell for cell in cells if cell.target == target), key=lambda cell: cell.minutes):
+            text, (mean, deviation) = next(iter(cell.perplexity.items()))
+            minutes = max(cell.minutes, 0.01)
+            if cell.method.removeprefix("light, ") in OPTIONS:
+                axes.plot(minutes, mean, "o", color="0.7", markersize=4, zorder=1)
+                continue
+            axes.errorbar(minutes, mean, yerr=deviation, fmt="o")
+            axes.annotate(cell.method, (minutes, mean), xytext=(5, 4), textcoords="offset points", fontsize="small")
+            axes.set(xlabel="minutes", ylabel=f"perplexity, {text}", title=target, xscale="log", yscale="log")
+            if not frontier or mean < frontier[-1][1]:
+                frontier.append((minutes, mean))
+        axes.plot(*zip(*frontier, strict=True), color="0.5", linewidth=0.8, zorder=0)
+        axes.margins(x=0.3)
         axes.grid(visible=True, which="both", alpha=0.3)
     return figure
 
