@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -57,7 +58,9 @@ class Method:
     prunes: bool = False
 
 
-# Options of the recipe, each put alone over the preset light.
+HELD_OUT = ("--holdout", "0.125")
+
+# Options of the recipe, each put alone over the preset light. {calibration} and {second} are the texts given.
 OPTIONS = {
     "batch 8": ("--batch-size", "8"),
     "absolute lr": ("--lr-scale", "absolute", "--lr", "3e-3"),
@@ -76,8 +79,10 @@ OPTIONS = {
     "halves": ("--unit", "halves"),
     "pairs of blocks": ("--unit", "pair"),
     "mask refresh": ("--refresh-every", "8", "--refresh-share", "0.05"),
-    "held-out stop": ("--holdout", "0.125"),
+    "held-out stop": HELD_OUT,
     "self-generated text": ("--calibration", "self"),
+    "the second text": ("--calibration", "{second}"),
+    "both texts": ("--calibration", "{calibration}:0.5,{second}:0.5"),
 }
 
 SIX_MINUTES = ("--lm-lr", "1e-3", "--lm-seconds", "360", "--lm-epochs", "100000")  # of LoRA
@@ -94,6 +99,8 @@ METHODS = {
     "light": Method(("--preset", "light")),
     "light, then lora": Method(("--preset", "light", "--batch-size", "4", "--recover", "ebft+lora", *SIX_MINUTES)),
     "best": Method(("--preset", "best")),
+    "best, held-out stop": Method(("--preset", "best", *HELD_OUT)),
+    "best, epochs where the error is": Method(("--preset", "best", *HELD_OUT, "--epochs-where", "error")),
     **{f"light, {name}": Method(("--preset", "light", *flags)) for name, flags in OPTIONS.items()},
     **{
         f"{name}, lr {lr}": Method(("--recover", name, "--lm-lr", lr), as_long_as="paper-small")
@@ -101,12 +108,15 @@ METHODS = {
         for lr in rates
     },
 }
-STRUCTURED = "structured 26%"
+_STRUCTURED = ("--structured", "--sparsity", "0.26")
 TARGETS = {
     **{f"{share}%": ("--sparsity", f"{share / 100:g}") for share in (50, 60, 70)},
     "2:4": ("--pattern", "2:4"),
     "4:8": ("--pattern", "4:8"),
-    STRUCTURED: ("--structured", "--uniform", "--prune", "flap", "--sparsity", "0.26"),
+    "transposable 2:4": ("--pattern", "2:4", "--transposable"),
+    "structured 26%": (*_STRUCTURED, "--uniform", "--prune", "flap"),
+    "structured 26%, magnitude": (*_STRUCTURED, "--uniform", "--prune", "magnitude"),
+    "structured 26%, global": (*_STRUCTURED, "--prune", "flap"),
 }
 REQUIRED = ("none", "dsnot", "sparsegpt", "paper-small", "light", "best")
 QUICK = ["--targets", "60%", "--seeds", "1", "--samples", "12", "--seqlen", "64", "--eval-windows", "4"]
@@ -130,7 +140,7 @@ def main() -> None:
     for seed in range(given.seeds):
         for target in given.targets:
             for method in given.methods:
-                if rows.find(method, target, seed) or (METHODS[method].prunes and target == STRUCTURED):
+                if rows.find(method, target, seed) or (METHODS[method].prunes and "--structured" in TARGETS[target]):
                     continue
                 try:
                     rows.append(_cell(given, work, rows, method, target, seed, windows))
@@ -148,6 +158,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"in place of the defaults: {' '.join(QUICK)}")
     parser.add_argument("--model", help="folder or hub id (default: the SmolLM2-135M-Instruct wheel)")
     parser.add_argument("--calibration", default="builtin", metavar="NAME_OR_FILE")
+    parser.add_argument(
+        "--second", default="wikitext2", metavar="NAME_OR_FILE", help="of the options that calibrate on another text"
+    )
+    parser.add_argument("--windows", default="random-window", help="of the calibration text, as of ebft.run")
     parser.add_argument("--eval", nargs="+", default=["builtin"], metavar="NAME=NAME_OR_FILE")
     parser.add_argument("--eval-windows", type=int, default=40, help="from the start of each text")
     parser.add_argument("--eval-seqlen", type=int, default=512)
@@ -181,7 +195,9 @@ def _cell(
     """Run one cell, or take up its folder if it is done; gives its row."""
     output = work / "cells" / f"{method}_{target}_{seed}".replace(", ", "-").replace(" ", "-")
     flags = [*METHODS[method].flags, *TARGETS[target], "--seed", str(seed)]
-    flags += ["--samples", str(given.samples), "--seqlen", str(given.seqlen), "--dtype", given.dtype]
+    flags = [flag.format(calibration=given.calibration, second=given.second) for flag in flags]
+    flags += ["--samples", str(given.samples), "--seqlen", str(given.seqlen), "--windows", given.windows]
+    flags += ["--dtype", given.dtype]
     flags += ["--eval", "", *([] if "--calibration" in flags else ["--calibration", given.calibration])]
     flags += ["--model", given.model] if given.model else []
     if "--preset" not in flags:
@@ -356,7 +372,9 @@ def chart(rows: list[dict[str, Any]]) -> Figure:
 
 def _settings(given: argparse.Namespace, texts: dict[str, str]) -> dict[str, Any]:
     """What all cells of a table have in common."""
-    settings = {name: getattr(given, name) for name in ("model", "eval_windows", "eval_seqlen", "samples", "seqlen")}
+    settings = {
+        name: getattr(given, name) for name in ("model", "eval_windows", "eval_seqlen", "samples", "seqlen", "windows")
+    }
     settings |= {"dtype": given.dtype, "calibration": Path(given.calibration).name}
     return settings | {"eval": {name: Path(text).name for name, text in texts.items()}}
 
@@ -370,7 +388,7 @@ def _committed(given: argparse.Namespace, texts: dict[str, str]) -> list[dict[st
 
 def _write(given: argparse.Namespace, rows: Rows, texts: dict[str, str]) -> Path:
     settings = _settings(given, texts)
-    kept = [{**row, "flags": [Path(f).name if "/" in f else f for f in row.get("flags", [])]} for row in rows.all]
+    kept = [{**row, "flags": [re.sub(r"[^,]*/", "", flag) for flag in row.get("flags", [])]} for row in rows.all]
     cells = [dataclasses.asdict(cell) for cell in summaries(rows.all)]
     file = write_result(given.name, {"settings": settings, "table": cells, "cells": kept})
     file.with_suffix(".md").write_text(table(rows.all), encoding="utf-8")
