@@ -71,12 +71,21 @@ def make_model(folder: Path, blocks: int, hidden: int, ffn: int) -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM(shape).bfloat16()
     model.save_pretrained(folder, max_shard_size="2GB")
+    small_tokenizer().save_pretrained(folder)
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of ``VOCABULARY`` tokens, trained on the built-in text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     bpe.train_from_iterator(builtin_documents("calibration"), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>").save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
 
 
 def run(flags: list[str], model: Path, output: Path) -> dict[str, Any]:

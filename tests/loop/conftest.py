@@ -9,15 +9,14 @@ import pytest
 import torch
 import transformers
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.seven_b_run import VOCABULARY, small_tokenizer
 from ebft import EBFTConfig
 from ebft.calibration import builtin_documents
 from ebft.report import Reporter
 
-VOCABULARY = 512
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 _BASE = {**_SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 64, "tie_word_embeddings": False}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -67,17 +66,8 @@ def random_model(family: str, **changes) -> transformers.PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 512 tokens, trained on the built-in text."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(builtin_documents("calibration"), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
+    """Of 512 tokens."""
+    return small_tokenizer()
 
 
 @pytest.fixture(scope="session")
