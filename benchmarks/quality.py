@@ -372,9 +372,8 @@ def chart(rows: list[dict[str, Any]]) -> Figure:
 
 def _settings(given: argparse.Namespace, texts: dict[str, str]) -> dict[str, Any]:
     """What all cells of a table have in common."""
-    settings = {
-        name: getattr(given, name) for name in ("model", "eval_windows", "eval_seqlen", "samples", "seqlen", "windows")
-    }
+    settings = {"model": given.model and Path(given.model).name}
+    settings |= {name: getattr(given, name) for name in ("eval_windows", "eval_seqlen", "samples", "seqlen", "windows")}
     settings |= {"dtype": given.dtype, "calibration": Path(given.calibration).name}
     return settings | {"eval": {name: Path(text).name for name, text in texts.items()}}
 

@@ -22,8 +22,8 @@ class Device:
     dtype: str = "bfloat16"
 
 
-# Of the data-sheet rate, over all that is done to a block: the 3468 TFLOP of --preset paper on one of LlamaV1-7B took
-# an H200 10 s (benchmarks/results/nvidia-h200/seven_b_run.json).
+# Of the data-sheet rate, over all that is done to a block of LlamaV1-7B's shape: an H200 reached 0.35 with --preset
+# paper, 0.44 where it had liger-kernel (0.40 with best, 0.21 with light, which tunes for half of its time only).
 SHARE = 0.35
 
 DEVICES = {

@@ -1,8 +1,10 @@
 """liger-kernel's functions take the places of a block's own: shown with stand-ins in plain torch."""
 
 import copy
+import gc
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -72,6 +74,19 @@ def test_a_block_computes_the_same_with_it(liger, file, config, layer, rotary, n
     ]
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_block_is_gone_with_its_last_name(liger):
+    """On a GPU its weights would be in the way of the next block's."""
+    block = modeling_llama.LlamaDecoderLayer(LlamaConfig(**SIZES), 0)
+    fuse_glue_(block)
+    weight = weakref.ref(block.mlp.down_proj.weight)
+    gc.disable()
+    try:
+        del block
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_other_modules_are_left_alone(liger):

@@ -1,7 +1,9 @@
 """Models that are never whole in memory, and streams that need not be there: the same numbers, bit for bit."""
 
+import gc
 import json
 import threading
+import weakref
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from faults import assert_same
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import ebft.reconstruct
 import ebft.stream
-from ebft import EBFTError, run_ebft
+from ebft import BlockReconstructor, EBFTError, run_ebft
 from ebft.calibration import calibration_tokens
 from ebft.checkpoint import load_model, open_model
 from ebft.config import EBFTConfig, parse_bytes
@@ -203,6 +206,37 @@ def evaluation_ids(tokenizer):
     from ebft.calibration import evaluation_tokens
 
     return evaluation_tokens("builtin", tokenizer, seqlen=64).ids
+
+
+@pytest.mark.parametrize("unit", ["block", "halves", "pair"])
+def test_blocks_and_optimizers_are_gone_after_their_turn(unit, given, silent, monkeypatch):
+    """Not some time later, when Python looks for cycles: on a GPU they would be in the next block's way."""
+    made, most = {"blocks": [], "optimizers": []}, dict.fromkeys(("blocks", "optimizers"), 0)
+    step = BlockReconstructor.step
+
+    def noted(kind, make):
+        def note(*args, **kwargs):
+            thing = make(*args, **kwargs)
+            made[kind].append(weakref.ref(thing))
+            return thing
+
+        return note
+
+    def counted(*args, **kwargs):
+        for kind, references in made.items():
+            most[kind] = max(most[kind], sum(reference() is not None for reference in references))
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(Decoder, "working_block", noted("blocks", Decoder.working_block))
+    monkeypatch.setattr("ebft.reconstruct.make_optimizer", noted("optimizers", ebft.reconstruct.make_optimizer))
+    monkeypatch.setattr(BlockReconstructor, "step", counted)
+    gc.collect()
+    gc.disable()
+    try:
+        run_ebft(config=given(eval="", unit=unit), reporter=silent)
+    finally:
+        gc.enable()
+    assert most == {"blocks": 2 if unit == "pair" else 1, "optimizers": 1}
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "mixtral", "gemma3"])
