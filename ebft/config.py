@@ -198,6 +198,12 @@ class EBFTConfig:
         "inputs: hidden states of the tuned sparse blocks before, or of the dense model, or of each for some samples",
         choices=("sparse-stream", "dense-stream", "mix"),
     )
+    statistics: str = _setting(
+        "target",
+        "masks go by what flows into the dense block as it makes the targets, or by the block's own inputs (one more "
+        "pass where --target is dense-stream)",
+        choices=("target", "input"),
+    )
     mix: float = _setting(
         0.5, "share of the samples that --input mix takes from the dense model, others block by block"
     )

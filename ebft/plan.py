@@ -550,11 +550,12 @@ class _Planner:
                     if grad:
                         loss.backward()
                 counted.append(counter.get_total_flops())
-        surveyed = choose_masker(config).surveyor is not None
+        masker = choose_masker(config)
+        watched = bool(masker.needs) and config.statistics == "input" and config.target == "dense-stream"
         of_one = [flops / config.blocks_at_once for flops in counted]
         blocks, probes = len(self.decoder), (self.config.epochs + 1) / 16  # on which errors are measured
         tuned = blocks + (blocks - 1) * (config.blocks_at_once - 1)
-        passes = blocks * (2 + surveyed) + tuned - blocks  # dense, recovered; in pairs the next one, dense
+        passes = blocks * (2 + (masker.surveyor is not None) + watched) + tuned - blocks  # the latter: ahead, in pairs
         steps = float(config.epochs if "ebft" in config.recoveries else 0)
         if config.refreshes:
             steps *= 1 + UNTIL * BATCHES / config.refresh_every

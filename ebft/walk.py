@@ -152,9 +152,10 @@ def _pass_by(job: Job, streams: Streams, index: int) -> None:
 
 
 def _dense_pass(job: Job, streams: Streams, index: int, block: nn.Module) -> tuple[Statistics, Statistics]:
-    """The dense block on its stream: its outputs become the targets, its inputs give statistics (see ``_observe``)."""
+    """The dense block on its stream: its outputs become the targets, inputs give statistics (see ``_observe``)."""
     of_dense = job.recovery.needs if job.recovery else frozenset[str]()
-    statistics = _observe(job, index, block, of_dense, streams.dense_source, streams.dense_pass)
+    source = streams.inputs if job.config.statistics == "input" else streams.dense_source
+    statistics = _observe(job, index, block, of_dense, source, streams.dense_pass, source is streams.dense_source)
     _check_finite(job, index, streams.targets, "the dense block's outputs")
     return statistics
 
@@ -166,15 +167,19 @@ def _observe(
     of_dense: frozenset[str],
     source: Stream,
     move: Callable[[Run], object],
+    moved: bool,
 ) -> tuple[Statistics, Statistics]:
-    """What ``block``, not yet pruned, is given on ``source``, which ``move`` takes through the dense block.
+    """What ``block``, not yet pruned, is given on ``source``, and the dense one as ``move`` takes a stream through it.
+
+    Args:
+        moved: that stream is ``source``.
 
     Returns:
-        what the masker needs to know of ``block``, and ``of_dense`` of the dense one: the same unless the teacher is
-        another model, where each has a pass of its own.
+        what the masker needs to know of ``block``, and ``of_dense`` of the dense one: the same unless the streams are
+        two or the teacher is another model, where each has a pass of its own.
     """
     decoder, teacher, of_masker = job.decoder, job.teacher, job.masker.needs
-    if teacher is decoder:
+    if teacher is decoder and moved:
         both = _watched(job, decoder, index, block, of_masker | of_dense, move)
         return both, both
 
@@ -184,7 +189,8 @@ def _observe(
                 run(hidden)
 
     own = _watched(job, decoder, index, block, of_masker, run_only) if of_masker else {}
-    return own, _watched(job, teacher, index, teacher.working_block(index), of_dense, move)
+    dense = block if teacher is decoder else teacher.working_block(index)
+    return own, _watched(job, teacher, index, dense, of_dense, move)
 
 
 def _watched(
@@ -244,7 +250,7 @@ def _following(job: Job, streams: Streams, index: int) -> Following:
     decoder, after, ahead = job.decoder, index + 1, list[Stream]()
     block = decoder.working_block(after)
     statistics, _ = _observe(
-        job, after, block, frozenset(), streams.targets, lambda run: ahead.append(streams.look_ahead(run))
+        job, after, block, frozenset(), streams.targets, lambda run: ahead.append(streams.look_ahead(run)), moved=True
     )
     _check_finite(job, index, ahead[0], "the outputs of the dense block after it")
     masks = job.masker(decoder.names[after], block, decoder.matrices[after], statistics).masks

@@ -6,7 +6,7 @@ from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebft import EBFTError, run_ebft
+from ebft import EBFTConfig, EBFTError, run_ebft
 from ebft.pruning import InputStatistics, Pattern, magnitude, make_masker, mask_of_best, wanda
 
 
@@ -172,3 +172,31 @@ def test_zeros_that_no_group_needs_are_not_enough(config, tokenizer, silent):
     run_ebft(model, config(pattern="2:4"), tokenizer=tokenizer, reporter=silent)
     with pytest.raises(EBFTError, match="prunes only weights that are zero already"):
         run_ebft(model, config(pattern="2:4", overwrite=True), tokenizer=tokenizer, reporter=silent)
+
+
+FLAP = {"structured": True, "uniform": True, "prune": "flap", "sparsity": 0.3}
+
+
+@pytest.mark.parametrize("pruned", [{}, FLAP], ids=["wanda", "flap"])
+def test_masks_go_by_the_inputs_of_the_block_if_asked(pruned, short_run, silent, tmp_path):
+    """Unrecovered the sparse stream is the same whatever the targets are; so then are masks, and FLAP's biases."""
+    saved = []
+    for name, changes in {
+        "paper": {"target": "sparse-stream"},
+        "input": {"target": "dense-stream", "statistics": "input"},
+        "target": {"target": "dense-stream"},
+    }.items():
+        run_ebft(config=EBFTConfig(**short_run(name, recover="none", eval="", **pruned, **changes)), reporter=silent)
+        saved.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert saved[0] == saved[1]
+    assert saved[0] != saved[2]
+
+
+def test_other_statistics_leave_the_recovery_its_own(short_run, silent):
+    """The closed form goes by the dense block's Gram matrices, on the stream that makes the targets."""
+    errors = []
+    for statistics in ("target", "input"):
+        changes = {"target": "dense-stream", "statistics": statistics, "recover": "layerwise", "cg_inputs": "dense"}
+        config = EBFTConfig(**short_run(statistics, prune="magnitude", eval="", **changes))
+        errors.append([line["loss_after"] for line in run_ebft(config=config, reporter=silent).blocks])
+    assert errors[0] == errors[1]
