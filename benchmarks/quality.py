@@ -6,7 +6,8 @@
 A cell is a method at a sparsity with a seed (of the calibration sample and the batch order): one run of ``ebft.run``,
 an audit of its folder, and the perplexity of the saved model on every text. When a cell is finished its row is
 appended to WORK/rows.jsonl, and the table, the chart and the result file are made anew; the same command again goes on
-where it ended. A new WORK begins with the cells of the result file, if it has the same settings. Minutes are those of
+where it ended. A new WORK begins with the cells of the result file, if it has the same settings. (A preset that was
+changed has other cells: take the old ones out of the result file first.) Minutes are those of
 the walk and what follows it, without loading, saving and perplexities; "memory" is the peak of the process's resident
 memory while it worked, whole model included.
 """
@@ -37,6 +38,7 @@ from ebft.checkpoint import load_tokenizer, open_model
 from ebft.command_line import parse_args
 from ebft.config import ORGANISATION
 from ebft.decoder import Decoder
+from ebft.errors import EBFTError
 from ebft.evaluate import perplexities
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -133,6 +135,7 @@ def main() -> None:
         name: evaluation_tokens(text, tokenizer, seqlen=given.eval_seqlen).ids[: given.eval_windows]
         for name, text in texts.items()
     }
+    _check_settings(work / "settings.json", _settings(given, texts))
     rows = Rows(work / "rows.jsonl", _committed(given, texts))
     if not rows.find("dense"):
         rows.append({"method": "dense", "perplexity": _perplexities(given, given.model, windows)})
@@ -144,8 +147,8 @@ def main() -> None:
                     continue
                 try:
                     rows.append(_cell(given, work, rows, method, target, seed, windows))
-                except subprocess.CalledProcessError as error:
-                    failed.append(f"{method} at {target}, seed {seed} ended with {error.returncode}")
+                except (EBFTError, subprocess.CalledProcessError) as error:
+                    failed.append(f"{method} at {target}, seed {seed}: {error}")
                     print(failed[-1], flush=True)
                 _write(given, rows, texts)
     print("\n".join([str(_write(given, rows, texts)), *failed]))
@@ -206,7 +209,7 @@ def _cell(
     if same_time:
         of = rows.find(same_time, target, seed)
         if of is None:
-            raise SystemExit(f"{method} takes the time of {same_time}, whose cell at {target} comes first")
+            raise EBFTError(f"{method} takes the time of {same_time}, whose cell at {target} comes first")
         flags += ["--lm-seconds", f"{of['seconds']:.0f}", "--lm-epochs", "100000"]
     print(f"{method} at {target}, seed {seed}: {' '.join(flags)}", flush=True)
     command = [sys.executable, "-m", "ebft.run", *flags, "--output", str(output), "--resume"]
@@ -214,7 +217,7 @@ def _cell(
         subprocess.run(command, check=True)
     found = audit(str(output))
     if found.faults:
-        raise SystemExit(f"{output} does not pass the audit: {found.faults[0]}")
+        raise EBFTError(f"{output} does not pass the audit: {found.faults[0]}")
     perplexity = _perplexities(given, str(output), windows)
     summary = json.loads((output / "ebft_summary.json").read_text("utf-8"))
     blocks = [json.loads(line) for line in (output / "blocks.jsonl").read_text("utf-8").splitlines()]
@@ -244,7 +247,7 @@ def _is_done(output: Path, flags: list[str]) -> bool:
         if name in said and name not in ORGANISATION and said[name] != value
     }
     if differ:
-        raise SystemExit(f"{output} holds a run with another {min(differ)}; choose another --work")
+        raise EBFTError(f"{output} holds a run with another {min(differ)}; choose another --work")
     return True
 
 
@@ -374,8 +377,18 @@ def _settings(given: argparse.Namespace, texts: dict[str, str]) -> dict[str, Any
     """What all cells of a table have in common."""
     settings = {"model": given.model and Path(given.model).name}
     settings |= {name: getattr(given, name) for name in ("eval_windows", "eval_seqlen", "samples", "seqlen", "windows")}
-    settings |= {"dtype": given.dtype, "calibration": Path(given.calibration).name}
+    settings |= {"dtype": given.dtype, "threads": torch.get_num_threads(), "calibration": Path(given.calibration).name}
     return settings | {"eval": {name: Path(text).name for name, text in texts.items()}}
+
+
+def _check_settings(file: Path, settings: dict[str, Any]) -> None:
+    """That a WORK's rows are of these settings; of a new one, that they will be."""
+    had = json.loads(file.read_text("utf-8")) if file.is_file() else settings
+    differ = [name for name, value in settings.items() if had.get(name) != value]
+    if differ:
+        said = f"{differ[0]} {had.get(differ[0])!r}, and {settings[differ[0]]!r} was given"
+        raise SystemExit(f"{file.parent} has cells with {said}; choose another --work")
+    file.write_text(json.dumps(settings), encoding="utf-8")
 
 
 def _committed(given: argparse.Namespace, texts: dict[str, str]) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ def dsnot(
         pruned = group * width + cheapest.gather(1, group.unsqueeze(1)).squeeze(1)
         change = gain.gather(1, pruned.unsqueeze(1)) - gain.gather(1, grown.unsqueeze(1))  # both make |error| less
         size = error.abs()
-        going = ((size >= threshold) & ((size + change).abs() < size)).squeeze(1) & ~best.isinf()
+        going = ((size >= threshold) & ((size + change).abs() < size)).squeeze(1) & (best > -torch.inf)
         rows, grown, pruned = rows[going], grown[going], pruned[going]  # a sync point
         if not len(rows):
             break

@@ -42,6 +42,19 @@ def test_ria_scores_shares_of_row_and_column():
     assert groups.sum(1).unique().tolist() == [2]
 
 
+def test_an_input_that_is_constant_is_the_first_to_be_taken():
+    """Its variance is 0, so what it is worth is infinite."""
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 5.0, -5.0, 0.0])
+    x[:, 0] = 10
+    seen = InputStatistics.empty(4, x.device, {"sums"})
+    seen.add(x)
+    weight, mask = torch.tensor([[1.0, 0.3, 0.3, 1.0]]), torch.tensor([[False, True, True, True]])
+    better = dsnot(weight, mask, seen, Pattern(sparsity=0.25), threshold=0.1, cycles=50)
+    errors = [abs(float((weight * x.mean(0)).masked_fill(m, 0).sum())) for m in (mask, better)]
+    assert better[0, 0]
+    assert errors[1] < 2 < errors[0]
+
+
 def row_by_row(weight, mask, x, width, threshold, cycles):
     """The same in float64, with loops over rows and weights."""
     mask, x = mask.clone(), x.double()

@@ -25,7 +25,7 @@ def run(flags, monkeypatch, tmp_path):
     quality.main()
 
 
-def test_cells_are_run_once_and_make_a_table(flags, monkeypatch, tmp_path):
+def test_cells_are_run_once_and_make_a_table(flags, monkeypatch, tmp_path, capsys):
     run(flags, monkeypatch, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "work" / "rows.jsonl").read_text().splitlines()]
     cells = [(row["method"], row["target"]) for row in rows[1:]]
@@ -50,8 +50,19 @@ def test_cells_are_run_once_and_make_a_table(flags, monkeypatch, tmp_path):
     assert (tmp_path / "new" / "rows.jsonl").read_text().count("\n") == len(rows)
     (tmp_path / "quality.json").unlink()
     (tmp_path / "work" / "rows.jsonl").write_text(json.dumps(rows[0]) + "\n")  # rows are lost, folders are there
-    with pytest.raises(SystemExit, match="another seqlen"):
+    with pytest.raises(SystemExit, match="seqlen 16, and 20 was given"):
         run([*flags, "--seqlen", "20"], monkeypatch, tmp_path)
+    (tmp_path / "work" / "settings.json").unlink()
+    with pytest.raises(SystemExit, match="1"):
+        run([*flags, "--seqlen", "20"], monkeypatch, tmp_path)
+    assert "another seqlen" in capsys.readouterr().out
+
+
+def test_a_cell_that_cannot_be_does_not_keep_others_from_being(flags, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        run([*flags, "--methods", "lora, lr 1e-3", "none"], monkeypatch, tmp_path)
+    assert "lora, lr 1e-3 at 2:4, seed 0: lora, lr 1e-3 takes the time of paper-small" in capsys.readouterr().out
+    assert '"method": "none"' in (tmp_path / "work" / "rows.jsonl").read_text()
 
 
 def test_seeds_are_means_and_deviations():
