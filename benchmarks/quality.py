@@ -68,6 +68,7 @@ OPTIONS = {
     "absolute lr": ("--lr-scale", "absolute", "--lr", "3e-3"),
     "sparse-stream targets": ("--target", "sparse-stream"),
     "mixed inputs": ("--input", "mix"),
+    "masks by its own inputs": ("--statistics", "input"),
     "weight decay 0.1": ("--weight-decay", "0.1"),
     "warm-up, cosine": ("--warmup", "0.1", "--lr-decay", "cosine"),
     "no clipping": ("--clip", "0"),
@@ -97,7 +98,10 @@ METHODS = {
     "sparsegpt": Method(("--prune", "sparsegpt", "--recover", "none"), prunes=True),
     "layerwise": Method(("--recover", "layerwise")),
     "paper-small": Method(("--preset", "paper")),
-    **{f"paper-small, lr {lr}": Method(("--preset", "paper", "--lr", lr)) for lr in ("6e-4", "1e-3", "2e-3", "4e-3")},
+    **{
+        f"paper-small, lr {lr}": Method(("--preset", "paper", "--lr", lr))
+        for lr in ("6e-4", "1e-3", "2e-3", "4e-3", "8e-3")
+    },
     "light": Method(("--preset", "light")),
     "light, then lora": Method(("--preset", "light", "--batch-size", "4", "--recover", "ebft+lora", *SIX_MINUTES)),
     "best": Method(("--preset", "best")),
