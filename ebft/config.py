@@ -594,8 +594,9 @@ ORGANISATION = frozenset(
 )
 
 # The published recipe (arXiv 2402.12419; the class defaults, clipping after unscaling); one for a quarter of its time
-# on a CPU (a third on a GPU) and one for about its time, both with targets from the dense stream, smaller batches, and a learning rate that
-# is a share of the weights' own size (docs/quality.md has the evidence); and one that ends in minutes on two CPU cores.
+# on a CPU (a third on a GPU) and one for about its time, both with targets from the dense stream, smaller batches, and
+# a learning rate that is a share of the weights' own size (docs/quality.md has the evidence); and one that ends in
+# minutes on two CPU cores.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "light": {
