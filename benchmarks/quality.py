@@ -67,6 +67,7 @@ OPTIONS = {
     "batch 8": ("--batch-size", "8"),
     "absolute lr": ("--lr-scale", "absolute", "--lr", "3e-3"),
     "sparse-stream targets": ("--target", "sparse-stream"),
+    "dense-stream targets": ("--target", "dense-stream"),
     "mixed inputs": ("--input", "mix"),
     "masks by its own inputs": ("--statistics", "input"),
     "weight decay 0.1": ("--weight-decay", "0.1"),
@@ -88,6 +89,7 @@ OPTIONS = {
     "both texts": ("--calibration", "{calibration}:0.5,{second}:0.5"),
 }
 
+LIGHT_IN_FOURS = ("--preset", "light", "--batch-size", "4", "--target", "dense-stream")
 SIX_MINUTES = ("--lm-lr", "1e-3", "--lm-seconds", "360", "--lm-epochs", "100000")  # of LoRA
 
 METHODS = {
@@ -103,7 +105,7 @@ METHODS = {
         for lr in ("6e-4", "1e-3", "2e-3", "4e-3", "8e-3")
     },
     "light": Method(("--preset", "light")),
-    "light, then lora": Method(("--preset", "light", "--batch-size", "4", "--recover", "ebft+lora", *SIX_MINUTES)),
+    "light, then lora": Method((*LIGHT_IN_FOURS, "--recover", "ebft+lora", *SIX_MINUTES)),
     "best": Method(("--preset", "best")),
     "best, held-out stop": Method(("--preset", "best", *HELD_OUT)),
     "best, epochs where the error is": Method(("--preset", "best", *HELD_OUT, "--epochs-where", "error")),
