@@ -581,7 +581,7 @@ class EBFTConfig:
         unknown = sorted(set(settings) - _names())
         if unknown:
             raise EBFTError(f"there is no setting {unknown[0]!r}; expected one of {', '.join(sorted(_names()))}")
-        otherwise = IF_STRUCTURED.get(name, {}) if settings.get("structured") else {}
+        otherwise = IF_UNIFORM.get(name, {}) if settings.get("uniform") else {}
         return cls(**{**PRESETS[name], **otherwise, **settings})
 
     def to_dict(self) -> dict[str, Any]:
@@ -597,7 +597,7 @@ ORGANISATION = frozenset(
 # The published recipe (arXiv 2402.12419; the class defaults, clipping after unscaling); one for a quarter of its time
 # on a CPU (a third on a GPU) and one for about its time, both with targets from the dense stream, smaller batches, and
 # a learning rate that is a share of the weights' own size (docs/quality.md has the evidence); and one that ends in
-# minutes on two CPU cores. IF_STRUCTURED: what is otherwise where whole heads and channels are pruned.
+# minutes on two CPU cores. IF_UNIFORM: what is otherwise with --uniform.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "light": {
@@ -633,7 +633,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_seqlen": 256,
     },
 }
-IF_STRUCTURED: dict[str, dict[str, Any]] = {"light": {"target": "sparse-stream"}}
+IF_UNIFORM: dict[str, dict[str, Any]] = {"light": {"target": "sparse-stream"}}
 
 
 def parse_bytes(text: str, what: str) -> int:

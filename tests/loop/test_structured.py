@@ -364,9 +364,10 @@ def test_models_and_masks_that_are_refused(tiny, short_run, tokenizer, tmp_path)
     refused("k_proj.weight is not pruned by whole heads and channels", prune=str(tmp_path / "masks.safetensors"))
 
 
-def test_a_preset_may_aim_otherwise_in_structured_pruning():
+def test_a_preset_may_aim_otherwise_with_uniform():
+    uniform = {"structured": True, "uniform": True, "prune": "flap"}
     targets = [
         EBFTConfig.preset("light", model="x", **given).target
-        for given in ({}, {"structured": True}, {"structured": True, "target": "dense-stream"})
+        for given in ({"structured": True, "prune": "flap"}, uniform, {**uniform, "target": "dense-stream"})
     ]
     assert targets == ["dense-stream", "sparse-stream", "dense-stream"]
