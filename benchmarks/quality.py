@@ -89,7 +89,6 @@ OPTIONS = {
     "both texts": ("--calibration", "{calibration}:0.5,{second}:0.5"),
 }
 
-LIGHT_IN_FOURS = ("--preset", "light", "--batch-size", "4", "--target", "dense-stream")
 SIX_MINUTES = ("--lm-lr", "1e-3", "--lm-seconds", "360", "--lm-epochs", "100000")  # of LoRA
 
 METHODS = {
@@ -105,7 +104,9 @@ METHODS = {
         for lr in ("6e-4", "1e-3", "2e-3", "4e-3", "8e-3")
     },
     "light": Method(("--preset", "light")),
-    "light, then lora": Method((*LIGHT_IN_FOURS, "--recover", "ebft+lora", *SIX_MINUTES)),
+    "light, then lora": Method(
+        ("--preset", "light", "--target", "dense-stream", "--batch-size", "4", "--recover", "ebft+lora", *SIX_MINUTES)
+    ),
     "best": Method(("--preset", "best")),
     "best, held-out stop": Method(("--preset", "best", *HELD_OUT)),
     "best, epochs where the error is": Method(("--preset", "best", *HELD_OUT, "--epochs-where", "error")),
@@ -116,15 +117,15 @@ METHODS = {
         for lr in rates
     },
 }
-_STRUCTURED = ("--structured", "--sparsity", "0.26")
+STRUCTURED = ("--structured", "--sparsity", "0.26")
 TARGETS = {
     **{f"{share}%": ("--sparsity", f"{share / 100:g}") for share in (50, 60, 70)},
     "2:4": ("--pattern", "2:4"),
     "4:8": ("--pattern", "4:8"),
     "transposable 2:4": ("--pattern", "2:4", "--transposable"),
-    "structured 26%": (*_STRUCTURED, "--uniform", "--prune", "flap"),
-    "structured 26%, magnitude": (*_STRUCTURED, "--uniform", "--prune", "magnitude"),
-    "structured 26%, global": (*_STRUCTURED, "--prune", "flap"),
+    "structured 26%": (*STRUCTURED, "--uniform", "--prune", "flap"),
+    "structured 26%, magnitude": (*STRUCTURED, "--uniform", "--prune", "magnitude"),
+    "structured 26%, global": (*STRUCTURED, "--prune", "flap"),
 }
 REQUIRED = ("none", "dsnot", "sparsegpt", "paper-small", "light", "best")
 QUICK = ["--targets", "60%", "--seeds", "1", "--samples", "12", "--seqlen", "64", "--eval-windows", "4"]
