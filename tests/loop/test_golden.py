@@ -1,4 +1,4 @@
-"""Five small runs come out as they always have: the same bits on the machine they were recorded on, the same figures on any.
+"""Five small runs come out as ever: the same bits on the machine that recorded them, the same figures on any.
 
 ``python tests/loop/test_golden.py`` records them anew, after a change that is meant to change numbers.
 """
@@ -22,7 +22,18 @@ from ebft.run import main
 GOLDEN = Path(__file__).with_name("golden.json")
 RUNS = {
     "2:4": ["--pattern", "2:4"],
-    "structured": "--structured --uniform --prune flap --sparsity 0.3 --preset light --target dense-stream".split(),
+    "structured": [
+        "--structured",
+        "--uniform",
+        "--prune",
+        "flap",
+        "--sparsity",
+        "0.3",
+        "--preset",
+        "light",
+        "--target",
+        "dense-stream",
+    ],
     "schedule": ["--schedule", "0.4,0.6"],
     "lora": ["--recover", "ebft+lora", "--lm-epochs", "1"],
     "resume": ["--prune", "sparsegpt", "--recover", "layerwise+ebft"],
@@ -41,7 +52,20 @@ def machine() -> dict[str, str]:
 def come_to(name: str, model: Path, text: Path, folder: Path) -> dict[str, object]:
     """What the run ``name`` comes to: digests of its files, errors of its blocks."""
     flags = ["--model", str(model), "--calibration", str(text), "--eval", str(text), "--eval-seqlen", "32"]
-    flags += "--device cpu --windows packed --samples 4 --seqlen 16 --batch-size 2 --epochs 1".split()
+    flags += [
+        "--device",
+        "cpu",
+        "--windows",
+        "packed",
+        "--samples",
+        "4",
+        "--seqlen",
+        "16",
+        "--batch-size",
+        "2",
+        "--epochs",
+        "1",
+    ]
     flags += ["--output", str(folder / "out"), *RUNS[name]]
     if name == "resume":
         interrupted_in_the_second_block(flags)
@@ -84,7 +108,7 @@ def test_a_run_comes_out_as_it_always_has(name, tiny, tmp_path):
         assert found["sha256"] == before["sha256"]
 
 
-class one_thread:  # noqa: N801  (reads as a word)
+class one_thread:
     """Products on one thread while inside: their sums have an order then."""
 
     def __enter__(self) -> None:
