@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ebft.config import EBFTConfig
+from ebft.config.config import EBFTConfig
 from ebft.recovery.task import batch_order
 
 

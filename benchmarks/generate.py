@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ebft
 from benchmarks.machine import write_result
 from ebft import EBFTConfig, run_ebft
-from ebft.compressed import save_compressed
-from ebft.report import Reporter
+from ebft.compressed.layers import save_compressed
+from ebft.output.report import Reporter
 from ebft_kernels import CompressedLinear
 
 CONTENDERS = ("dense float32", "dense bfloat16", "compressed bfloat16", "compressed int8")

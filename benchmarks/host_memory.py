@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.machine import write_result
-from ebft.calibration import builtin_documents
-from ebft.checkpoint import load_config, load_model, load_tokenizer, open_model
-from ebft.decoder import find_blocks
+from ebft.data.calibration import builtin_documents
+from ebft.model.checkpoint import load_config, load_model, load_tokenizer, open_model
+from ebft.model.decoder import find_blocks
 
 LARGE = {
     "hidden_size": 2048,
@@ -48,8 +48,8 @@ LARGE = {
 IN_MEMORY = """
 import sys
 from ebft import run_ebft
-from ebft.checkpoint import load_model, load_tokenizer
-from ebft.command_line import parse_args
+from ebft.model.checkpoint import load_model, load_tokenizer
+from ebft.cli.flags import parse_args
 config, _ = parse_args(sys.argv[1:])
 model = load_model(config.model)
 for parameter in model.parameters():

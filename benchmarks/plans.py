@@ -13,9 +13,9 @@ import torch
 from transformers import LlamaConfig, MixtralConfig, Qwen3Config
 
 from ebft import EBFTConfig
-from ebft.devices import DEVICES, SHARE
-from ebft.plan import AHEAD, CONTEXT, FRAGMENTS, HOST, MASK_BYTES, WORKSPACES, Plan, flags, make_plan
-from ebft.report import duration
+from ebft.plan.devices import DEVICES, SHARE
+from ebft.plan.planner import AHEAD, CONTEXT, FRAGMENTS, HOST, MASK_BYTES, WORKSPACES, Plan, flags, make_plan
+from ebft.output.report import duration
 
 DOCS = Path(__file__).parent.parent / "docs" / "plans.md"
 SIZES = (4, 8, 16, 24, 80)  # GiB

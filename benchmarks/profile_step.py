@@ -21,10 +21,10 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.baseline_loop import MultipliedLinear, first_inputs, replace, tune
 from benchmarks.machine import write_result
 from ebft import BlockReconstructor, EBFTConfig
-from ebft.calibration import calibration_tokens
-from ebft.checkpoint import load_model, load_tokenizer
-from ebft.decoder import Decoder
-from ebft.stream import Streams
+from ebft.data.calibration import calibration_tokens
+from ebft.model.checkpoint import load_model, load_tokenizer
+from ebft.model.decoder import Decoder
+from ebft.data.streams import Streams
 from ebft_kernels import PackedMask, use_impl
 
 CPU = torch.device("cpu")

@@ -22,11 +22,11 @@ from rich.console import Console
 from benchmarks.baseline_loop import run_baseline
 from benchmarks.machine import write_result
 from ebft import EBFTConfig, run_ebft
-from ebft.calibration import calibration_tokens, evaluation_tokens
-from ebft.checkpoint import load_model, load_tokenizer
-from ebft.decoder import Decoder
-from ebft.evaluate import perplexities
-from ebft.report import Reporter
+from ebft.data.calibration import calibration_tokens, evaluation_tokens
+from ebft.model.checkpoint import load_model, load_tokenizer
+from ebft.model.decoder import Decoder
+from ebft.evaluation.perplexity import perplexities
+from ebft.output.report import Reporter
 
 CPU = torch.device("cpu")
 CONTENDERS = ("ebft", "baseline", "baseline-fused-adamw")

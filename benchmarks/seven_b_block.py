@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.machine import write_result
 from ebft import BlockReconstructor, EBFTConfig
-from ebft.decoder import Decoder
-from ebft.plan import flags, make_plan
+from ebft.model.decoder import Decoder
+from ebft.plan.planner import flags, make_plan
 from ebft.pruning import InputObserver, make_masker
 from ebft_kernels import PackedMask
 

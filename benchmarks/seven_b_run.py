@@ -25,9 +25,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.machine import write_result
-from ebft.calibration import builtin_documents
-from ebft.command_line import parse_args
-from ebft.plan import make_plan
+from ebft.data.calibration import builtin_documents
+from ebft.cli.flags import parse_args
+from ebft.plan.planner import make_plan
 
 BLOCKS = 32
 VOCABULARY = 512  # of the tokenizer: short tokens, so that enough of the built-in documents have 1024 of them

@@ -1,10 +1,10 @@
 """EBFT: effective block-wise fine-tuning for sparse LLMs (arXiv 2402.12419)."""
 
-from ebft.compressed import load_compressed
-from ebft.config import EBFTConfig
+from ebft.compressed.layers import load_compressed
+from ebft.config.config import EBFTConfig
 from ebft.errors import EBFTError
-from ebft.pipeline import RunResult, run_ebft
-from ebft.reconstruct import BlockReconstructor
+from ebft.pipeline.run import RunResult, run_ebft
+from ebft.recovery.ebft.reconstruct import BlockReconstructor
 from ebft.recovery import BlockResult
 from ebft.version import __version__
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ebft.compressed import save_compressed
+from ebft.compressed.layers import save_compressed
 from ebft.errors import EBFTError
 
 

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ebft.command_line import parse_args
-from ebft.config import EBFTConfig
+from ebft.cli.flags import parse_args
+from ebft.config.config import EBFTConfig
 from ebft.errors import EBFTError
-from ebft.output import SUMMARY, OutputFolder, is_kept
-from ebft.pipeline import run_ebft
-from ebft.plan import make_plan
-from ebft.ranks import SaidByTheFirst
+from ebft.output.folder import SUMMARY, OutputFolder, is_kept
+from ebft.pipeline.run import run_ebft
+from ebft.plan.planner import make_plan
+from ebft.distributed import SaidByTheFirst
 
 
 def main(argv: Sequence[str] | None = None) -> int:

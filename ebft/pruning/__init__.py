@@ -13,7 +13,7 @@ from ebft.pruning.pattern import Pattern, mask_of_best
 from ebft.pruning.ria import ria
 from ebft.pruning.sparsegpt import SparseGPT
 from ebft.pruning.statistics import InputObserver, InputStatistics, Statistics, sum_over_ranks_
-from ebft.pruning.structured import make_structured_masker
+from ebft.pruning.structured.scores import make_structured_masker
 from ebft.pruning.wanda import wanda
 
 __all__ = [

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ebft.errors import EBFTError
-from ebft.matrices import Matrix
+from ebft.model.matrices import Matrix
 from ebft.pruning.pattern import Pattern
 from ebft.pruning.statistics import Statistics
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ebft.errors import EBFTError
-from ebft.matrices import Matrix
+from ebft.model.matrices import Matrix
 from ebft.pruning.allocation import Allocation, OutlierSurvey, make_allocation
 from ebft.pruning.dsnot import NEEDS, dsnot
 from ebft.pruning.magnitude import magnitude

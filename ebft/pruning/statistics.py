@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ebft.errors import EBFTError
-from ebft.matrices import Matrix
-from ebft.ranks import Ranks
+from ebft.model.matrices import Matrix
+from ebft.distributed import Ranks
 
 
 @dataclass

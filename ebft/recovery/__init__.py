@@ -1,10 +1,10 @@
 """Recoveries, of one block inside the walk and of the whole model after it: what they are given and give back."""
 
 from ebft.recovery.full import FullFineTuning
-from ebft.recovery.halves import HalfByHalf
+from ebft.recovery.ebft.halves import HalfByHalf
 from ebft.recovery.layerwise import Layerwise
 from ebft.recovery.lora import LoRA
-from ebft.recovery.pairs import InPairs
+from ebft.recovery.ebft.pairs import InPairs
 from ebft.recovery.task import BlockRecovery, BlockResult, BlockTask, Chain, Following, Forward
 from ebft.recovery.whole_model import WholeModelRecovery, WholeResult, WholeTask
 

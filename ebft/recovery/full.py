@@ -7,8 +7,8 @@ too, without weight decay; embeddings, final norm, head and routers are not.
 
 from __future__ import annotations
 
-from ebft.config import EBFTConfig
-from ebft.matrices import router_paths
+from ebft.config.config import EBFTConfig
+from ebft.model.matrices import router_paths
 from ebft.recovery.whole_model import WholeResult, WholeTask, fit
 from ebft_kernels import MaskedAdamW
 

@@ -29,13 +29,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ebft.config import EBFTConfig
-from ebft.matrices import Matrix
+from ebft.config.config import EBFTConfig
+from ebft.model.matrices import Matrix
 from ebft.pruning import InputObserver, InputStatistics, Statistics, sum_over_ranks_
-from ebft.pruning.units import bias_of
-from ebft.ranks import Ranks
+from ebft.pruning.structured.units import bias_of
+from ebft.distributed import Ranks
 from ebft.recovery.task import BlockResult, BlockTask, Errors, Forward, Split, samples_of_all
-from ebft.stream import carry
+from ebft.data.streams import carry
 
 _SUMS = frozenset({"gram", "sums"})  # of the dense block's inputs
 ROWS_AT_ONCE = 2**26  # entries of the rows that are solved together: 256 MiB for each of some nine tensors

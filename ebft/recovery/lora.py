@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ebft.config import EBFTConfig
+from ebft.config.config import EBFTConfig
 from ebft.errors import EBFTError
 from ebft.recovery.whole_model import WholeResult, WholeTask, fit
 from ebft_kernels import MaskedAdamW

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebft.matrices import Matrix
+from ebft.model.matrices import Matrix
 from ebft.pruning import Statistics
-from ebft.ranks import Ranks
-from ebft.stream import carry
+from ebft.distributed import Ranks
+from ebft.data.streams import carry
 from ebft_kernels import PackedMask
 
 Forward = Callable[[nn.Module, Tensor], Tensor]  # (block, hidden states) -> hidden states after it, float32

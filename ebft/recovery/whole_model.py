@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ebft.config import EBFTConfig
-from ebft.decoder import autocast
+from ebft.config.config import EBFTConfig
+from ebft.model.decoder import autocast
 from ebft.errors import EBFTError
-from ebft.ranks import Ranks
-from ebft.recovery.recompute import recomputed
+from ebft.distributed import Ranks
+from ebft.recovery.checkpointing import recomputed
 from ebft.recovery.task import Split, batch_order
 from ebft_kernels import MaskedAdamW, PackedMask
 

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.seven_b_run import VOCABULARY, small_tokenizer
 from ebft import EBFTConfig
-from ebft.calibration import builtin_documents
-from ebft.report import Reporter
+from ebft.data.calibration import builtin_documents
+from ebft.output.report import Reporter
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 _BASE = {**_SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 64, "tie_word_embeddings": False}

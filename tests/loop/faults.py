@@ -17,16 +17,16 @@ import pytest
 import torch
 from rich.console import Console
 
-import ebft.pipeline
+import ebft.pipeline.run
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.output import OutputFolder
-from ebft.report import Reporter
+from ebft.output.folder import OutputFolder
+from ebft.output.report import Reporter
 from ebft.run import main
-from ebft.stream import Streams
+from ebft.data.streams import Streams
 
 _ASKING = threading.Lock()
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["ebft.pipeline", "ebft.run"])
+CONTEXT.set_forkserver_preload(["ebft.pipeline.run", "ebft.run"])
 # What makes files last, and moves or removes them: between any two of these calls a run may end.
 POINTS = ("fsync", "replace", "rename", "rmdir")
 TIMES = ("seconds", "tuning_seconds", "peak_memory_bytes")
@@ -51,7 +51,7 @@ def in_child(work, *arguments) -> int:
 def job(settings: dict, kill_at: int = 0, calls: Path | None = None) -> None:
     """A run that SIGKILL ends before its ``kill_at``-th call of ``POINTS``; how many there were goes to ``calls``."""
     torch.set_num_threads(1)
-    ebft.pipeline.report_page = lambda summary, lines: ""  # matplotlib takes longer than the run
+    ebft.pipeline.run.report_page = lambda summary, lines: ""  # matplotlib takes longer than the run
     made = []
 
     def counted(real):
@@ -76,7 +76,7 @@ def command(flags: list[str], said: Path, send: int = 0, after: int = 1) -> None
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # which a shell turns off in what it runs in the background
-    ebft.pipeline.report_page = lambda summary, lines: ""
+    ebft.pipeline.run.report_page = lambda summary, lines: ""
     commit = OutputFolder.commit_part
 
     def commit_part(self, name, content, files=()):

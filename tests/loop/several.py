@@ -12,10 +12,12 @@ import torch
 from faults import CONTEXT, job
 from torch import nn
 
-from ebft import EBFTConfig, walk
-from ebft.output import OutputFolder
-from ebft.ranks import joined
-from ebft.reconstruct import BlockReconstructor
+from ebft import EBFTConfig
+
+from ebft.pipeline.run import walk
+from ebft.output.folder import OutputFolder
+from ebft.distributed import joined
+from ebft.recovery.ebft.reconstruct import BlockReconstructor
 from ebft_kernels import PackedMask
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 from conftest import random_model
 
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.matrices import find_matrices
+from ebft.model.matrices import find_matrices
 from ebft.pruning import InputStatistics, Pattern, make_allocation
 from ebft.pruning.allocation import LAMBDA, by_outliers, outliers
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ebft import run_ebft
-from ebft.audit import audit, main
+from ebft.output.audit import audit, main
 from ebft_kernels import PackedMask, load_masks, save_masks
 
 UP, EMBEDDING = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"

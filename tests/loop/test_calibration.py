@@ -6,8 +6,8 @@ import datasets
 import pytest
 import torch
 
-from ebft import calibration
-from ebft.calibration import builtin_documents, calibration_tokens, evaluation_tokens, read_documents
+from ebft.data import calibration
+from ebft.data.calibration import builtin_documents, calibration_tokens, evaluation_tokens, read_documents
 
 DOCUMENTS = [f"Document {i}: " + f"word{i} " * (5 + 7 * i) for i in range(12)]
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ebft
-from ebft.calibration import builtin_documents
+from ebft.data.calibration import builtin_documents
 from ebft.compress import main
-from ebft.compressed import compress_model, load_compressed, save_compressed
+from ebft.compressed.layers import compress_model, load_compressed, save_compressed
 from ebft.errors import EBFTError
-from ebft.matrices import find_matrices
+from ebft.model.matrices import find_matrices
 from ebft_kernels import CompressedLinear, PackedMask
 
 DENSITY = 0.3
@@ -106,7 +106,7 @@ def test_the_error_of_the_logits_is_that_of_the_dtype(pruned, compressed):
 def test_other_families(family, tmp_path, tokenizer):
     """Biases, Conv1D layers (stored the other way round), experts (left as they are): the same logits."""
     model = random_model(family)
-    for block in ebft.decoder.find_blocks(model)[1]:
+    for block in ebft.model.decoder.find_blocks(model)[1]:
         for matrix in find_matrices(block):
             weight = block.get_parameter(matrix.name).data
             weight.mul_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > 0.5)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from several import job, on_ranks
 
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.audit import audit
-from ebft.matrices import find_matrices
+from ebft.output.audit import audit
+from ebft.model.matrices import find_matrices
 from ebft.pruning import InputStatistics, Pattern, SparseGPT, dsnot, magnitude, make_masker, ria, wanda
 from ebft_kernels import PackedMask, load_masks, save_masks
 

@@ -3,9 +3,9 @@
 import pytest
 from faults import assert_same
 
-import ebft.walk
+import ebft.pipeline.walk
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.recovery.epochs import epochs_for
+from ebft.recovery.ebft.epochs import epochs_for
 
 WHERE = {"epochs_where": "error", "holdout": 0.3}
 
@@ -52,7 +52,7 @@ def test_a_run_spends_no_more_in_all(given, short_run, silent, monkeypatch):
         asked.append((finished, error, epochs_for(config, finished, error)))
         return asked[-1][2]
 
-    monkeypatch.setattr(ebft.walk, "epochs_for", told)
+    monkeypatch.setattr(ebft.pipeline.walk, "epochs_for", told)
     lines = run_ebft(config=EBFTConfig(**short_run(**given)), reporter=silent).blocks
     for index, ((finished, error, most), line) in enumerate(zip(asked, lines, strict=True)):
         assert [before["block"] for before in finished] == list(range(index))
@@ -75,7 +75,7 @@ def test_it_is_gone_on_with(given, short_run, silent, tmp_path, monkeypatch):
             raise Stop
         return epochs_for(config, finished, error)
 
-    monkeypatch.setattr(ebft.walk, "epochs_for", stopped)
+    monkeypatch.setattr(ebft.pipeline.walk, "epochs_for", stopped)
     with pytest.raises(Stop):
         run_ebft(config=EBFTConfig(**short_run(**given)), reporter=silent)
     monkeypatch.undo()

@@ -6,8 +6,8 @@ import transformers
 from conftest import FAMILIES, VOCABULARY, random_model
 
 from ebft import run_ebft
-from ebft.decoder import Decoder
-from ebft.matrices import find_matrices, router_paths
+from ebft.model.decoder import Decoder
+from ebft.model.matrices import find_matrices, router_paths
 
 CPU = torch.device("cpu")
 

@@ -9,15 +9,15 @@ from conftest import VOCABULARY, random_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import ebft.generation
-import ebft.job
+import ebft.data.generation
+import ebft.pipeline.prepare
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.calibration import TextUse, Tokens, mixture
-from ebft.config import apportion
-from ebft.generation import generate
-from ebft.output import OutputFolder
-from ebft.plan import make_plan
-from ebft.ranks import Ranks
+from ebft.data.calibration import TextUse, Tokens, mixture
+from ebft.config.config import apportion
+from ebft.data.generation import generate
+from ebft.output.folder import OutputFolder
+from ebft.plan.planner import make_plan
+from ebft.distributed import Ranks
 from ebft.recovery.task import Split
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def test_text_depends_on_the_seed_and_not_on_the_batch(tokenizer, monkeypatch):
     whole = written(model, tokenizer)
     assert torch.equal(written(model, tokenizer, samples=3), whole[:3])
     assert not torch.equal(written(model, tokenizer, seed=4), whole)
-    monkeypatch.setattr(ebft.generation, "WRITTEN_AT_ONCE", 24)
+    monkeypatch.setattr(ebft.data.generation, "WRITTEN_AT_ONCE", 24)
     assert torch.equal(written(model, tokenizer), whole)
 
 
@@ -155,14 +155,14 @@ def test_a_run_on_a_mixture_and_its_resumption(short_run, silent, tmp_path, monk
     text = short_run()["calibration"]
     given = short_run(calibration=f"{text}:0.5,self:0.5", holdout=0.25, samples=8)
     commit, written = OutputFolder.commit_part, []
-    write = ebft.job.generate
+    write = ebft.pipeline.prepare.generate
 
     def stop_after_a_block(self, name, *rest):
         commit(self, name, *rest)
         if name == "block-00000":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ebft.job, "generate", lambda *args, **how: written.append(how) or write(*args, **how))
+    monkeypatch.setattr(ebft.pipeline.prepare, "generate", lambda *args, **how: written.append(how) or write(*args, **how))
     whole = run_ebft(config=EBFTConfig(**{**given, "output": str(tmp_path / "whole")}), reporter=silent)
     monkeypatch.setattr(OutputFolder, "commit_part", stop_after_a_block)
     with pytest.raises(KeyboardInterrupt):

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
-from ebft.glue import fuse_glue_, liger_missing
+from ebft.model.fused import fuse_glue_, liger_missing
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4}
 
@@ -96,5 +96,5 @@ def test_other_modules_are_left_alone(liger):
 
 
 def test_its_absence_is_said(monkeypatch):
-    monkeypatch.setattr("ebft.glue.find_spec", lambda name: None)
+    monkeypatch.setattr("ebft.model.fused.find_spec", lambda name: None)
     assert "pip install ebft[liger]" in liger_missing()

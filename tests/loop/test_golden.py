@@ -83,7 +83,7 @@ def come_to(name: str, model: Path, text: Path, folder: Path) -> dict[str, objec
 
 def interrupted_in_the_second_block(flags: list[str]) -> None:
     """The same run, ended by Ctrl-C where the second block has been committed."""
-    from ebft.output import OutputFolder
+    from ebft.output.folder import OutputFolder
 
     commit = OutputFolder.commit_part
 
@@ -122,7 +122,7 @@ class one_thread:
 if __name__ == "__main__":
     from conftest import random_model, small_tokenizer
 
-    from ebft.calibration import builtin_documents
+    from ebft.data.calibration import builtin_documents
 
     recorded: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as made, one_thread():

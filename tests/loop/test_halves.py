@@ -8,8 +8,8 @@ from conftest import random_model
 from faults import assert_same
 
 from ebft import BlockReconstructor, EBFTConfig, EBFTError, run_ebft
-from ebft.decoder import Decoder
-from ebft.plan import make_plan
+from ebft.model.decoder import Decoder
+from ebft.plan.planner import make_plan
 from ebft.recovery import BlockTask, HalfByHalf
 from ebft.recovery.task import BlockResult
 from ebft_kernels import PackedMask, load_masks

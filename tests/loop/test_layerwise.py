@@ -7,8 +7,8 @@ from faults import assert_same, stopped_at_pass
 from torch import nn
 
 from ebft import EBFTConfig, run_ebft
-from ebft.decoder import Decoder
-from ebft.matrices import find_matrices
+from ebft.model.decoder import Decoder
+from ebft.model.matrices import find_matrices
 from ebft.recovery.layerwise import input_groups, inputs_of, masked_least_squares
 from ebft_kernels import load_masks
 

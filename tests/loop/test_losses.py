@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ebft import BlockReconstructor, EBFTConfig
-from ebft.ranks import Ranks
-from ebft.recovery.losses import Loss, measured_by_token
+from ebft.distributed import Ranks
+from ebft.recovery.ebft.losses import Loss, measured_by_token
 from ebft.recovery.task import Errors, Split
 from ebft_kernels import PackedMask
 

@@ -6,8 +6,8 @@ from conftest import random_model
 from torch import nn
 
 from ebft import BlockReconstructor, EBFTConfig, EBFTError, run_ebft
-from ebft.plan import make_plan
-from ebft.recovery.optimizers import MaskedLion, MaskedMuon
+from ebft.plan.planner import make_plan
+from ebft.recovery.ebft.optimizers import MaskedLion, MaskedMuon
 from ebft_kernels import PackedMask, load_masks
 
 

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from several import on_ranks
 from torch import nn
 
-import ebft.job
-import ebft.pipeline
-import ebft.walk
+import ebft.pipeline.prepare
+import ebft.pipeline.run
+import ebft.pipeline.walk
 from ebft import BlockReconstructor, EBFTConfig, EBFTError, run_ebft
-from ebft.audit import main as audit
-from ebft.decoder import Decoder
-from ebft.plan import make_plan
-from ebft.stream import Streams
+from ebft.output.audit import main as audit
+from ebft.model.decoder import Decoder
+from ebft.plan.planner import make_plan
+from ebft.data.streams import Streams
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _light(monkeypatch):
     """No pictures: these runs are tiny."""
-    monkeypatch.setattr(ebft.pipeline, "report_page", lambda summary, lines: "")
+    monkeypatch.setattr(ebft.pipeline.run, "report_page", lambda summary, lines: "")
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def watched(monkeypatch):
         make(self, config, decoder, teacher, ids, *others, **named)
 
     monkeypatch.setattr(Streams, "__init__", made)
-    monkeypatch.setattr(ebft.job, "BlockReconstructor", Watching)
+    monkeypatch.setattr(ebft.pipeline.prepare, "BlockReconstructor", Watching)
     return tokens, tasks
 
 
@@ -127,11 +127,11 @@ def test_resumed(short_run, silent, tmp_path, monkeypatch):
         return line_of(job, index, *others)
 
     run("whole")
-    line_of = ebft.walk._block_line
-    monkeypatch.setattr(ebft.walk, "_block_line", stop_at_the_second)
+    line_of = ebft.pipeline.walk._block_line
+    monkeypatch.setattr(ebft.pipeline.walk, "_block_line", stop_at_the_second)
     with pytest.raises(Stop):
         run("out")
-    monkeypatch.setattr(ebft.walk, "_block_line", line_of)
+    monkeypatch.setattr(ebft.pipeline.walk, "_block_line", line_of)
     assert len(list((tmp_path / "out.partial" / "commits").glob("block-*"))) == 1
     run("out", resume=True)
     assert_same(tmp_path / "out", tmp_path / "whole")

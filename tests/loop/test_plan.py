@@ -11,11 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ebft import BlockReconstructor, EBFTError
-from ebft.config import EBFTConfig
-from ebft.decoder import Decoder
-from ebft.devices import DEVICES, SHARE
-from ebft.job import choose_device
-from ebft.plan import CONTEXT, MASK_BYTES, fit_to_budget, flags, make_plan
+from ebft.config.config import EBFTConfig
+from ebft.model.decoder import Decoder
+from ebft.plan.devices import DEVICES, SHARE
+from ebft.pipeline.prepare import choose_device
+from ebft.plan.planner import CONTEXT, MASK_BYTES, fit_to_budget, flags, make_plan
 from ebft.pruning import InputStatistics, Pattern, wanda
 from ebft.run import main
 from ebft_kernels import PackedMask, use_impl
@@ -258,8 +258,8 @@ def test_a_gpu_is_named_by_its_number(monkeypatch):
 def test_a_run_takes_the_settings_and_caps_the_allocator(two_blocks, monkeypatch):
     """With a GPU that is only pretended: what is asked of torch is noted."""
     fractions, said = [], []
-    monkeypatch.setattr("ebft.plan.choose_device", lambda *_: (torch.device("cuda"), torch.bfloat16))
-    monkeypatch.setattr("ebft.plan._matmul_rate", lambda *_: 1e15)
+    monkeypatch.setattr("ebft.plan.planner.choose_device", lambda *_: (torch.device("cuda"), torch.bfloat16))
+    monkeypatch.setattr("ebft.plan.planner._matmul_rate", lambda *_: 1e15)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 * GIB, 16 * GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
     config = EBFTConfig(model=two_blocks, gpu_memory="4GiB", eval="")

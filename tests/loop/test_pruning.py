@@ -155,7 +155,7 @@ def test_a_masker_may_change_weights_and_look_at_all_blocks_first(trained, confi
         return run_ebft(config=settings, reporter=silent)
 
     plain = run(str(tmp_path / "plain"))
-    monkeypatch.setattr("ebft.job.make_masker", doubling)
+    monkeypatch.setattr("ebft.pipeline.prepare.make_masker", doubling)
     doubled = run(str(tmp_path / "doubled"))
     (concluded,) = made[0].taken
     assert concluded == [[line["name"], 64] for line in doubled.blocks]

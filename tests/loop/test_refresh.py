@@ -8,10 +8,10 @@ from conftest import random_model
 from torch import nn
 
 from ebft import BlockReconstructor, EBFTConfig, EBFTError, run_ebft
-from ebft.audit import audit
-from ebft.plan import make_plan
+from ebft.output.audit import audit
+from ebft.plan.planner import make_plan
 from ebft.pruning import mask_of_best
-from ebft.recovery.refresh import MaskRefresh, exchanged
+from ebft.recovery.ebft.refresh import MaskRefresh, exchanged
 from ebft_kernels import MaskedAdamW, PackedMask, load_masks
 
 CPU = torch.device("cpu")

@@ -14,13 +14,13 @@ from faults import assert_same, command, in_child, job, refused
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-import ebft.job
-import ebft.output
+import ebft.pipeline.prepare
+import ebft.output.folder
 from ebft import EBFTError, run_ebft
-from ebft.config import EBFTConfig
+from ebft.config.config import EBFTConfig
 from ebft.errors import MemoryRanOut
-from ebft.output import OutputFolder
-from ebft.report import Reporter
+from ebft.output.folder import OutputFolder
+from ebft.output.report import Reporter
 from ebft.run import main
 
 
@@ -101,7 +101,7 @@ def interrupted(settings, monkeypatch):
 @pytest.fixture(autouse=True)
 def _light(monkeypatch):
     """One thread, as the children have, and no pictures: these runs are tiny."""
-    monkeypatch.setattr("ebft.pipeline.report_page", lambda summary, lines: "")
+    monkeypatch.setattr("ebft.pipeline.run.report_page", lambda summary, lines: "")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -274,7 +274,7 @@ def test_another_model_text_version_or_number_of_threads_is_refused(
     assert "was begun with another text (calibration: " in refused(settings(resume=True, **own))
     (tmp_path / "text.txt").write_text(text)
     with monkeypatch.context() as other:
-        other.setattr(ebft.job, "__version__", "0.0.0")
+        other.setattr(ebft.pipeline.prepare, "__version__", "0.0.0")
         assert "was begun with another version (ebft: " in refused(settings(resume=True, **own))
     torch.set_num_threads(2)
     assert "was begun with another version (threads: 1, now 2)" in refused(settings(resume=True, **own))
@@ -341,9 +341,9 @@ def _full(name, number, module, monkeypatch):
         (os, "posix_fallocate", 1, False),  # the stream that the dense perplexity is measured with
         (os, "posix_fallocate", 2, True),  # the inputs
         (os, "fsync", 9, True),
-        (ebft.output, "save_file", 3, True),
-        (ebft.output, "save_file", 4, True),  # the model
-        (ebft.output, "save_masks", 2, True),
+        (ebft.output.folder, "save_file", 3, True),
+        (ebft.output.folder, "save_file", 4, True),  # the model
+        (ebft.output.folder, "save_masks", 2, True),
     ],
 )
 def test_a_full_disk(module, name, number, kept, settings, silent, tmp_path, monkeypatch, capsys):
@@ -379,7 +379,7 @@ def test_signals(number, code, settings, tmp_path):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryRanOut("with --micro-batch 1")])
 def test_memory_that_runs_out_is_one_sentence(error, settings, silent, monkeypatch, tmp_path):
-    real, calls = ebft.job.BlockReconstructor.fit, []
+    real, calls = ebft.pipeline.prepare.BlockReconstructor.fit, []
 
     def starved(self, *args, **kwargs):
         calls.append(args)
@@ -387,7 +387,7 @@ def test_memory_that_runs_out_is_one_sentence(error, settings, silent, monkeypat
             raise error
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(ebft.job.BlockReconstructor, "fit", starved)
+    monkeypatch.setattr(ebft.pipeline.prepare.BlockReconstructor, "fit", starved)
     said = error if isinstance(error, MemoryRanOut) else "memory ran out"
     with pytest.raises(EBFTError, match=rf"^{said}; what was finished is kept in .*: --resume goes on from"):
         run(settings(), silent)

@@ -8,18 +8,18 @@ import torch
 from conftest import random_model
 from safetensors.torch import load_file
 
-import ebft.pipeline
+import ebft.pipeline.run
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.audit import audit
-from ebft.decoder import Decoder
-from ebft.pipeline import OutputFolder
+from ebft.output.audit import audit
+from ebft.model.decoder import Decoder
+from ebft.pipeline.run import OutputFolder
 from ebft_kernels import load_masks
 
 
 @pytest.fixture(autouse=True)
 def _without_a_page(monkeypatch):
     """matplotlib takes longer than a run."""
-    monkeypatch.setattr(ebft.pipeline, "report_page", lambda summary, lines: "")
+    monkeypatch.setattr(ebft.pipeline.run, "report_page", lambda summary, lines: "")
 
 
 def same_weights(one, other) -> bool:

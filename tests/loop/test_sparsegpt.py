@@ -5,9 +5,9 @@ import torch
 from conftest import random_model
 
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.audit import audit
-from ebft.decoder import Decoder
-from ebft.plan import make_plan
+from ebft.output.audit import audit
+from ebft.model.decoder import Decoder
+from ebft.plan.planner import make_plan
 from ebft.pruning import InputObserver, InputStatistics, Pattern, SparseGPT, magnitude, wanda
 
 CPU = torch.device("cpu")

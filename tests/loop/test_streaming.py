@@ -12,18 +12,18 @@ from faults import assert_same
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import ebft.reconstruct
-import ebft.stream
+import ebft.recovery.ebft.reconstruct
+import ebft.data.streams
 from ebft import BlockReconstructor, EBFTError, run_ebft
-from ebft.calibration import calibration_tokens
-from ebft.checkpoint import load_model, open_model
-from ebft.config import EBFTConfig, parse_bytes
-from ebft.decoder import Decoder
-from ebft.evaluate import perplexities
-from ebft.output import OutputFolder
-from ebft.plan import make_plan
-from ebft.stream import Store, Stream, Streams, carry
-from ebft.weights import ModelWeights, ShardedWeights, Tensors
+from ebft.data.calibration import calibration_tokens
+from ebft.model.checkpoint import load_model, open_model
+from ebft.config.config import EBFTConfig, parse_bytes
+from ebft.model.decoder import Decoder
+from ebft.evaluation.perplexity import perplexities
+from ebft.output.folder import OutputFolder
+from ebft.plan.planner import make_plan
+from ebft.data.streams import Store, Stream, Streams, carry
+from ebft.model.weights import ModelWeights, ShardedWeights, Tensors
 
 CPU = torch.device("cpu")
 TIED = ("llama", "qwen2", "opt", "gpt2", "gemma2", "gemma3", "mixtral")
@@ -172,7 +172,7 @@ def given(tmp_path, tokenizer):
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr("ebft.pipeline.report_page", lambda summary, lines: "")
+    monkeypatch.setattr("ebft.pipeline.run.report_page", lambda summary, lines: "")
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2", "qwen3-moe"])
@@ -203,7 +203,7 @@ def test_the_output_is_an_ordinary_sharded_checkpoint(family, given, silent, tmp
 
 
 def evaluation_ids(tokenizer):
-    from ebft.calibration import evaluation_tokens
+    from ebft.data.calibration import evaluation_tokens
 
     return evaluation_tokens("builtin", tokenizer, seqlen=64).ids
 
@@ -228,7 +228,7 @@ def test_blocks_and_optimizers_are_gone_after_their_turn(unit, given, silent, mo
         return step(*args, **kwargs)
 
     monkeypatch.setattr(Decoder, "working_block", noted("blocks", Decoder.working_block))
-    monkeypatch.setattr("ebft.reconstruct.make_optimizer", noted("optimizers", ebft.reconstruct.make_optimizer))
+    monkeypatch.setattr("ebft.recovery.ebft.reconstruct.make_optimizer", noted("optimizers", ebft.recovery.ebft.reconstruct.make_optimizer))
     monkeypatch.setattr(BlockReconstructor, "step", counted)
     gc.collect()
     gc.disable()
@@ -367,4 +367,4 @@ def test_a_file_takes_its_room_at_once(tmp_path):
         assert torch.equal(written, torch.full((512,), 1.5).bfloat16())
         with pytest.raises(EBFTError, match="cannot be written: "):
             Stream((2**30, 2**20, 16), store, 2, "inputs-1")
-    assert ebft.stream._other("inputs-0") == "inputs-1"
+    assert ebft.data.streams._other("inputs-0") == "inputs-1"

@@ -9,14 +9,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ebft import EBFTConfig, run_ebft
-from ebft.audit import audit
-from ebft.compressed import load_compressed, save_compressed
-from ebft.decoder import Decoder, find_blocks
+from ebft.output.audit import audit
+from ebft.compressed.layers import load_compressed, save_compressed
+from ebft.model.decoder import Decoder, find_blocks
 from ebft.errors import EBFTError
-from ebft.matrices import find_matrices
+from ebft.model.matrices import find_matrices
 from ebft.pruning import InputStatistics
-from ebft.pruning.structured import SCORES, least_of_all, remove
-from ebft.pruning.units import bias_of, find_units, masks_without, removed_by
+from ebft.pruning.structured.scores import SCORES, least_of_all, remove
+from ebft.pruning.structured.units import bias_of, find_units, masks_without, removed_by
 from ebft.recovery import BlockTask, Layerwise
 from ebft.recovery.layerwise import inputs_of
 

@@ -8,7 +8,7 @@ import torch
 from conftest import random_model
 
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.audit import audit
+from ebft.output.audit import audit
 from ebft.pruning import InputStatistics, Pattern, SparseGPT, mask_of_best, wanda
 from ebft.pruning.transposable import transposable_mask
 from ebft_kernels import PackedMask, load_masks, save_masks

@@ -12,14 +12,14 @@ from several import on_ranks
 from torch.func import functional_call
 from torch.nn import functional as F
 
-import ebft.pipeline
+import ebft.pipeline.run
 import ebft.recovery.lora
 import ebft.recovery.whole_model
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.audit import audit
-from ebft.decoder import Decoder
-from ebft.matrices import router_paths
-from ebft.ranks import Ranks
+from ebft.output.audit import audit
+from ebft.model.decoder import Decoder
+from ebft.model.matrices import router_paths
+from ebft.distributed import Ranks
 from ebft.recovery import FullFineTuning, LoRA, WholeTask
 from ebft.recovery.task import batch_order
 from ebft_kernels import PackedMask
@@ -267,7 +267,7 @@ def test_a_resumed_run_does_not_tune_again(short_run, silent, tmp_path, monkeypa
             run_ebft(config=EBFTConfig(**settings), reporter=silent)
     with monkeypatch.context() as broken:
         broken.setattr(LoRA, "recover", stop)
-        broken.setattr(ebft.pipeline, "_save", stop)
+        broken.setattr(ebft.pipeline.run, "_save", stop)
         with pytest.raises(KeyboardInterrupt):
             run_ebft(config=EBFTConfig(**settings, resume=True), reporter=silent)
     with monkeypatch.context() as broken:
@@ -292,7 +292,7 @@ def test_ranks_share_a_batch(short_run, silent, tmp_path):
 
 def test_refused(monkeypatch, short_run):
     with pytest.raises(EBFTError, match="holds the whole model in memory, which neither --plan nor a memory budget"):
-        ebft.plan.make_plan(EBFTConfig(**short_run(recover="ebft+full")))
+        ebft.plan.planner.make_plan(EBFTConfig(**short_run(recover="ebft+full")))
     monkeypatch.setattr(ebft.recovery.lora, "find_spec", lambda name: None)
     with pytest.raises(EBFTError, match=r"needs peft, which is not installed; expected pip install ebft\[lora\]"):
         run_ebft(config=EBFTConfig(**short_run(recover="lora")))

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import ebft.zero_shot
+import ebft.evaluation.zero_shot
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.calibration import builtin_documents
-from ebft.checkpoint import load_model
-from ebft.plan import make_plan
+from ebft.data.calibration import builtin_documents
+from ebft.model.checkpoint import load_model
+from ebft.plan.planner import make_plan
 from ebft.run import main
-from ebft.zero_shot import ZeroShot, cloze
+from ebft.evaluation.zero_shot import ZeroShot, cloze
 
 
 def test_questions_are_made_from_the_text():
@@ -40,10 +40,10 @@ def test_what_cannot_be_had(monkeypatch, tmp_path):
         cloze("local:x", ["word " * 120])
     with pytest.raises(EBFTError, match="--eval-limit is 0; expected a whole number of at least 1"):
         EBFTConfig(eval_limit=0)
-    monkeypatch.setattr(ebft.zero_shot, "find_spec", lambda name: None)
+    monkeypatch.setattr(ebft.evaluation.zero_shot, "find_spec", lambda name: None)
     with pytest.raises(EBFTError, match=r"lm-evaluation-harness, which is not installed \(pip install ebft\[tasks\]\)"):
         ZeroShot.prepare(["piqa"], None)
-    monkeypatch.setattr(ebft.zero_shot, "find_spec", lambda name: name)
+    monkeypatch.setattr(ebft.evaluation.zero_shot, "find_spec", lambda name: name)
     with pytest.raises(EBFTError, match=r"text 'nowhere.txt': expected c4, wikitext2, builtin, or an existing"):
         ZeroShot.prepare(["local:nowhere.txt"], None)
 
@@ -69,11 +69,11 @@ def test_a_run_asks_the_saved_model_once(short_run, silent, tmp_path, monkeypatc
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ebft.zero_shot, "find_spec", lambda name: name)
+    monkeypatch.setattr(ebft.evaluation.zero_shot, "find_spec", lambda name: name)
     monkeypatch.setattr(ZeroShot, "measure", measure)
     given = short_run(eval_tasks=f"local:{text},local:builtin", eval_limit=7)
     with monkeypatch.context() as broken:
-        broken.setattr(ebft.pipeline, "summarise", fail)
+        broken.setattr(ebft.pipeline.run, "summarise", fail)
         with pytest.raises(KeyboardInterrupt):
             run_ebft(config=EBFTConfig(**given), reporter=silent)
     result = run_ebft(config=EBFTConfig(**given, resume=True), reporter=silent)
@@ -93,7 +93,7 @@ def test_another_text_is_another_run(short_run, silent, tmp_path, monkeypatch):
     text = tmp_path / "questions.txt"
     documents = builtin_documents("evaluation")
     text.write_text(" ".join(documents[:20]))
-    monkeypatch.setattr(ebft.zero_shot, "find_spec", lambda name: name)
+    monkeypatch.setattr(ebft.evaluation.zero_shot, "find_spec", lambda name: name)
     monkeypatch.setattr(ZeroShot, "measure", lambda *_: 1 / 0)
     given = short_run(eval_tasks=f"local:{text}", eval="", recover="none")
     with pytest.raises(ZeroDivisionError):

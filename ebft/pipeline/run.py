@@ -1,0 +1,371 @@
+"""A run from its beginning to its end: measure, walk over the blocks, recover the whole, save, measure again."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ebft.model.checkpoint import load_model, open_saved, quiet
+from ebft.config.config import ORGANISATION, EBFTConfig, parse_bytes
+from ebft.model.decoder import Decoder
+from ebft.errors import EBFTError, MemoryRanOut
+from ebft.evaluation.perplexity import perplexities
+from ebft.pipeline.prepare import Job, name_of, prepare_job, summarise
+from ebft.pruning.structured.narrow import as_saved
+from ebft.output.folder import LINES, MASKS, SUMMARY, OutputFolder
+from ebft.plan.planner import fit_to_budget
+from ebft.pruning import Criterion
+from ebft.distributed import joined
+from ebft.recovery import WholeTask
+from ebft.output.report import Reporter, model_card
+from ebft.output.page import report_page
+from ebft.data.streams import Store
+from ebft.pipeline.survey import survey
+from ebft.pipeline.walk import apply_masks, begin_peak_memory, not_finite, peak_memory, say_notes, walk
+from ebft.model.weights import ShardedWeights
+from ebft_kernels import PackedMask, load_masks
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        output: the folder with the recovered model.
+        summary: what ``ebft_summary.json`` holds.
+        blocks: what ``blocks.jsonl`` holds, a dict a block.
+        masks: full parameter name -> mask; read from ``output`` when first asked for.
+        model: the model with the recovered weights, on the host: the one in memory that was given, or else the one
+            saved in ``output``, loaded whole when first asked for.
+    """
+
+    output: Path
+    summary: dict[str, Any]
+    blocks: list[dict[str, Any]]
+    _given: PreTrainedModel | None = field(default=None, repr=False)
+
+    @classmethod
+    def read(cls, output: Path) -> RunResult:
+        """What an earlier run left in ``output``."""
+        lines = (output / LINES).read_text(encoding="utf-8").splitlines()
+        return cls(output, json.loads((output / SUMMARY).read_text(encoding="utf-8")), list(map(json.loads, lines)))
+
+    @cached_property
+    def masks(self) -> dict[str, PackedMask]:
+        """See above."""
+        return load_masks(self.output / MASKS)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """See above."""
+        trust = self.summary["config"]["trust_remote_code"]
+        return self._given or load_model(str(self.output.absolute()), trust_remote_code=trust)
+
+
+def run_ebft(
+    model: str | PreTrainedModel | None = None,
+    config: EBFTConfig | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher: PreTrainedModel | None = None,
+    criterion: Criterion | None = None,
+    text: Iterable[str] | None = None,
+    reporter: Reporter | None = None,
+) -> RunResult:
+    """Prune a model, recover it block by block (arXiv 2402.12419), save it and measure it.
+
+    Args:
+        model: what to prune: a hub id, a folder, a GGUF file, or a model in memory, whose blocks then hold the
+            recovered weights at the end; by default ``config.model``.
+        config: the settings (default: ``EBFTConfig()``, the published recipe). With ``resume``, an interrupted run is
+            gone on with if everything that it depends on is the same (of a criterion of one's own: its name).
+        tokenizer: for a model in memory; otherwise the model's own is loaded.
+        teacher: a dense model in memory whose blocks are the targets; otherwise ``config.teacher``.
+        criterion: a function (weight, inputs, pattern) -> bool mask, in place of ``config.prune``.
+        text: documents to calibrate on, in place of ``config.calibration``.
+        reporter: where progress goes (default: the terminal).
+
+    Raises:
+        EBFTError: something given cannot be used, activations are no longer finite, or memory ran out; the blocks that
+            were finished are kept in ``OUTPUT.partial`` (of a schedule's earlier shares in ``OUTPUT.schedule``).
+    """
+    config, reporter = config or EBFTConfig(), reporter or Reporter()
+    source = config.model if model is None else model
+    if len(config.steps) == 1:
+        return _run_once(source, config, tokenizer, teacher, criterion, text, reporter)
+    name, dense = name_of(source), None
+    with joined() as ranks:  # of all of the runs
+        ranks.after_first(partial(OutputFolder, config.output, overwrite=config.overwrite, resume=config.resume))
+        if teacher is None and config.teacher is None:  # then it is the first model, as it is now
+            in_memory = isinstance(source, PreTrainedModel)
+            dense = copy.deepcopy(source) if in_memory else source or load_model(None)
+        text = None if text is None else list(text)
+        for step in config.steps:
+            reporter.say(f"--schedule {config.schedule}: {step.sparsity:g}")
+            if isinstance(source, str):
+                step = dataclasses.replace(step, model=source)
+            if isinstance(dense, str) and source != dense:
+                step = dataclasses.replace(step, teacher=dense)
+            result = _run_once(source, step, tokenizer, teacher, criterion, text, reporter, name)
+            source = result.model if isinstance(source, PreTrainedModel) else str(result.output)
+            teacher = dense if isinstance(dense, PreTrainedModel) else teacher
+    return result
+
+
+def _run_once(
+    source: str | PreTrainedModel | None,
+    config: EBFTConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher: PreTrainedModel | None,
+    criterion: Criterion | None,
+    text: Iterable[str] | None,
+    reporter: Reporter,
+    name: str | None = None,
+) -> RunResult:
+    """``run_ebft`` for one share; ``name``: of the model, where that is not the source's."""
+    with joined() as ranks:
+        if ranks.rank:
+            reporter = Reporter(Console(file=io.StringIO()))  # the first speaks for all
+        output = ranks.after_first(
+            partial(OutputFolder, config.output, overwrite=config.overwrite, resume=config.resume)
+        )
+        config = fit_to_budget(config, source, reporter.say)
+        if output.finished and (result := _finished(config, output, reporter)):
+            return result
+        with _running_out_said(output), contextlib.ExitStack() as inside:
+            job = prepare_job(config, source, tokenizer, teacher, criterion, text, output, reporter, ranks)
+            job.name = name or job.name
+            ranks.first(lambda: inside.enter_context(output) and None)
+            return _run(job, source if isinstance(source, PreTrainedModel) else None)
+
+
+@contextlib.contextmanager
+def _running_out_said(output: OutputFolder) -> Iterator[None]:
+    """Say in one sentence that memory ran out, and what is left."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, MemoryRanOut) as error:
+        ours = isinstance(error, MemoryRanOut)
+        ran_out = ours or isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not ran_out and "can't allocate memory" not in str(error):
+            raise
+        kept = f"; what was finished is kept in {output.path}: --resume goes on from there" if output.kept() else ""
+        raise EBFTError(f"{error if ours else 'memory ran out'}{kept}") from error
+
+
+def _finished(config: EBFTConfig, output: OutputFolder, reporter: Reporter) -> RunResult | None:
+    """``--resume`` after the end: the finished run, if it is this one; None if it is another that may be replaced."""
+    result = RunResult.read(output.final)
+    before, now = (
+        {name: value for name, value in settings.items() if name not in ORGANISATION}
+        for settings in (result.summary["config"], config.to_dict())
+    )
+    if before == now:
+        reporter.say(f"{output.final} is finished: there is nothing left to do")
+        return result
+    if not config.overwrite:
+        raise EBFTError(
+            f"--resume: there is nothing to resume, and {output.final} holds a run with other settings; give "
+            "--overwrite to replace it"
+        )
+    return None
+
+
+def _run(job: Job, given: PreTrainedModel | None) -> RunResult:
+    decoder, out = job.decoder, job.output
+    if job.config.resume and not out.resumed:
+        job.reporter.say("there is nothing to resume: the run begins")
+
+    if text := job.generated:
+        _stage(job, "generated", lambda: None, partial(out.write_generated, text.tokens.ids, text.made_from))
+    dense = _stage(job, "dense_perplexity", lambda: _measure(job, "dense perplexity", job.teacher))
+    if surveyor := job.masker.surveyor:
+        surveyor.take(_stage(job, "survey", partial(survey, job, surveyor)))
+    lines = walk(job)
+    pruned = _stage(job, "pruned_perplexity", lambda: _measure(job, "pruned perplexity", decoder, _pruned(job)))
+    whole_model = {name: _recover_whole(job, name) for name in job.whole_model}
+    if not isinstance(decoder.weights, ShardedWeights):  # a model in memory takes the recovered weights
+        for index in range(len(decoder)):
+            decoder.store_block(index, out.block(index))
+    _stage(job, "save", lambda: None, partial(_save, job))
+    recovered = _stage(job, "recovered_perplexity", lambda: _measure_saved(job))
+    zero_shot = _stage(job, "zero_shot", lambda: job.ranks.first(partial(_ask, job))) if job.zero_shot else {}
+
+    kept = sum(line["kept_weights"] for line in lines)
+    sparsity = 1 - kept / sum(line["prunable_weights"] for line in lines)
+    stages = {"dense": dense, "pruned": pruned, "recovered": recovered}
+    summary = summarise(job, sparsity, stages, whole_model, zero_shot)
+
+    def commit() -> None:
+        out.write_json(SUMMARY, summary)
+        out.write_text("README.md", model_card(summary))
+        out.write_text("report.html", report_page(summary, lines))
+        out.commit()
+
+    job.ranks.first(commit)
+    job.reporter.table(summary)
+    return RunResult(out.final, summary, lines, given)
+
+
+def _stage(job: Job, name: str, make: Callable[[], Any], write: Callable[[], list[Path]] = list) -> Any:
+    """What a stage of the run comes to, made now or by the run that is gone on with; ``write`` gives its files."""
+    part = job.ranks.first(partial(job.output.part, name))
+    say_notes(job)
+    if part is None:
+        result, files = make(), job.ranks.first(write)
+        job.clock.lap(name)
+        part = {"result": result, "clock": job.clock.read()}
+        job.ranks.first(partial(job.output.commit_part, name, part, files))
+    else:
+        job.clock.go_on_from(part["clock"])
+    return part["result"]
+
+
+# --- after the walk -----------------------------------------------------------------------------------------------
+
+
+def _pruned(job: Job) -> Callable[[int], nn.Module]:
+    """The blocks pruned and not recovered."""
+
+    def block_at(index: int) -> nn.Module:
+        pruned = job.output.pruned_block(index)
+        block = job.decoder.working_block(index, pruned)
+        if pruned is None:
+            prefix = f"{job.decoder.names[index]}."
+            masks = job.output.block_masks(index)
+            apply_masks(block, {name.removeprefix(prefix): mask for name, mask in masks.items()})
+        return block
+
+    return block_at
+
+
+def _recover_whole(job: Job, name: str) -> dict[str, Any]:
+    """Recover the whole model by ``name``, with all its blocks in memory; gives its entry in the summary."""
+    decoder, out, recovered = job.decoder, job.output, {}
+
+    def make() -> dict[str, Any]:
+        assert job.calibration is not None
+        begin_peak_memory(decoder.device)
+        model = decoder.whole(out.block)
+        recovered.update({block: model.get_submodule(block) for block in decoder.names})
+        with job.reporter.progress(name, 1) as advance:
+            task = WholeTask(
+                model=model,
+                blocks=recovered,
+                masks={n: mask for index in range(len(decoder)) for n, mask in out.block_masks(index).items()},
+                tokens=job.calibration.ids,
+                device=decoder.device,
+                compute=decoder.compute,
+                ranks=job.ranks,
+                on_step=advance,
+            )
+            result = job.whole_model[name].recover(task)
+        job.clock.lap(name)
+        entry: dict[str, Any] = {
+            "losses": result.losses,
+            "held_out_before": result.held_out_before,
+            "held_out_after": result.held_out_after,
+            "seconds": result.seconds,
+            "peak_memory_bytes": peak_memory(decoder.device),
+            "notes": result.notes,
+        }
+        if result.left_out:
+            entry["plain_merge"] = _plain_merge(job, recovered, result.left_out)
+            job.clock.lap("plain_merge_perplexity")
+        return entry
+
+    def write() -> list[Path]:
+        files = []
+        for index, block in enumerate(recovered.values()):
+            weights = decoder.round_as_stored(index, block)
+            if not all(torch.isfinite(weight).all() for weight in weights.values()):
+                raise not_finite(job, index, f"its weights hold NaN or infinity after --recover {name}")
+            files.append(out.rewrite_block(index, decoder.weights.as_stored(weights), name))
+        return files
+
+    entry = _stage(job, name, make, write)
+    out.newest = name
+    return entry
+
+
+def _plain_merge(
+    job: Job, blocks: Mapping[str, nn.Module], left_out: Mapping[str, Callable[[], Tensor]]
+) -> dict[str, Any]:
+    """Perplexity and sparsity of what would be saved without masks, a block of which is there at a time."""
+    decoder = job.decoder
+
+    def block_at(index: int) -> nn.Module:
+        name = decoder.names[index]
+        block = copy.deepcopy(blocks[name])
+        for matrix in decoder.matrices[index]:
+            if f"{name}.{matrix.name}" in left_out:
+                block.get_parameter(matrix.name).add_(left_out[f"{name}.{matrix.name}"]())
+        decoder.round_as_stored(index, block)
+        return block
+
+    zeros = weights = 0
+    for index, matrices in enumerate(decoder.matrices):
+        block = block_at(index)
+        for weight in (block.get_parameter(matrix.name) for matrix in matrices):
+            zeros, weights = zeros + int((weight == 0).sum()), weights + weight.numel()
+    perplexity = _measure(job, "perplexity of the plain merge", decoder, block_at)
+    return {"perplexity": perplexity, "sparsity": zeros / weights}
+
+
+def _save(job: Job) -> list[Path]:
+    """The recovered model as an ordinary folder; gives the files with weights and masks."""
+    decoder, out, count = job.decoder, job.output, len(job.decoder)
+    largest = parse_bytes(job.config.max_shard_size, "--max-shard-size")
+    model, masks = as_saved(job.config, decoder, out)
+    if isinstance(decoder.weights, ShardedWeights):
+        files = out.save_shards(decoder.weights.tensors, count, largest)
+    else:
+        files = out.save_model(model, largest)
+    out.save_settings(model, job.tokenizer)
+    return files + out.save_masks(masks)
+
+
+def _measure_saved(job: Job) -> dict[str, float]:
+    """Perplexity of the saved files."""
+    if not job.eval_tokens:
+        return {}
+    saved, decoder = open_saved(type(job.decoder.model), job.output.path), job.decoder
+    return _measure(
+        job, "recovered perplexity", Decoder(saved.model, decoder.device, decoder.compute, weights=saved.weights)
+    )
+
+
+def _ask(job: Job) -> dict[str, dict[str, float]]:
+    """Zero-shot tasks, on the model that the saved files give."""
+    assert job.zero_shot is not None
+    assert job.tokenizer is not None
+    job.reporter.say(f"zero-shot: {job.config.eval_tasks}")
+    kind, folder = type(job.decoder.model), job.output.path
+    with quiet():
+        model = kind.from_pretrained(folder, dtype="auto").eval()
+    return job.zero_shot.measure(model, job.tokenizer, job.decoder.device)
+
+
+def _measure(
+    job: Job, what: str, decoder: Decoder, block_at: Callable[[int], nn.Module] | None = None
+) -> dict[str, float]:
+    """Perplexity on every evaluation text."""
+    if not job.eval_tokens:
+        return {}
+    windows = {name: tokens.ids for name, tokens in job.eval_tokens.items()}
+    store = Store(decoder.device, job.store.kind, output=job.output, owner=job.store.owner)
+    with job.reporter.progress(what, len(decoder)) as advance:
+        return perplexities(decoder, windows, block_at, on_block=advance, store=store, ranks=job.ranks)

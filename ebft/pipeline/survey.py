@@ -1,0 +1,29 @@
+"""A pass of the dense model over the calibration tokens, block by block, before anything is pruned."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from ebft.pipeline.prepare import Job
+from ebft.pruning import InputObserver, Surveyor, sum_over_ranks_
+from ebft.data.streams import Store, Stream
+
+
+def survey(job: Job, surveyor: Surveyor) -> Any:
+    """What ``surveyor`` concludes from the dense blocks and what flows into their matrices."""
+    assert job.calibration is not None
+    decoder, tokens = job.decoder, job.calibration.ids[job.sharing.share(len(job.calibration.ids))]
+    store = Store(decoder.device, job.store.kind, job.store.dtype, job.output, owner=job.store.owner)
+    stream, seen = Stream.entering(decoder, tokens, job.config.batch_size, store, "survey"), []
+    with job.reporter.progress("survey", len(decoder)) as advance:
+        for index, (name, matrices) in enumerate(zip(decoder.names, decoder.matrices, strict=True)):
+            block = decoder.working_block(index)
+            observer = InputObserver(block, matrices, surveyor.needs)
+            with observer.watching():
+                stream.through(partial(decoder.run_block, index, block), out=stream)
+            sum_over_ranks_(observer.statistics, job.sharing)
+            seen.append(surveyor.look(name, block, matrices, observer.statistics))
+            advance(index + 1)
+    store.drop(stream.name)
+    return surveyor.conclude(seen)

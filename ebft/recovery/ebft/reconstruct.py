@@ -1,0 +1,363 @@
+"""Reconstruction of one block (arXiv 2402.12419): tune its kept weights until it gives the dense block's outputs.
+
+    minimise over W:  mean || f(X; M * W) - Y ||^2        (or another loss, ebft/recovery/losses.py)
+
+Pruned weights are held at exactly zero by the optimizer, so the block runs as it is, without masks (docs/method.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ebft.config.config import EBFTConfig
+from ebft.model.decoder import BlockCall
+from ebft.errors import EBFTError, MemoryRanOut
+from ebft.model.matrices import router_paths
+from ebft.distributed import Ranks
+from ebft.recovery import BlockResult, BlockTask, Forward
+from ebft.recovery.ebft.epochs import MOST
+from ebft.recovery.ebft.halves import halves
+from ebft.recovery.ebft.losses import Loss, measured_by_token
+from ebft.recovery.ebft.optimizers import MaskedOptimizer, make_optimizer
+from ebft.recovery.ebft.learning_rate import learning_rate, set_scales
+from ebft.recovery.checkpointing import recompute, recomputed
+from ebft.recovery.ebft.refresh import BATCHES, MaskRefresh
+from ebft.recovery.task import Errors, Split, batch_order, samples_of_all
+from ebft.recovery.ebft.early_stopping import Best, HeldOut, Probe, Watch
+from ebft.data.streams import carry
+from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, mask_linears_
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A block while it is tuned.
+
+    Attributes:
+        forward: hidden states through the block, recomputed and compiled as the settings say.
+        notes: what happened, for the report.
+        loss: what is minimised.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    optimizer: MaskedAdamW | MaskedOptimizer
+    scaler: torch.amp.GradScaler
+    notes: list[str]
+    loss: Loss = field(default_factory=Loss)
+
+
+class BlockReconstructor:
+    """Tunes one block at a time; one object serves all blocks.
+
+    Args:
+        config: the settings from ``epochs`` to ``clip``, and the seed.
+        device: where the block lives and the batches go.
+        compute: dtype of the matrix products; with float16 the loss is scaled dynamically and clipped after unscaling.
+        ranks: those that share the samples: each is given its part of them, and all tune the same weights.
+
+    Attributes:
+        micro_batch: sequences that go through the block at once. Halved, for good, where the GPU's memory runs out.
+
+    Raises:
+        EBFTError: settings do not go with ``compute``.
+    """
+
+    needs: frozenset[str] = frozenset()  # see BlockRecovery
+
+    def __init__(
+        self,
+        config: EBFTConfig,
+        device: torch.device,
+        compute: torch.dtype = torch.float32,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._config, self._device, self._compute, self._ranks = config, device, compute, ranks or Ranks()
+        self.micro_batch = config.micro_batch or config.batch_size
+        if config.weights != "fp32" and compute != torch.bfloat16:
+            raise EBFTError(
+                f"--weights {config.weights} keeps matrices in bfloat16, and products are in {_name(compute)}; "
+                "expected --dtype bfloat16 or --weights fp32"
+            )
+        if config.update_in_backward and self._ranks.count > 1:
+            raise EBFTError(
+                f"--update-in-backward uses gradients before they are summed over ranks, and {self._ranks.count} ranks "
+                "share the sequences; expected one, or blocks that are independent (--target and --input dense-stream)"
+            )
+        if config.update_in_backward and compute == torch.float16:
+            raise EBFTError(
+                "--update-in-backward uses gradients before they are unscaled, and products in float16 need a loss "
+                "scale; expected --dtype bfloat16 or float32"
+            )
+        if config.refresh_every and compute == torch.float16:
+            raise EBFTError(
+                "--refresh-every compares gradients of many batches, and products in float16 need a loss scale; "
+                "expected --dtype bfloat16 or float32"
+            )
+
+    def recover(self, task: BlockTask) -> BlockResult:
+        """``fit`` on a block of the walk."""
+        return self.fit(
+            task.block,
+            task.inputs,
+            task.targets,
+            masks=task.masks,
+            index=task.index,
+            forward=task.forward,
+            on_step=task.on_step,
+            only=task.only,
+            epochs=task.epochs,
+            error_before=task.error_before,
+        )
+
+    def fit(
+        self,
+        block: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        masks: Mapping[str, PackedMask],
+        index: int = 0,
+        forward: Forward | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+        only: frozenset[str] | None = None,
+        epochs: Callable[[float], int] | None = None,
+        error_before: float | None = None,
+        **kwargs: Any,
+    ) -> BlockResult:
+        """Tune ``block`` in place.
+
+        Where tuning ends worse than it began, or no longer in numbers, the best weights seen between epochs are kept.
+        With ``holdout`` the best are those of the least error of a token, by its size, on the samples held out; they
+        are kept in any case, and tuning ends ``patience`` epochs after them.
+
+        Args:
+            block: float32, on the device; its weights at pruned places are set to zero and stay so.
+            inputs, targets: (samples, seqlen, width), float32 or bfloat16, in any memory; of several ranks, this one's
+                ``share`` of all samples.
+            masks: parameter name -> kept weights, in the parameter's shape; other parameters are tuned freely
+                (routers are not tuned), without weight decay.
+            index: number of the block; with the seed and the epoch it determines the batch order.
+            forward: (block, hidden) -> hidden; by default ``block(hidden, **kwargs)`` under autocast.
+            on_step: called with (steps done, steps in all) after each step.
+            only: names of the parameters that are tuned (default: all but routers).
+            epochs, error_before: see ``BlockTask``.
+
+        Raises:
+            EBFTError: the block has no halves to recompute.
+            MemoryRanOut: the GPU's memory ran out where nothing can be repeated.
+        """
+        config = self._config
+        forward = forward or partial(BlockCall((), kwargs), compute=self._compute)
+        split = Split.of(samples_of_all(inputs, self._ranks), config.holdout, self._ranks)
+        errors = Errors(inputs, targets, split, self._device, self._ranks, self.micro_batch)
+        through = partial(forward, block)
+        energy = errors.branch_energy()
+        with self.prepared(block, masks, forward, index, only) as tuning:
+            tuning = replace(tuning, loss=Loss.of(config, errors))
+            judged = partial(tuning.loss.measured, errors, through)
+            set_scales(tuning.optimizer, config)
+            before = now = judged(split.probe)
+            most = config.epochs
+            if epochs:
+                most = epochs((before.error if error_before is None else error_before) / (energy or math.inf))
+            steps = most * -(-len(split.tuned) // config.batch_size)
+            losses, norms = torch.zeros(steps, device=self._device), torch.zeros(steps, device=self._device)
+            refresh = MaskRefresh(config, block, masks, tuning.optimizer, steps)
+            best = Best(block, refresh.masks)
+            watch: Watch = Probe(best, before)
+            if len(split.held_out):
+                judge = partial(measured_by_token, errors, through, split.held_out)
+                watch = HeldOut(best, before, judge, config.patience)
+            step, began = 0, time.perf_counter()
+            for epoch in range(most):
+                order = batch_order(len(split.tuned), config.seed, index, epoch)
+                batches = split.tuned[order].split(config.batch_size)
+                mine = [split.here(batch) for batch in batches]
+                for batch, (x, y) in zip(batches, carry(self._device, (inputs, targets), mine), strict=True):
+                    for group in tuning.optimizer.param_groups:
+                        group["lr"] = learning_rate(config, step, steps) * group["scale"]
+                    losses[step], norms[step] = self.step(tuning, x, y, of=len(batch))
+                    step += 1
+                    if refresh.due(step):
+                        self._refresh(tuning, refresh, errors, index, step)
+                    if on_step:
+                        on_step(step, steps)
+                # The one sync point of an epoch.
+                errors.at_once = self.micro_batch  # which may have been halved
+                now = judged(split.probe)
+                if watch.done(now) or not math.isfinite(now.loss):
+                    break
+            notes, error = watch.end(now)
+            seconds = time.perf_counter() - began
+        self._ranks.add_([losses])
+
+        return BlockResult(
+            losses=losses[:step].tolist(),
+            gradient_norms=norms[:step].tolist(),
+            error_before=before.error,
+            error_after=error,
+            branch_energy=energy,
+            seconds=seconds,
+            notes=tuning.notes + refresh.notes() + notes,
+            held_out_before=watch.held_out_before,
+            held_out_after=watch.held_out_after,
+            masks=refresh.changed(),
+            epochs=epoch + 1,
+        )
+
+    @contextlib.contextmanager
+    def prepared(
+        self,
+        block: nn.Module,
+        masks: Mapping[str, PackedMask],
+        forward: Forward,
+        index: int = 0,
+        only: frozenset[str] | None = None,
+    ) -> Iterator[Tuning]:
+        """``block`` as the settings want it tuned, while inside; float32 and without gradients again afterwards."""
+        config, routers = self._config, router_paths(block)
+        tuned = {
+            name: parameter.requires_grad_()
+            for name, parameter in block.named_parameters()
+            if parameter.is_floating_point()
+            and name.rpartition(".")[0] not in routers
+            and (only is None or name in only)
+        }
+        if config.weights != "fp32":
+            for name in masks:
+                tuned[name].data = tuned[name].data.to(torch.bfloat16)
+        with contextlib.ExitStack() as undone_after:
+            if config.update_in_backward:
+                undone_after.enter_context(_masked_layers(block, masks))
+            if config.recompute == "halves":
+                undone_after.enter_context(recomputed([block.get_submodule(half) for half in halves(block, masks)]))
+            matrices = [[tuned[name] for name in masks]]
+            if config.lr_scale == "rms":  # each has a learning rate of its own
+                matrices = [[matrix] for matrix in matrices[0]]
+            groups = [
+                *({"params": of_group, "weight_decay": config.weight_decay} for of_group in matrices),
+                {"params": [tuned[name] for name in tuned if name not in masks], "weight_decay": 0.0},
+            ]
+            seed = (config.seed * 1_000_003 + index) % 2**63
+            optimizer = make_optimizer(config, groups, {tuned[name]: mask for name, mask in masks.items()}, seed)
+            through: Callable[[Tensor], Tensor] = partial(forward, torch.compile(block) if config.compile else block)
+            if config.recompute == "block":
+                through = partial(recompute, through)
+            scaler = torch.amp.GradScaler(self._device.type, enabled=self._compute == torch.float16)
+            yield Tuning(through, optimizer, scaler, notes=[])
+        block.requires_grad_(False)
+        if config.weights != "fp32":
+            for name in masks:
+                tuned[name].data = tuned[name].data.float()
+
+    def step(self, tuning: Tuning, x: Tensor, y: Tensor, of: int | None = None) -> tuple[Tensor, Tensor]:
+        """One step on a batch; the loss before it and the gradient norm before clipping, on the device.
+
+        Args:
+            of: samples of the batch on all ranks; the loss is then the share that this one's have in it.
+        """
+        loss = self._gradients(tuning, x, y, of or len(x))
+        self._sum_gradients(tuning)
+        optimizer, scaler, norm = tuning.optimizer, tuning.scaler, torch.full((), math.nan, device=self._device)
+        try:
+            scaler.unscale_(optimizer)
+            if not self._config.update_in_backward:
+                norm = optimizer.clip_grad_norm_(self._config.clip or float("inf"))
+            scaler.step(optimizer)  # a sync point with float16 only, where a step may be skipped
+        except torch.OutOfMemoryError:
+            raise MemoryRanOut(
+                "out of GPU memory in the optimizer's step, which may have updated a part of the weights and so is not "
+                f"repeated; expected {_LEANER}"
+            ) from None
+        scaler.update()
+        optimizer.zero_grad()
+        return loss, norm
+
+    def _sum_gradients(self, tuning: Tuning) -> None:
+        """Over the ranks."""
+        if self._ranks.count > 1:
+            tuned = [parameter for group in tuning.optimizer.param_groups for parameter in group["params"]]
+            for parameter in tuned:
+                if parameter.grad is None:  # none of the batch's samples are here, or none took this way
+                    parameter.grad = torch.zeros_like(parameter)
+            self._ranks.add_(parameter.grad for parameter in tuned)
+
+    def _refresh(self, tuning: Tuning, refresh: MaskRefresh, errors: Errors, index: int, step: int) -> None:
+        """Choose masks anew by the gradients of a few batches, which depend on (seed, block, step) alone."""
+        config, split = self._config, errors.split
+        order = batch_order(len(split.tuned), config.seed, index, MOST * config.epochs + step)  # as that of no epoch
+        batches = split.tuned[order].split(config.batch_size)[:BATCHES]
+        sources = errors.inputs, errors.targets
+        for batch, (x, y) in zip(batches, carry(self._device, sources, map(split.here, batches)), strict=True):
+            self._gradients(tuning, x, y, len(batch))
+            self._sum_gradients(tuning)
+            refresh.see_gradients()
+            tuning.optimizer.zero_grad()
+        refresh.choose()
+
+    def _gradients(self, tuning: Tuning, x: Tensor, y: Tensor, of: int) -> Tensor:
+        """Make what samples add to the gradients of the mean loss over ``of``, and to the loss, which is given.
+
+        Out of memory, it is made again with less at once.
+        """
+        if len(x) == 0:
+            return torch.zeros((), device=self._device)
+        while True:
+            size = min(self.micro_batch, len(x))
+            try:
+                parts = zip(x.split(size), y.split(size), strict=True)
+                return torch.stack([_backward(tuning, *part, share=len(part[0]) / of) for part in parts]).sum()
+            except torch.OutOfMemoryError:
+                if self._config.update_in_backward:
+                    raise MemoryRanOut(
+                        "out of GPU memory in a backward pass that updates weights and so is not repeated; expected "
+                        f"{_LEANER}"
+                    ) from None
+                if size == 1:
+                    raise MemoryRanOut(f"out of GPU memory with --micro-batch 1; expected {_LEANER}") from None
+            tuning.optimizer.zero_grad()  # out here the failed attempt's activations are gone
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.micro_batch = size // 2
+            tuning.notes.append(f"out of GPU memory with {size} sequences at once: {size // 2} from here on")
+
+
+_LEANER = "leaner settings, which python -m ebft.run … --plan --gpu-memory SIZE finds"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _backward(tuning: Tuning, x: Tensor, y: Tensor, share: float) -> Tensor:
+    """Add the gradients of a part of a batch, ``share`` of its samples; gives the part's share of the loss."""
+    output = tuning.forward(x)
+    loss, gradient = tuning.loss(output, y, x)
+    if share != 1:
+        loss, gradient = loss * share, gradient.mul_(share)
+    output.backward(tuning.scaler.scale(gradient))
+    return loss
+
+
+@contextlib.contextmanager
+def _masked_layers(block: nn.Module, masks: Mapping[str, PackedMask]) -> Iterator[None]:
+    """The linear layers of ``block`` as masked ones while inside: theirs are the updates in the backward pass."""
+    paths = {name: name.rpartition(".")[0] for name in masks}
+    linears = {name: path for name, path in paths.items() if path and type(block.get_submodule(path)) is nn.Linear}
+    mask_linears_(block, {name: masks[name] for name in linears})
+    try:
+        yield
+    finally:
+        for path in linears.values():
+            parent, _, last = path.rpartition(".")
+            layer = block.get_submodule(path)
+            assert isinstance(layer, MaskedLinear)
+            setattr(block.get_submodule(parent), last, layer.to_linear())
