@@ -1,20 +1,57 @@
 """EBFT: effective block-wise fine-tuning for sparse LLMs (arXiv 2402.12419)."""
 
-from ebft.compressed.layers import load_compressed
-from ebft.config.config import EBFTConfig
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ebft.errors import EBFTError
-from ebft.pipeline.run import RunResult, run_ebft
-from ebft.recovery.ebft.reconstruct import BlockReconstructor
-from ebft.recovery import BlockResult
 from ebft.version import __version__
+
+if TYPE_CHECKING:
+    from ebft.compressed.layers import load_compressed
+    from ebft.config import Data, EBFTConfig, Evaluate, Model, Output, Prune, Recover, Runtime
+    from ebft.pipeline.run import RunResult, run_ebft
+    from ebft.recovery.ebft.reconstruct import BlockReconstructor
+    from ebft.recovery.task import BlockResult
+
+# Where each of the public names is, which is imported when it is first asked for (PEP 562).
+_WHERE = {
+    "BlockReconstructor": "ebft.recovery.ebft.reconstruct",
+    "BlockResult": "ebft.recovery.task",
+    "RunResult": "ebft.pipeline.run",
+    "load_compressed": "ebft.compressed.layers",
+    "run_ebft": "ebft.pipeline.run",
+    **dict.fromkeys(
+        ("Data", "EBFTConfig", "Evaluate", "Model", "Output", "Prune", "Recover", "Runtime"), "ebft.config"
+    ),
+}
 
 __all__ = [
     "BlockReconstructor",
     "BlockResult",
+    "Data",
     "EBFTConfig",
     "EBFTError",
+    "Evaluate",
+    "Model",
+    "Output",
+    "Prune",
+    "Recover",
     "RunResult",
+    "Runtime",
     "__version__",
     "load_compressed",
     "run_ebft",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_WHERE[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ebft.cli.flags import parse_args
-from ebft.config.config import EBFTConfig
+from ebft.config import EBFTConfig
+from ebft.distributed import SaidByTheFirst
 from ebft.errors import EBFTError
 from ebft.output.folder import SUMMARY, OutputFolder, is_kept
 from ebft.pipeline.run import run_ebft
 from ebft.plan.planner import make_plan
-from ebft.distributed import SaidByTheFirst
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,8 +70,10 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 def _what_is_left(config: EBFTConfig | None) -> str:
     steps = config.steps if config else ()
-    kept = [partial for step in steps if is_kept(partial := OutputFolder.partial(step.output))]
-    kept += [Path(step.output) for step in steps[:-1] if (Path(step.output).expanduser() / SUMMARY).is_file()]
+    kept = [partial for step in steps if is_kept(partial := OutputFolder.partial(step.output.folder))]
+    kept += [
+        Path(step.output.folder) for step in steps[:-1] if (Path(step.output.folder).expanduser() / SUMMARY).is_file()
+    ]
     if kept:
         return f"interrupted; what was finished is kept in {kept[0]}: the same command with --resume goes on from there"
     return "interrupted; nothing was finished"

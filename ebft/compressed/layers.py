@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ebft.errors import EBFTError
 from ebft.model.checkpoint import load_model, load_tokenizer
 from ebft.model.decoder import find_blocks
-from ebft.errors import EBFTError
 from ebft.model.matrices import find_matrices
-from ebft.pruning.structured.narrow import HEAD_COUNTS, narrow_
-from ebft.output.folder import OutputFolder
 from ebft.model.weights import make_buffers_real
+from ebft.output.folder import OutputFolder
+from ebft.pruning.structured.narrow import HEAD_COUNTS, narrow_
 from ebft_kernels import CompressedLinear
 
 INDEX = "compressed.json"

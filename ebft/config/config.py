@@ -1,592 +1,144 @@
-"""One dataclass holds every setting of a run, with the presets; ``ebft/command_line.py`` makes its flags from it."""
+"""Every setting of a run: sections by concern, and the settings of the methods that are chosen."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import re
-import types
-import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ebft.config.fields import flag, flat_name
+from ebft.config.presets import IF_UNIFORM, PRESETS
+from ebft.config.sections import SECTIONS, Data, Evaluate, Model, Output, Prune, Recover, Runtime
 from ebft.errors import EBFTError
-from ebft.pruning.allocation import LAMBDA
-from ebft.pruning.pattern import Pattern
+from ebft.registry import ALL, criteria, nearest, recoveries, refinements
 
-
-def _setting(default: Any, help: str, choices: Sequence[str] | None = None, metavar: str | None = None) -> Any:
-    """A dataclass field that also knows how it is said on the command line."""
-    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
-
-
-RECOVERIES = ("none", "layerwise", "ebft", "lora", "full")  # in the order in which they can follow one another
+S = TypeVar("S")
+_BY_KIND = {registry.kind: registry for registry in ALL}
 
 
 @dataclass(frozen=True)
 class EBFTConfig:
-    """Every setting of one run; ``EBFTConfig.preset("paper", lr=1e-3)`` starts from a preset.
+    """Every setting of one run.
 
-    The meanings of the flags are those of the README's table. A field's name is its flag (``batch_size`` is
-    ``--batch-size``) and its key in a YAML file. Values are checked when the object is made (``EBFTError``).
+    Three ways to make one: by sections, ``EBFTConfig(prune=Prune(sparsity=0.6))``; by flat names, those of the command
+    line, ``EBFTConfig.of(sparsity=0.6, lr=1e-3)``; or from a preset, ``EBFTConfig.preset("paper", sparsity=0.5)``.
+    Values are checked when the object is made.
+
+    Attributes:
+        methods: the settings of the methods that the sections choose, an object of each one's ``Settings``; those that
+            are not given have their defaults.
+
+    Raises:
+        EBFTError: a value is out of bounds, two settings do not go together, or settings are of a method that is not
+            chosen.
     """
 
-    model: str | None = _setting(None, "hub id, folder or .gguf file (default: the SmolLM2-135M-Instruct wheel)")
-    teacher: str | None = _setting(None, "dense model whose blocks are the targets (default: the model as loaded)")
-    output: str = _setting("ebft-output", "folder for the recovered model and its report")
-    overwrite: bool = _setting(False, "replace OUTPUT if an earlier run made it, once this run has committed")
-    prune: str = _setting(
-        "wanda",
-        "magnitude, wanda, ria, sparsegpt, flap (--structured), zeros (already there), or a masks.safetensors file",
-    )
-    sparsegpt_damping: float = _setting(
-        0.01, "what SparseGPT adds to its Hessian's diagonal, as a share of the mean (--prune sparsegpt)"
-    )
-    act_order: bool = _setting(
-        False, "SparseGPT prunes inputs of large activations first (--prune sparsegpt, without --pattern)"
-    )
-    allocation: str = _setting(
-        "uniform",
-        "pruned share of each block: uniform, owl (blocks with outliers keep more), or a JSON file, name -> share",
-        metavar="uniform|owl|FILE",
-    )
-    refine: str = _setting(
-        "none",
-        "what is done to the masks of --prune: nothing, or DSnoT's swaps of kept and pruned weights",
-        choices=("none", "dsnot"),
-    )
-    dsnot_threshold: float = _setting(
-        0.1, "mean error of an output at which its row is done, in the output's unit (--refine dsnot)"
-    )
-    dsnot_cycles: int = _setting(50, "swaps in a row at most (--refine dsnot)")
-    sparsity: float = _setting(0.7, "share of each matrix's weights that is pruned, between 0 and 1")
-    structured: bool = _setting(
-        False, "prune whole heads (KV groups) and MLP channels; --sparsity is then the share of the blocks' parameters"
-    )
-    uniform: bool = _setting(
-        False, "the same widths in every layer, and smaller matrices in the output (--structured by a criterion)"
-    )
-    pattern: str | None = _setting(None, "keep N of every M consecutive inputs, in place of --sparsity", metavar="N:M")
-    transposable: bool = _setting(False, "--pattern holds along the outputs too, within M x M tiles")
-    schedule: str | None = _setting(
-        None,
-        "prune gradually, such as 0.5,0.6,0.7: every share a run of its own from what the last one recovered, towards "
-        "the first dense model; in place of --sparsity",
-        metavar="SHARE,…",
-    )
-    recover: str = _setting(
-        "ebft",
-        "recoveries after pruning: none, or a sum in order such as layerwise+ebft (lora, full: the model is in memory)",
-    )
-    cg_iterations: int = _setting(20, "iterations of conjugate gradients in each layer (--recover layerwise)")
-    cg_damping: float = _setting(0.01, "what holds weights where they were, as a share of the inputs' mean square")
-    cg_inputs: str = _setting(
-        "sparse",
-        "what a layer is solved on: its inputs in the dense block, or those that the layers solved before it give",
-        choices=("dense", "sparse"),
-    )
-    lm_lr: float = _setting(
-        3e-4, "AdamW learning rate of whole-model recoveries (lora, full), decayed linearly to 0 over their time"
-    )
-    lm_epochs: int = _setting(2, "their passes over the calibration sequences, with the language-model loss")
-    lm_seconds: float | None = _setting(
-        None, "they end after so many seconds if that comes first, and the learning rate falls by time", metavar="S"
-    )
-    lora_rank: int = _setting(8, "rank of the adapters (--recover lora)")
-    lora_alpha: float = _setting(16.0, "what adapters are scaled by, times their rank (--recover lora)")
-    lora_dropout: float = _setting(0.0, "share of the adapters' inputs that is dropped (needs --no-lora-masked)")
-    lora_masked: bool = _setting(
-        True, "adapters work under the mask while they are tuned, so that the masked merge loses nothing"
-    )
-    calibration: str = _setting(
-        "c4",
-        "c4, wikitext2, builtin, self (text that the dense model writes), a .txt/.jsonl/.parquet file, or several of "
-        "them with their shares of the sequences, such as c4:0.75,self:0.25, or of equal ones",
-        metavar="NAME_OR_FILE[:SHARE],…",
-    )
-    windows: str = _setting(
-        "random-window",
-        "one random window of each random document, or documents packed end to end (self is whole sequences)",
-        choices=("random-window", "packed"),
-    )
-    samples: int = _setting(256, "calibration sequences")
-    seqlen: int = _setting(1024, "tokens in a calibration sequence")
-    epochs: int = _setting(10, "passes over the calibration sequences in each block")
-    batch_size: int = _setting(8, "sequences in a step")
-    micro_batch: int | None = _setting(
-        None, "sequences that go through the block at once; a step sums their gradients (default: the batch size)"
-    )
-    recompute: str = _setting(
-        "none",
-        "activations that are made again in the backward pass: those of the block, or of its attention and MLP in turn "
-        "(of --unit pair its two blocks)",
-        choices=("none", "block", "halves"),
-    )
-    weights: str = _setting(
-        "fp32",
-        "matrices while they are tuned: float32, bfloat16 with a float32 master, or bfloat16 rounded stochastically",
-        choices=("fp32", "master", "stochastic"),
-    )
-    moments: str = _setting("fp32", "AdamW's moments: float32, bfloat16 or 8 bits", choices=("fp32", "bf16", "int8"))
-    compact: bool = _setting(False, "keep the optimizer's states of kept weights alone")
-    update_in_backward: bool = _setting(
-        False, "update a matrix as soon as its gradient is made, which is never kept (needs --clip 0)"
-    )
-    compile: bool = _setting(False, "run the block through torch.compile while it is tuned")
-    unit: str = _setting(
-        "block",
-        "what ebft tunes at once: a block; its attention and then its MLP, each towards the dense one's output; or a "
-        "block with the next one, towards the dense states after both, of which the first is kept",
-        choices=("block", "halves", "pair"),
-    )
-    optimizer: str = _setting(
-        "adamw",
-        "AdamW; Lion (the sign of a momentum); or Muon, with AdamW for norms and biases",
-        choices=("adamw", "sign", "muon"),
-    )
-    lr: float = _setting(2e-4, "learning rate, which --lr-decay lowers in each block")
-    lr_scale: str = _setting(
-        "absolute",
-        "what --lr is: a learning rate, or a share of the root mean square of each matrix's kept weights",
-        choices=("absolute", "rms"),
-    )
-    lr_decay: str = _setting(
-        "linear", "how the learning rate falls in each block", choices=("linear", "cosine", "constant")
-    )
-    warmup: float = _setting(0.0, "share of each block's steps in which the learning rate rises to --lr")
-    betas: tuple[float, float] = _setting((0.9, 0.95), "betas of AdamW and Lion; Muon's momentum is the first")
-    weight_decay: float = _setting(0.1, "decoupled weight decay of the pruned matrices (norms and biases: 0)")
-    clip: float = _setting(1.0, "clip the gradient norm over kept weights, after unscaling; 0 turns it off")
-    loss: str = _setting(
-        "mse",
-        "what ebft minimises: the mean squared error, one with every channel by its own energy, or plus 1 - cosine",
-        choices=("mse", "channel", "cosine"),
-    )
-    token_weights: str = _setting(
-        "none",
-        "what a token counts in it: all the same, or by 1 / ||Y - X||^2, for tokens of enormous hidden states",
-        choices=("none", "norm"),
-    )
-    refresh_every: int = _setting(
-        0, "steps of ebft after which a part of each mask is chosen anew, in the first three quarters of them; 0: never"
-    )
-    refresh_share: float = _setting(0.05, "share of each row's kept weights that --refresh-every chooses anew")
-    refresh_grow: str = _setting(
-        "gradient",
-        "what pruned weights come back by: the size of the mean gradient of a few batches, or the mean of its square",
-        choices=("gradient", "gradient2"),
-    )
-    holdout: float = _setting(
-        0.0, "share of the sequences that no block is tuned on: the weights that do best on them are kept"
-    )
-    patience: int = _setting(2, "epochs without a lower error on the held-out sequences before a block is done")
-    epochs_where: str = _setting(
-        "all",
-        "what becomes of the epochs that a block saves by ending early: nothing, or later blocks that pruning has "
-        "harmed more than the mean of those before take them, up to twice --epochs",
-        choices=("all", "error"),
-    )
-    target: str = _setting(
-        "sparse-stream",
-        "targets: the dense block applied to the block's input, or the dense model's own hidden states",
-        choices=("sparse-stream", "dense-stream"),
-    )
-    input: str = _setting(
-        "sparse-stream",
-        "inputs: hidden states of the tuned sparse blocks before, or of the dense model, or of each for some samples",
-        choices=("sparse-stream", "dense-stream", "mix"),
-    )
-    statistics: str = _setting(
-        "target",
-        "masks go by what flows into the dense block as it makes the targets, or by the block's own inputs (one more "
-        "pass where --target is dense-stream)",
-        choices=("target", "input"),
-    )
-    mix: float = _setting(
-        0.5, "share of the samples that --input mix takes from the dense model, others block by block"
-    )
-    eval: str = _setting("wikitext2", "texts for perplexity, comma-separated; empty for none", metavar="NAME_OR_FILE,…")
-    eval_seqlen: int = _setting(2048, "tokens in an evaluation window")
-    eval_tasks: str = _setting(
-        "",
-        "zero-shot tasks of lm-evaluation-harness, or local:TEXT for one made from a text, comma-separated",
-        metavar="NAME,…",
-    )
-    eval_limit: int | None = _setting(None, "questions of each of --eval-tasks that are asked (default: all)")
-    device: str = _setting("auto", "cpu, cuda, cuda:1 …; auto takes the GPU where there is one")
-    dtype: str = _setting(
-        "auto",
-        "compute type of the matrix products",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
-    seed: int = _setting(0, "seed of the calibration sample and the batch order")
-    resume: bool = _setting(False, "go on with the interrupted run in OUTPUT.partial; start where there is none")
-    streams: str = _setting(
-        "auto",
-        "where hidden states are kept; auto: host, or as --gpu-memory and --host-memory make it",
-        choices=("auto", "device", "host", "disk"),
-    )
-    stream_dtype: str = _setting(
-        "float32", "type in which hidden states are kept for calibration", choices=("float32", "bfloat16")
-    )
-    gpu_memory: str | None = _setting(
-        None, "GPU memory that the run may take, such as 16GiB: settings that fit are chosen", metavar="SIZE"
-    )
-    host_memory: str | None = _setting(
-        None, "host memory that the run may take, such as 8GiB: settings that fit are chosen", metavar="SIZE"
-    )
-    max_shard_size: str = _setting("50GB", "largest file of the saved model", metavar="SIZE")
-    fused: bool = _setting(False, "demand fused kernels for mask and optimizer; fail where there are none")
-    trust_remote_code: bool = _setting(False, "let transformers run code that comes with the model")
+    model: Model = field(default_factory=Model)
+    prune: Prune = field(default_factory=Prune)
+    recover: Recover = field(default_factory=Recover)
+    data: Data = field(default_factory=Data)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    runtime: Runtime = field(default_factory=Runtime)
+    output: Output = field(default_factory=Output)
+    methods: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        for setting in dataclasses.fields(self):
-            value, choices = getattr(self, setting.name), setting.metadata["choices"]
-            object.__setattr__(self, setting.name, _typed(setting.name, value))
-            if choices and value not in choices:
-                raise EBFTError(f"{flag(setting.name)} is {value!r}; expected one of {', '.join(choices)}")
-        if not Path(self.output).expanduser().name:
-            raise EBFTError(f"--output is {self.output!r}; expected the path of a folder that has a name")
-        if not 0 < self.sparsity < 1:
-            raise EBFTError(f"--sparsity is {self.sparsity:g}; expected a number between 0 and 1, both excluded")
-        self._check_schedule()
-        self._check_recover()
-        for name in ("samples", "epochs", "batch_size", "cg_iterations", "patience", "lm_epochs", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise EBFTError(f"{flag(name)} is {getattr(self, name)}; expected a whole number of at least 1")
-        for name in ("seqlen", "eval_seqlen"):
-            if getattr(self, name) < 2:
-                raise EBFTError(f"{flag(name)} is {getattr(self, name)}; expected a whole number of at least 2")
-        self.calibration_parts  # noqa: B018  (parses names and shares, so that a wrong one is said now)
-        for name in ("warmup", "holdout", "lora_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise EBFTError(
-                    f"{flag(name)} is {getattr(self, name):g}; expected a share from 0 up to, not including, 1"
-                )
-        if not 0 <= self.mix <= 1:
-            raise EBFTError(f"--mix is {self.mix:g}; expected a share from 0 to 1")
-        if self.input == "mix" and self.target != "dense-stream":
-            raise EBFTError(
-                "--input mix aims at one target from the inputs of both streams, and --target is sparse-stream, where "
-                "every input has its own; expected --target dense-stream"
-            )
-        if self.holdout and self.samples < 2:
-            raise EBFTError(f"--holdout is {self.holdout:g} of 1 sequence; expected --samples 2 or more")
-        for name in ("lr", "weight_decay", "clip", "cg_damping", "lm_lr", "lora_alpha", "sparsegpt_damping"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise EBFTError(f"{flag(name)} is {getattr(self, name)}; expected a finite number of at least 0")
-        if self.lm_seconds is not None and not 0 < self.lm_seconds < float("inf"):
-            raise EBFTError(f"--lm-seconds is {self.lm_seconds:g}; expected a finite number above 0")
-        if self.lora_dropout and self.lora_masked:
-            raise EBFTError(
-                f"--lora-dropout is {self.lora_dropout:g}, and with --lora-masked adapters are a part of the weight, "
-                "where no input can be dropped for them alone; expected --no-lora-masked or --lora-dropout 0"
-            )
-        if self.eval_limit is not None and self.eval_limit < 1:
-            raise EBFTError(f"--eval-limit is {self.eval_limit}; expected a whole number of at least 1")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise EBFTError(f"--betas is {self.betas}; expected two numbers from 0 up to, not including, 1")
-        if not 0 <= self.seed < 2**63:
-            raise EBFTError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 - 1")
-        if self.uniform and not self.structured:
-            raise EBFTError("--uniform is about the widths that --structured leaves; expected --structured with it")
-        if self.structured and self.pattern:
-            raise EBFTError(
-                f"--structured prunes whole heads and channels, and --pattern is {self.pattern}; expected one"
-            )
-        if self.prune == "flap" and not self.structured:
-            raise EBFTError("--prune flap scores whole heads and channels; expected --structured with it")
-        if self.transposable and (not self.pattern or self.refine != "none" or self.refresh_every):
-            other = "--refine dsnot" if self.refine != "none" else f"--refresh-every {self.refresh_every}"
-            raise EBFTError(
-                f"--transposable holds along the outputs too, which {other} would not keep so; expected one of both"
-                if self.pattern
-                else "--transposable is of N:M masks; expected --pattern with it"
-            )
-        self._check_allocation()
-        if self.refine != "none" and (self.prune == "zeros" or self.structured):
-            other = "--structured, which takes whole heads and channels" if self.structured else "--prune zeros"
-            raise EBFTError(f"--refine {self.refine} swaps single weights for pruned ones, and cannot with {other}")
-        if not 0 <= self.dsnot_threshold < float("inf") or self.dsnot_cycles < 1:
-            raise EBFTError(
-                f"--dsnot-threshold is {self.dsnot_threshold:g} and --dsnot-cycles {self.dsnot_cycles}; expected a "
-                "finite number of at least 0 and a whole number of at least 1"
-            )
-        if self.mask_pattern.group and self.act_order:
-            raise EBFTError(
-                f"--act-order takes inputs out of the order that the groups of --pattern {self.pattern} have; "
-                "expected one of the two"
-            )
-        for name in ("gpu_memory", "host_memory", "max_shard_size"):
-            if getattr(self, name) is not None:
-                parse_bytes(getattr(self, name), flag(name))
-        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
-            raise EBFTError(f"--micro-batch is {self.micro_batch}; expected 1 to {self.batch_size}, the --batch-size")
-        for name, other in (("recompute", "none or block"), ("unit", "block")):
-            if self.compile and getattr(self, name) == "halves":
-                raise EBFTError(
-                    f"--{name} halves does not go with --compile, which would compile the halves of every block anew; "
-                    f"expected --{name} {other}"
-                )
-        if self.unit == self.recompute == "halves":
-            raise EBFTError("--recompute halves of --unit halves would be quarters; expected --recompute none or block")
-        self._check_how_ebft_tunes()
-        self._check_pair()
-        if self.epochs_where == "error":
-            self._check_epochs_where()
-        self._check_optimizer()
-        if self.update_in_backward:
-            self._check_update_in_backward()
-        self._check_refresh()
+        given, made = list(self.methods), dict[type, Any]()
+        for method in _chosen(self.prune, self.recover, given):
+            own = next((settings for settings in given if type(settings) is method.Settings), None)
+            made[method.Settings] = method.Settings() if own is None else own
+        for settings in given:
+            if type(settings) not in made:
+                raise EBFTError(_of_another(_owners_of(type(settings)), self.prune, self.recover))
+        object.__setattr__(self, "methods", tuple(made.values()))
+        if self.recover.holdout and self.data.samples < 2:
+            raise EBFTError(f"--holdout is {self.recover.holdout:g} of 1 sequence; expected --samples 2 or more")
+        for method in self.chosen:
+            if hasattr(method, "check"):
+                method.check(self)
 
-    def _check_allocation(self) -> None:
-        if self.allocation == "uniform":
-            return
-        if self.pattern or self.structured:
-            other = f"--pattern {self.pattern} is the same for all" if self.pattern else "--structured compares blocks"
-            raise EBFTError(
-                f"--allocation {self.allocation} gives blocks shares of their own, and {other}; expected one"
-            )
-        if self.schedule and self.allocation != "owl":
-            raise EBFTError(f"--allocation {self.allocation} fixes shares, and --schedule raises them; expected one")
-        if self.allocation == "owl" and not LAMBDA < self.sparsity < 1 - LAMBDA:
-            raise EBFTError(
-                f"--allocation owl prunes up to {LAMBDA:g} less and more than --sparsity, which is {self.sparsity:g}; "
-                f"expected {LAMBDA:g} to {1 - LAMBDA:g}, both excluded"
-            )
-
-    def _check_schedule(self) -> None:
-        if self.schedule is None:
-            return
-        try:
-            shares = [float(share) for share in self.schedule.split(",")]
-        except ValueError:
-            shares = []
-        if not shares or not shares[0] > 0 or not shares[-1] < 1 or sorted(set(shares)) != shares:
-            raise EBFTError(
-                f"--schedule is {self.schedule!r}; expected rising shares between 0 and 1, both excluded, such as "
-                "0.5,0.6,0.7"
-            )
-        if self.pattern:
-            raise EBFTError(
-                f"--schedule is of shares, and --pattern {self.pattern} is none; expected --sparsity in its place"
-            )
-        if self.structured:
-            raise EBFTError("--schedule prunes single weights, and --structured whole heads and channels; expected one")
-        if self.prune == "zeros" or Path(self.prune).is_file():
-            raise EBFTError(f"--schedule needs a criterion that prunes any share, and --prune is {self.prune}")
-        object.__setattr__(self, "sparsity", shares[-1])
-
-    def _check_recover(self) -> None:
-        names = self.recover.split("+")
-        known = [name for name in RECOVERIES if name in names]
-        if names != known or ("none" in names and len(names) > 1):
-            raise EBFTError(
-                f"--recover is {self.recover!r}; expected none, or one or more of {', '.join(RECOVERIES[1:])} in this "
-                "order, joined by +"
-            )
-
-    def _check_how_ebft_tunes(self) -> None:
-        """Where it does not, what would have no effect."""
-        usual = {"unit": "block", "optimizer": "adamw", "loss": "mse", "token_weights": "none"}
-        for name, value in {**usual, "refresh_every": 0, "epochs_where": "all"}.items():
-            if "ebft" not in self.recoveries and getattr(self, name) != value:
-                raise EBFTError(
-                    f"{flag(name)} {getattr(self, name)} is how ebft tunes, and --recover is {self.recover}; expected "
-                    "ebft among it"
-                )
-
-    def _check_pair(self) -> None:
-        if self.unit != "pair":
-            return
-        others = {
-            "--input dense-stream, which makes blocks independent": self.input == "dense-stream",
-            "--epochs-where error, which goes by errors of single blocks": self.epochs_where == "error",
-            "--refresh-every, whose masks of the second block would be thrown away": self.refresh_every > 0,
-            "--compile, which would compile every two blocks anew": self.compile,
-        }
-        for other, given in others.items():
-            if given:
-                raise EBFTError(f"--unit pair tunes two blocks together, and does not go with {other}; expected one")
-
-    def _check_epochs_where(self) -> None:
-        if not self.holdout:
-            raise EBFTError(
-                "--epochs-where error spends what blocks save by ending early, which none does without --holdout; "
-                "expected --holdout above 0"
-            )
-        if self.input == "dense-stream":
-            raise EBFTError(
-                "--epochs-where error looks at the blocks before, of which blocks with --input dense-stream are "
-                "independent; expected --input sparse-stream or mix"
-            )
-        if self.unit == "halves":
-            raise EBFTError("--epochs-where error counts epochs of whole blocks; expected --unit block")
-
-    def _check_optimizer(self) -> None:
-        """Layouts of weights and states, which only AdamW has."""
-        for name, usual in (
-            ("weights", "fp32"),
-            ("moments", "fp32"),
-            ("compact", False),
-            ("update_in_backward", False),
-        ):
-            given = getattr(self, name)
-            if self.optimizer != "adamw" and given != usual:
-                said = flag(name) if given is True else f"{flag(name)} {given}"
-                raise EBFTError(
-                    f"{said} is a layout of AdamW, and --optimizer is {self.optimizer}; expected "
-                    f"{f'no {said}' if given is True else f'{flag(name)} {usual}'} or --optimizer adamw"
-                )
-
-    def _check_refresh(self) -> None:
-        if self.refresh_every < 0:
-            raise EBFTError(f"--refresh-every is {self.refresh_every}; expected a whole number of at least 0")
-        if not 0 < self.refresh_share <= 1:
-            raise EBFTError(f"--refresh-share is {self.refresh_share:g}; expected a share above 0 and up to 1")
-        if not self.refresh_every:
-            return
-        if self.update_in_backward:
-            raise EBFTError("--refresh-every needs gradients of pruned weights, which --update-in-backward never makes")
-        if self.optimizer != "adamw":
-            raise EBFTError(
-                f"--refresh-every weighs weights by AdamW's second moment, and --optimizer is {self.optimizer}; "
-                "expected --optimizer adamw"
-            )
-        if self.structured:
-            raise EBFTError("--refresh-every brings single weights back, which --structured does not have")
-
-    def _check_update_in_backward(self) -> None:
-        """What cannot be had where a gradient is used before the others are known."""
-        if self.clip:
-            raise EBFTError(
-                f"--update-in-backward uses gradients before the norm of all is known, and --clip is {self.clip:g}; "
-                "expected --clip 0"
-            )
-        if self.micro_batch not in (None, self.batch_size):
-            raise EBFTError(
-                f"--update-in-backward uses gradients before they are summed, and --micro-batch is {self.micro_batch}; "
-                f"expected {self.batch_size}, the --batch-size"
-            )
-        if self.compile:
-            raise EBFTError("--update-in-backward does not go with --compile, which makes all gradients first")
+    # --- the methods ------------------------------------------------------------------------------------------------
 
     @property
-    def mask_pattern(self) -> Pattern:
-        """What is pruned of a matrix: a share of its weights, or M - N of every M."""
-        return (
-            Pattern.parse(self.pattern, transposable=self.transposable)
-            if self.pattern
-            else Pattern(sparsity=self.sparsity)
-        )
+    def chosen(self) -> list[Any]:
+        """The classes of the methods that the settings choose, and of those that these use."""
+        return list(_chosen(self.prune, self.recover, list(self.methods)))
 
-    @property
-    def steps(self) -> tuple[EBFTConfig, ...]:
-        """The runs of ``--schedule``, in order; each begins with the ``output`` of the one before."""
-        shares = self.schedule.split(",") if self.schedule else [""]
-        folder = Path(self.output).with_name(Path(self.output).name + ".schedule")
-        outputs = [str(folder / share.strip()) for share in shares[:-1]]
-        between = [
-            dataclasses.replace(
-                self,
-                schedule=",".join(shares[: place + 1]),
-                output=output,
-                overwrite=self.overwrite or not self.resume,  # an interrupted run's, which starts over
-            )
-            for place, output in enumerate(outputs)
-        ]
-        return (*between, self)
-
-    @property
-    def recoveries(self) -> tuple[str, ...]:
-        """The names that ``--recover`` sums up, in order; none of them for ``none``."""
-        return tuple(name for name in self.recover.split("+") if name != "none")
+    def of_method(self, kind: type[S]) -> S:
+        """The settings of a method that is chosen, by their class."""
+        return next(settings for settings in self.methods if type(settings) is kind)
 
     @property
     def whole_model_recoveries(self) -> tuple[str, ...]:
-        """Those of them that follow the walk, and hold the whole model in memory."""
-        return tuple(name for name in self.recoveries if name in ("lora", "full"))
+        """Those of ``recover`` that follow the walk, and hold the whole model in memory."""
+        return tuple(name for name in self.recover.names if recoveries[name].scope == "model")
 
     @property
     def block_recoveries(self) -> tuple[str, ...]:
         """Those of them that are a part of the walk."""
-        return tuple(name for name in self.recoveries if name not in self.whole_model_recoveries)
+        return tuple(name for name in self.recover.names if recoveries[name].scope == "block")
 
-    @property
-    def fills_biases(self) -> bool:
-        """Whether pruning puts something into biases, so that layers without any get some."""
-        return self.structured and self.prune == "flap"
+    # --- by flat names ----------------------------------------------------------------------------------------------
 
-    @property
-    def uses_dense_inputs(self) -> bool:
-        """Whether a recovery looks at what the dense block is given, beside what it gives."""
-        solves_on_inputs = "layerwise" in self.recoveries and (self.cg_inputs == "sparse" or self.holdout > 0)
-        return solves_on_inputs or self.by_halves
-
-    @property
-    def refreshes(self) -> bool:
-        """Whether masks change while blocks are tuned."""
-        return self.refresh_every > 0 and "ebft" in self.recoveries
-
-    @property
-    def by_halves(self) -> bool:
-        """Whether attention and MLP of a block are tuned in turn."""
-        return self.unit == "halves" and "ebft" in self.recoveries
-
-    @property
-    def by_pairs(self) -> bool:
-        """Whether a block is tuned together with the next one."""
-        return self.unit == "pair"
-
-    @property
-    def blocks_at_once(self) -> int:
-        """How many blocks are tuned together."""
-        return 2 if self.by_pairs else 1
-
-    @property
-    def calibration_parts(self) -> dict[str, int]:
-        """The names or files of ``--calibration``, in order, and how many of the ``samples`` are of each."""
-        shares = _names_and_shares(self.calibration)
-        fault = f"--calibration is {self.calibration!r}; expected "
-        if not all(name for name, _ in shares) or len(dict(shares)) < len(shares):
-            raise EBFTError(f"{fault}names or files, each once, joined by commas")
-        if len({share is None for _, share in shares}) > 1:
-            raise EBFTError(f"{fault}a share for each of the texts, as in c4:0.75,self:0.25, or for none")
-        weights = [1.0 if share is None else share for _, share in shares]
-        if not all(0 < weight < float("inf") for weight in weights):
-            raise EBFTError(f"{fault}shares above 0")
-        counts = apportion(self.samples, weights)
-        for (name, _), count in zip(shares, counts, strict=True):
-            if not count:
-                raise EBFTError(f"--samples is {self.samples}, of which none is left for {name}; expected more")
-        return {name: count for (name, _), count in zip(shares, counts, strict=True)}
-
-    @property
-    def eval_texts(self) -> list[str]:
-        """The names or files of ``--eval``, in order, each once."""
-        return _listed(self.eval)
-
-    @property
-    def eval_task_names(self) -> list[str]:
-        """The tasks of ``--eval-tasks``, in order, each once."""
-        return _listed(self.eval_tasks)
+    @classmethod
+    def of(cls, _defaults: Mapping[str, Any] | None = None, /, **settings: Any) -> EBFTConfig:
+        """From flat names; of ``_defaults`` those that belong to no chosen method do not count."""
+        unknown = sorted(settings.keys() - all_flat_names())
+        if unknown:
+            close = nearest(unknown[0], all_flat_names()) or f"; expected one of {', '.join(sorted(all_flat_names()))}"
+            raise EBFTError(f"there is no setting {unknown[0]!r}{close}")
+        values = {**(_defaults or {}), **settings}
+        sections = {
+            name: section(
+                **{f.name: values[flat_name(f)] for f in dataclasses.fields(section) if flat_name(f) in values}
+            )
+            for name, section in SECTIONS.items()
+        }
+        taken = {flat_name(f) for section in SECTIONS.values() for f in dataclasses.fields(section)}
+        made: list[Any] = []
+        for method in _chosen(sections["prune"], sections["recover"], made):
+            fields = {flat_name(f): f.name for f in dataclasses.fields(method.Settings)}
+            made.append(method.Settings(**{fields[name]: values[name] for name in fields if name in values}))
+            taken |= fields.keys()
+        for name in sorted(settings.keys() - taken):
+            owners = [method for registry in ALL for method in registry if name in _flat_names_of(method.Settings)]
+            raise EBFTError(f"{flag(name)} is {_of_another(owners, sections['prune'], sections['recover'])}")
+        return cls(**sections, methods=tuple(made))
 
     @classmethod
     def preset(cls, name: str, /, **settings: Any) -> EBFTConfig:
-        """The preset's settings, with ``settings`` put over them."""
-        if name not in PRESETS:
-            raise EBFTError(f"--preset is {name!r}; expected one of {', '.join(PRESETS)}")
-        unknown = sorted(set(settings) - _names())
-        if unknown:
-            raise EBFTError(f"there is no setting {unknown[0]!r}; expected one of {', '.join(sorted(_names()))}")
-        otherwise = IF_UNIFORM.get(name, {}) if settings.get("uniform") else {}
-        return cls(**{**PRESETS[name], **otherwise, **settings})
+        """The preset's settings, with ``settings``, by flat names, put over them."""
+        return cls.of(preset_settings(name, uniform=bool(settings.get("uniform"))), **settings)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, YAML and the model card."""
-        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+    def replace(self, **settings: Any) -> EBFTConfig:
+        """The same with some of the settings changed, by flat names."""
+        return EBFTConfig.of(self.flat(), **settings)
+
+    def flat(self) -> dict[str, Any]:
+        """Flat name -> value: plain ones, for JSON, YAML and the model card; of the methods, those that are chosen."""
+        parts = [*(getattr(self, name) for name in SECTIONS), *self.methods]
+        found = {flat_name(f): getattr(part, f.name) for part in parts for f in dataclasses.fields(part)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+    # --- a schedule -------------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> tuple[EBFTConfig, ...]:
+        """The runs of ``--schedule``, in order; each begins with the ``output`` of the one before."""
+        shares = self.prune.schedule or (self.prune.sparsity,)
+        folder = Path(self.output.folder).with_name(Path(self.output.folder).name + ".schedule")
+        between = [
+            self.replace(
+                schedule=shares[: place + 1],
+                output=str(folder / f"{share:g}"),
+                overwrite=self.output.overwrite or not self.output.resume,  # an interrupted run's, which starts over
+            )
+            for place, share in enumerate(shares[:-1])
+        ]
+        return (*between, self)
 
 
 # Where things are and how the work is organised: the same results whatever these are.
@@ -594,133 +146,74 @@ ORGANISATION = frozenset(
     {"output", "overwrite", "resume", "streams", "gpu_memory", "host_memory", "max_shard_size", "trust_remote_code"}
 )
 
-# The published recipe (arXiv 2402.12419; the class defaults, clipping after unscaling); one for a quarter of its time
-# on a CPU (a third on a GPU) and one for about its time, both with targets from the dense stream, smaller batches, and
-# a learning rate that is a share of the weights' own size (docs/quality.md has the evidence); and one that ends in
-# minutes on two CPU cores. IF_UNIFORM: what is otherwise with --uniform.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "light": {
-        "epochs": 1,
-        "batch_size": 2,
-        "lr": 0.01,
-        "lr_scale": "rms",
-        "weight_decay": 0.0,
-        "target": "dense-stream",
-    },
-    "best": {
-        "epochs": 8,
-        "batch_size": 4,
-        "lr": 0.007,
-        "lr_scale": "rms",
-        "lr_decay": "cosine",
-        "warmup": 0.05,
-        "weight_decay": 0.0,
-        "target": "dense-stream",
-    },
-    "demo": {
-        "sparsity": 0.6,
-        "calibration": "builtin",
-        "windows": "packed",
-        "samples": 96,
-        "seqlen": 128,
-        "epochs": 2,
-        "batch_size": 4,
-        "lr": 3e-3,
-        "weight_decay": 0.0,
-        "target": "dense-stream",
-        "eval": "builtin",
-        "eval_seqlen": 256,
-    },
-}
-IF_UNIFORM: dict[str, dict[str, Any]] = {"light": {"target": "sparse-stream"}}
+
+def preset_settings(name: str, *, uniform: bool = False) -> dict[str, Any]:
+    """The flat settings of a preset; ``uniform``: with ``--uniform``."""
+    if name not in PRESETS:
+        raise EBFTError(f"--preset is {name!r}; expected one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
+    return {**PRESETS[name], **(IF_UNIFORM.get(name, {}) if uniform else {})}
 
 
-def parse_bytes(text: str, what: str) -> int:
-    """``"8GiB"``, ``"500MB"`` … as a number of bytes; ``EBFTError`` about ``what`` for anything else."""
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
-    size = 0 if not match else float(match[1])
-    if match and match[2]:
-        size *= (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1)
-    if int(size) < 1:
-        raise EBFTError(f"{what} is {text!r}; expected a size such as 8GiB or 500MB")
-    return int(size)
+def _chosen(prune: Prune, recover: Recover, made: Iterable[Any]) -> Iterator[Any]:
+    """The classes of the methods that are chosen, each before those that it uses.
+
+    Args:
+        made: settings of methods; those of a method that uses others are looked up there once it has been given.
+    """
+    if prune.criterion in criteria:
+        yield criteria[prune.criterion]
+    elif prune.criterion != "zeros" and not Path(prune.criterion).expanduser().is_file():
+        raise EBFTError(
+            f"--prune is {prune.criterion!r}; expected {', '.join(criteria.names())}, zeros or an existing file of "
+            f"masks{nearest(prune.criterion, criteria.names())}"
+        )
+    if prune.refine != "none":
+        yield refinements[prune.refine]
+    used = dict[Any, None]()
+    for name in _in_order(recover.method):
+        method = recoveries[name]
+        yield method
+        settings = next((of for of in made if type(of) is method.Settings), None) or method.Settings()
+        for kind, other in getattr(method, "uses", lambda _: ())(settings):
+            used[_BY_KIND[kind][other]] = None
+    yield from used
 
 
-def _listed(names: str) -> list[str]:
-    """Names joined by commas, in order, each once."""
-    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+def _in_order(recover: str) -> list[str]:
+    """The names that a sum of recoveries is made of."""
+    names = recover.split("+")
+    for name in names:
+        if name != "none":
+            recoveries[name]  # which says what is wrong with it
+    by_scope = [method.name for scope in ("block", "model") for method in recoveries if method.scope == scope]
+    if [name for name in by_scope if name in names] != names and names != ["none"]:
+        raise EBFTError(
+            f"--recover is {recover!r}; expected none, or one or more of {', '.join(by_scope)} in this order, "
+            "joined by +"
+        )
+    return [] if names == ["none"] else names
 
 
-def apportion(total: int, shares: Sequence[float]) -> list[int]:
-    """``total`` things in whole parts, as nearly as they can be in proportion to ``shares`` (largest remainders)."""
-    quotas = [total * share / sum(shares) for share in shares]
-    parts = [int(quota) for quota in quotas]
-    by_remainder = sorted(range(len(shares)), key=lambda place: parts[place] - quotas[place])
-    for place in by_remainder[: total - sum(parts)]:
-        parts[place] += 1
-    return parts
+def _of_another(owners: list[Any], prune: Prune, recover: Recover) -> str:
+    """Says that settings are of methods that are not chosen."""
+    first = owners[0]
+    registry = _BY_KIND[first.kind]
+    names = " or ".join(method.name for method in owners)
+    chosen = {"--prune": prune.criterion, "--refine": prune.refine, "--recover": recover.method}.get(registry.flag)
+    given = f"and {registry.flag} is {chosen}" if chosen else f"which --recover {recover.method} does not use"
+    return f"a setting of {registry.flag} {names}, {given}; expected {registry.flag} {first.name}, or no such setting"
 
 
-def _names_and_shares(mixture: str) -> list[tuple[str, float | None]]:
-    """``a:0.5,b:0.5`` as names and shares; a file that is there wins, whatever commas and colons its name has."""
-    pieces, found = mixture.split(","), []
-    while pieces:
-        heads = [(count, _name_and_share(",".join(pieces[:count]))) for count in range(len(pieces), 0, -1)]
-        count, part = next((head for head in heads if Path(head[1][0]).expanduser().is_file()), heads[-1])
-        found.append(part)
-        pieces = pieces[count:]
-    return found
+def _owners_of(settings: type) -> list[Any]:
+    return [method for registry in ALL for method in registry if method.Settings is settings]
 
 
-def _name_and_share(part: str) -> tuple[str, float | None]:
-    part = part.strip()
-    name, colon, share = part.rpartition(":")
-    if colon and not Path(part).expanduser().is_file():
-        with contextlib.suppress(ValueError):
-            return name.strip(), float(share)
-    return part, None
+def _flat_names_of(settings: type) -> set[str]:
+    return {flat_name(f) for f in dataclasses.fields(settings)}
 
 
-def flag(name: str) -> str:
-    """The command line's name of a setting."""
-    return "--" + name.replace("_", "-")
-
-
-def _names() -> set[str]:
-    return {setting.name for setting in dataclasses.fields(EBFTConfig)}
-
-
-def _typed(name: str, value: Any) -> Any:
-    """``value`` (from Python, YAML or a flag's text) in the type that the field declares."""
-    wanted = typing.get_type_hints(EBFTConfig)[name]
-    kinds = (
-        [k for k in typing.get_args(wanted) if k is not types.NoneType] if isinstance(wanted, types.UnionType) else []
-    )
-    if kinds and value is None:
-        return None
-    kind = kinds[0] if kinds else wanted
-    expected = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, "two numbers")
-    fault = EBFTError(f"{flag(name)} is {value!r}; expected {expected}")
-    try:
-        if kind is bool:
-            if not isinstance(value, bool):
-                raise fault
-            return value
-        if kind is str:
-            if not isinstance(value, str | Path):
-                raise fault
-            return str(value)
-        if isinstance(value, bool) or value is None:
-            raise fault
-        if kind is int:
-            number = int(value) if isinstance(value, str) else value
-            if int(number) != number:
-                raise fault
-            return int(number)
-        if kind is float:
-            return float(value)
-        first, second = value
-        return (float(first), float(second))
-    except (TypeError, ValueError, OverflowError):
-        raise fault from None
+@cache
+def all_flat_names() -> frozenset[str]:
+    """Of every setting of a section and of every method that is registered."""
+    kinds = [*SECTIONS.values(), *(method.Settings for registry in ALL for method in registry)]
+    return frozenset(name for kind in kinds for name in _flat_names_of(kind))

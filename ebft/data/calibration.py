@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ebft.config.config import apportion
+from ebft.config import apportion
 from ebft.errors import EBFTError
 
 HUB_TEXTS: dict[str, dict[str, Any]] = {

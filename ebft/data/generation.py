@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from ebft.data.calibration import Tokens, use_of
-from ebft.model.checkpoint import quiet
 from ebft.errors import EBFTError
+from ebft.model.checkpoint import quiet
 
 SELF = "self"  # the name of such text
 WRITTEN_AT_ONCE = 8192  # tokens of the sequences that are written together

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebft.config.config import EBFTConfig
+from ebft.config import EBFTConfig
 from ebft.model.decoder import Decoder
 from ebft.output.folder import OutputFolder
 
@@ -209,6 +209,7 @@ class Streams:
         position: where an interrupted run's streams are (``position()``), in files that are whole; by default they
             begin before the first block.
         share: which of all ``samples`` those of ``tokens`` are; by default they are all.
+        keep_dense_inputs: ``dense_inputs`` are wanted.
 
     Attributes:
         inputs: what the block is given: the sparse stream, or the dense one, or a mix of them (``--input``).
@@ -224,17 +225,18 @@ class Streams:
         store: Store | None = None,
         position: dict[str, Any] | None = None,
         share: slice | None = None,
+        keep_dense_inputs: bool = False,
     ) -> None:
         store = store or Store(decoder.device)
-        self._store, self._dense_inputs = store, config.input == "dense-stream"
+        self._store, self._dense_inputs = store, config.recover.input == "dense-stream"
         # Targets on a stream of their own are that stream, moved on by the dense blocks alone.
-        self._dense_targets = config.target == "dense-stream" and not self._dense_inputs
+        self._dense_targets = config.recover.target == "dense-stream" and not self._dense_inputs
 
         def stream(of: Decoder, name: str) -> Stream:
             if position is None:
-                return Stream.entering(of, tokens, config.batch_size, store, name)
+                return Stream.entering(of, tokens, config.recover.batch_size, store, name)
             shape = (*tokens.shape, of.width())
-            return Stream(shape, store, config.batch_size, name, again=True)
+            return Stream(shape, store, config.recover.batch_size, name, again=True)
 
         self._scratch: Stream | None = None
         self._block: int = (position or {}).get("block", 0)
@@ -242,14 +244,14 @@ class Streams:
 
         names = position or {"inputs": "inputs-0", "targets": "targets-0"}
         self._walked = stream(teacher if self._dense_inputs else decoder, names["inputs"])
-        self._mixed = self._walked.empty("mixed-0") if config.input == "mix" else None
+        self._mixed = self._walked.empty("mixed-0") if config.recover.input == "mix" else None
         self._spare: dict[
             str, Stream
         ] = {}  # the other buffer or file of a stream, which is left behind as it is moved on
         if self._dense_targets:
             self.targets = stream(teacher, names["targets"])
             moved = [self._walked] if store.kind == "disk" else []
-            if store.kind == "disk" or config.uses_dense_inputs:
+            if store.kind == "disk" or keep_dense_inputs:
                 moved.append(self.targets)
             self._spare = {s.name: s.empty(_other(s.name)) for s in moved}
         else:
@@ -340,9 +342,11 @@ class Streams:
 
 def dense_samples(config: EBFTConfig, block: int) -> Tensor:
     """Which samples ``--input mix`` takes from the dense stream, bool (samples,): a function of (seed, block) alone."""
-    generator = torch.Generator().manual_seed(((config.seed * 1_000_003 + block) * 1_000_003 - 1) % 2**63)
-    chosen = torch.zeros(config.samples, dtype=torch.bool)
-    chosen[torch.randperm(config.samples, generator=generator)[: round(config.mix * config.samples)]] = True
+    generator = torch.Generator().manual_seed(((config.runtime.seed * 1_000_003 + block) * 1_000_003 - 1) % 2**63)
+    chosen = torch.zeros(config.data.samples, dtype=torch.bool)
+    chosen[
+        torch.randperm(config.data.samples, generator=generator)[: round(config.recover.mix * config.data.samples)]
+    ] = True
     return chosen
 
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebft.model.decoder import Decoder
-from ebft.distributed import Ranks
 from ebft.data.streams import Store, Stream
+from ebft.distributed import Ranks
+from ebft.model.decoder import Decoder
 
 TOKENS_AT_ONCE = 2048  # in one forward pass
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32, of which the loss makes a copy or two

@@ -19,12 +19,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ebft.errors import EBFTError
 from ebft.model.checkpoint import DEFAULT_MODEL, Source, load_model, open_model
 from ebft.model.decoder import find_blocks
-from ebft.errors import EBFTError
 from ebft.model.matrices import Matrix, find_matrices, router_paths
 from ebft.output.folder import SUMMARY
-from ebft.pruning import UPDATING, Pattern
+from ebft.pruning.pattern import Pattern
+from ebft.registry import criteria
 from ebft_kernels import PackedMask, load_masks
 
 LOADED = 2 * 2**30  # bytes of a checkpoint that is also loaded by transformers; of larger ones shapes are compared
@@ -64,7 +65,7 @@ def audit(output: str, against: str | None = None) -> Audit:
         pattern = Pattern.parse(settings["pattern"], transposable=transposable) if settings["pattern"] else None
         recovered, trust = settings["recover"] != "none", bool(settings["trust_remote_code"])
         structured, uniform = bool(settings.get("structured")), bool(settings.get("uniform"))
-        updated = settings["prune"] in UPDATING
+        updated = settings["prune"] in criteria and criteria[settings["prune"]].updates_weights
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EBFTError(f"{folder / SUMMARY} is not what a run writes: {type(error).__name__} {error}") from None
     found = Audit()

@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ebft.model.checkpoint import first_line, quiet
 from ebft.errors import EBFTError
+from ebft.model.checkpoint import first_line, quiet
 from ebft.model.weights import Tensors
 from ebft_kernels import PackedMask, load_masks, save_masks
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ebft.config.config import ORGANISATION
+from ebft.config import ORGANISATION
 
 STAGES = ("dense", "pruned", "recovered")
 

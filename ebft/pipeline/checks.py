@@ -8,18 +8,20 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ebft.config.config import EBFTConfig
-from ebft.model.decoder import Decoder
+from ebft.config import EBFTConfig
 from ebft.errors import EBFTError
+from ebft.model.decoder import Decoder
 from ebft.model.matrices import Matrix
-from ebft.pruning import Masker, Pattern, make_allocation, mask_of_best
+from ebft.pruning.allocation import make_allocation
+from ebft.pruning.masker import Masker
+from ebft.pruning.pattern import Pattern, mask_of_best
 from ebft.pruning.structured.units import bias_name, find_units, removed_by
 
 
 def check_lengths(config: EBFTConfig, model: PretrainedConfig) -> None:
     """``EBFTError`` if a sequence is longer than the model allows."""
     longest = getattr(model.get_text_config(), "max_position_embeddings", None)
-    lengths = {"--seqlen": config.seqlen, "--eval-seqlen": config.eval_seqlen if config.eval_texts else 0}
+    lengths = {"--seqlen": config.data.seqlen, "--eval-seqlen": config.evaluate.seqlen if config.evaluate.texts else 0}
     for flag, length in lengths.items():
         if longest and length > longest:
             raise EBFTError(
@@ -64,8 +66,8 @@ def _shape_settings(model: PreTrainedModel) -> dict[str, Any]:
 def check_masks(config: EBFTConfig, masker: Masker, decoder: Decoder, teacher: Decoder) -> None:
     """``EBFTError`` for what can be known of the masks: widths, names, shapes, and that there is something to do."""
     masker.check(decoder.names, [decoder.stored_block(index) for index in range(len(decoder))], decoder.matrices)
-    allocation, prunes = make_allocation(config.allocation, config.mask_pattern), False
-    changes = masker.surveyor is not None and not config.structured  # which shares it gives is not known yet
+    allocation, prunes = make_allocation(config.prune.allocation, config.prune.mask_pattern), False
+    changes = masker.surveyor is not None and not config.prune.structured  # which shares it gives is not known yet
     for index, (name, matrices) in enumerate(zip(decoder.names, decoder.matrices, strict=True)):
         block = decoder.copy_of_block(index)
         if masker.given:
@@ -79,11 +81,11 @@ def check_masks(config: EBFTConfig, masker: Masker, decoder: Decoder, teacher: D
         if prunes and changes:
             return
     if not prunes and _parameters(decoder) == _parameters(teacher):
-        raise EBFTError(f"--prune {config.prune} prunes nothing: it keeps every weight of every block")
+        raise EBFTError(f"--prune {config.prune.criterion} prunes nothing: it keeps every weight of every block")
     if config.block_recoveries and teacher is decoder:
         raise EBFTError(
-            f"--prune {config.prune} prunes only weights that are zero already, so against the model itself the loss "
-            "would be 0; give the dense model with --teacher"
+            f"--prune {config.prune.criterion} prunes only weights that are zero already, so against the model itself "
+            "the loss would be 0; give the dense model with --teacher"
         )
 
 
@@ -97,10 +99,10 @@ def _zeros_are_not_enough(
 ) -> bool:
     """Whether a criterion, which takes zeros first, needs more than ``block`` has."""
     weights = {matrix.name: block.get_parameter(matrix.name) for matrix in matrices}
-    if config.structured:
+    if config.prune.structured:
         kept = {of_matrix: weight != 0 for of_matrix, weight in weights.items()}
         gone = sum(len(removed_by(units, kept)) * units.parameters for units in find_units(name, block, matrices))
-        return gone < 0.99 * config.sparsity * sum(matrix.outputs * matrix.inputs for matrix in matrices)
+        return gone < 0.99 * config.prune.sparsity * sum(matrix.outputs * matrix.inputs for matrix in matrices)
 
     def lacks(matrix: Matrix, pattern: Pattern) -> bool:
         weight = weights[matrix.name]

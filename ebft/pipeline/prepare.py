@@ -16,40 +16,29 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ebft.pruning.structured.biases import consumers, with_biases
+from ebft.config import ORGANISATION, EBFTConfig
 from ebft.data.calibration import Tokens, calibration_tokens, evaluation_tokens, mixture
-from ebft.model.checkpoint import DEFAULT_MODEL, Source, load_model, load_tokenizer, open_model
-from ebft.pipeline.checks import check_lengths, check_masks, check_teacher
-from ebft.config.config import ORGANISATION, EBFTConfig
-from ebft.model.decoder import Decoder
-from ebft.errors import EBFTError
 from ebft.data.generation import SELF, Generated, generate
-from ebft.model.fused import liger_missing
-from ebft.output.folder import OutputFolder, checksum
-from ebft.pruning import (
-    Criterion,
-    Masker,
-    make_masker,
-    make_structured_masker,
-)
-from ebft.distributed import Ranks, own_device
-from ebft.recovery.ebft.reconstruct import BlockReconstructor
-from ebft.recovery import (
-    BlockRecovery,
-    Chain,
-    FullFineTuning,
-    HalfByHalf,
-    InPairs,
-    Layerwise,
-    LoRA,
-    WholeModelRecovery,
-)
-from ebft.recovery.task import Split
-from ebft.output.report import Reporter
 from ebft.data.streams import Store
-from ebft.version import __version__
-from ebft.model.weights import ModelWeights
+from ebft.distributed import Ranks, own_device
+from ebft.errors import EBFTError
 from ebft.evaluation.zero_shot import ZeroShot
+from ebft.model.checkpoint import DEFAULT_MODEL, Source, load_model, load_tokenizer, open_model
+from ebft.model.decoder import Decoder
+from ebft.model.fused import liger_missing
+from ebft.model.weights import ModelWeights
+from ebft.output.folder import OutputFolder, checksum
+from ebft.output.report import Reporter
+from ebft.pipeline.checks import check_lengths, check_masks, check_teacher
+from ebft.pruning.masker import Function, Masker, make_masker
+from ebft.pruning.protocol import Criterion
+from ebft.pruning.structured.biases import consumers, with_biases
+from ebft.pruning.structured.scores import make_structured_masker
+from ebft.recovery.protocol import Place, WholeModelRecovery
+from ebft.recovery.samples import Split
+from ebft.recovery.task import Chain
+from ebft.registry import criteria, recoveries
+from ebft.version import __version__
 from ebft_kernels import explain
 
 FUSED_OPS = ("masked_adamw_step", "masked_grad_norm")  # the products run on zeroed weights, without masks
@@ -95,7 +84,7 @@ class Job:
     teacher: Decoder
     tokenizer: PreTrainedTokenizerBase | None
     masker: Masker
-    recovery: BlockRecovery | None
+    recovery: Chain | None
     whole_model: dict[str, WholeModelRecovery]
     calibration: Tokens | None
     generated: Generated | None
@@ -114,7 +103,7 @@ def prepare_job(
     model: str | PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
     teacher: PreTrainedModel | None,
-    criterion: Criterion | None,
+    criterion: Criterion | Function | None,
     text: Iterable[str] | None,
     output: OutputFolder,
     reporter: Reporter,
@@ -122,53 +111,53 @@ def prepare_job(
 ) -> Job:
     """Load and check everything, so that what is wrong is said before any work is done."""
     clock = Clock()
-    device, compute = choose_device(config.device, config.dtype)
+    device, compute = choose_device(config.runtime.device, config.runtime.dtype)
     choices = [explain(op, device) for op in FUSED_OPS]
     for choice in choices:
-        if config.fused and not choice.fused:
+        if config.runtime.fused and not choice.fused:
             raise EBFTError(f"--fused cannot be had: {choice}")
-    whole_model = _whole_model_recoveries(config)
     masker = choose_masker(config, criterion)
-    recovers = config.recover != "none"
+    recovery, whole_model = make_recoveries(config)
+    recovers = config.recover.method != "none"
 
-    source = config.model if model is None else model
+    source = config.model.source if model is None else model
     reporter.say(f"loading {name_of(source)}")
     student = _open(config, source, reporter)
     check_lengths(config, student.model.config)
-    fuse_glue = config.fused and device.type == "cuda" and liger_missing() is None
+    fuse_glue = config.runtime.fused and device.type == "cuda" and liger_missing() is None
     decoder = Decoder(student.model, device, compute, fuse_glue, student.weights)
     dense = decoder
-    if teacher is not None or config.teacher is not None:
-        opened = _with_biases_of(student.model, _open(config, teacher or config.teacher, reporter))
+    if teacher is not None or config.model.teacher is not None:
+        opened = _with_biases_of(student.model, _open(config, teacher or config.model.teacher, reporter))
         dense = Decoder(opened.model, device, compute, fuse_glue, opened.weights)
         check_teacher(decoder, dense)
     check_masks(config, masker, decoder, dense)
 
     needs_calibration = recovers or bool(masker.needs) or masker.surveyor is not None
     if tokenizer is None and not isinstance(source, PreTrainedModel):
-        tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-    if tokenizer is None and (config.eval_texts or config.eval_task_names or needs_calibration):
+        tokenizer = load_tokenizer(source, trust_remote_code=config.model.trust_remote_code)
+    if tokenizer is None and (config.evaluate.texts or config.evaluate.tasks or needs_calibration):
         raise EBFTError("a model in memory was given without its tokenizer, which turns text into tokens")
     zero_shot = None
-    if config.eval_task_names:
-        zero_shot = ranks.first(partial(ZeroShot.prepare, config.eval_task_names, config.eval_limit))
+    if config.evaluate.tasks:
+        zero_shot = ranks.first(partial(ZeroShot.prepare, list(config.evaluate.tasks), config.evaluate.limit))
     evaluation, calibration, generated = {}, None, None
     if tokenizer is not None:
-        evaluation = {t: evaluation_tokens(t, tokenizer, seqlen=config.eval_seqlen) for t in config.eval_texts}
+        evaluation = {t: evaluation_tokens(t, tokenizer, seqlen=config.evaluate.seqlen) for t in config.evaluate.texts}
         if needs_calibration:
-            if text is None and SELF in config.calibration_parts:
+            if text is None and SELF in config.data.parts:
                 clock.lap("load")
                 whole = None if dense.weights.on_disk else dense.model
-                named = config.teacher or (source if isinstance(source, str) else None)
+                named = config.model.teacher or (source if isinstance(source, str) else None)
 
                 def load() -> PreTrainedModel:
-                    return whole or load_model(named, trust_remote_code=config.trust_remote_code)
+                    return whole or load_model(named, trust_remote_code=config.model.trust_remote_code)
 
                 generated = ranks.first(partial(_write_text, config, dense, load, tokenizer, output, reporter))
                 clock.lap("generation")
             calibration = _calibrate(config, tokenizer, text, generated)
             reporter.say(f"calibration: {calibration.use}")
-    if config.fused and device.type == "cuda":
+    if config.runtime.fused and device.type == "cuda":
         reporter.say(
             f"norms, rotary embedding and SwiGLU: {liger_missing() or 'in liger-kernel where the family is known'}"
         )
@@ -178,6 +167,9 @@ def prepare_job(
         raise EBFTError(
             f"--samples is {len(calibration.ids)}, and {sharing.count} ranks share them; expected one for each at least"
         )
+    for method in (recovery, *whole_model.values()):
+        if method is not None:
+            method.prepare(Place(device, compute, sharing))
     store = _choose_store(config, device, output)
     store.owner = f".rank-{ranks.rank}" if ranks.count > 1 else ""
     reporter.say(f"hidden states: {store.kind}")
@@ -190,7 +182,7 @@ def prepare_job(
         teacher=dense,
         tokenizer=tokenizer,
         masker=masker,
-        recovery=_block_recovery(config, device, compute, sharing),
+        recovery=recovery,
         whole_model=whole_model,
         calibration=calibration,
         generated=generated,
@@ -205,34 +197,16 @@ def prepare_job(
     )
 
 
-def _block_recovery(
-    config: EBFTConfig, device: torch.device, compute: torch.dtype, sharing: Ranks
-) -> BlockRecovery | None:
-    """What is done to every block once it is pruned; None for nothing."""
-
-    def reconstruction() -> BlockRecovery:
-        whole = BlockReconstructor(config, device, compute, sharing)
-        if config.by_pairs:
-            return InPairs(config, device, whole, sharing)
-        return HalfByHalf(config, device, whole, sharing) if config.by_halves else whole
-
-    made: dict[str, Callable[[], BlockRecovery]] = {
-        "layerwise": lambda: Layerwise(config, device, sharing),
-        "ebft": reconstruction,
-    }
-    links = [made[name]() for name in config.recoveries if name in made]
-    return Chain(links) if links else None
-
-
-def _whole_model_recoveries(config: EBFTConfig) -> dict[str, WholeModelRecovery]:
-    """What is done to the whole model after the walk, in order."""
-    made: dict[str, Callable[[EBFTConfig], WholeModelRecovery]] = {"lora": LoRA, "full": FullFineTuning}
-    return {name: made[name](config) for name in config.whole_model_recoveries}
+def make_recoveries(config: EBFTConfig) -> tuple[Chain | None, dict[str, WholeModelRecovery]]:
+    """What is done to every block once it is pruned, None for nothing; and to the whole model after the walk."""
+    links = [recoveries[name](config) for name in config.block_recoveries]
+    whole = {name: recoveries[name](config) for name in config.whole_model_recoveries}
+    return Chain(links) if links else None, whole
 
 
 def blocks_are_independent(config: EBFTConfig) -> bool:
     """No block needs what another is tuned to: all are given the dense model's states, and aim at them."""
-    return config.input == "dense-stream"
+    return config.recover.input == "dense-stream"
 
 
 def name_of(source: str | PreTrainedModel | None) -> str:
@@ -240,21 +214,27 @@ def name_of(source: str | PreTrainedModel | None) -> str:
     return source if isinstance(source, str) else DEFAULT_MODEL if source is None else type(source).__name__
 
 
-def choose_masker(config: EBFTConfig, criterion: Criterion | None = None) -> Masker:
+def choose_masker(config: EBFTConfig, criterion: Criterion | Function | None = None) -> Masker:
     """How blocks are pruned; ``criterion``: by a user's own."""
-    if not config.structured:
+    if not config.prune.structured:
         return make_masker(config, criterion)
     if criterion is not None:
         raise EBFTError("--structured scores heads and channels, and a criterion of one's own scores weights")
-    return make_structured_masker(config.prune, config.sparsity, uniform=config.uniform)
+    return make_structured_masker(config)
 
 
 def _open(config: EBFTConfig, source: str | PreTrainedModel | None, reporter: Reporter) -> Source:
     if isinstance(source, PreTrainedModel):
         opened = Source(source, ModelWeights(source))
     else:
-        opened = open_model(source, trust_remote_code=config.trust_remote_code, say=reporter.say)
-    return with_biases(opened, consumers(opened.model), reporter.say) if config.fills_biases else opened
+        opened = open_model(source, trust_remote_code=config.model.trust_remote_code, say=reporter.say)
+    return with_biases(opened, consumers(opened.model), reporter.say) if _fills_biases(config) else opened
+
+
+def _fills_biases(config: EBFTConfig) -> bool:
+    """Whether pruning puts something into biases, so that layers without any get some."""
+    name = config.prune.criterion
+    return config.prune.structured and name in criteria and criteria[name].fills_biases
 
 
 def _with_biases_of(model: PreTrainedModel, teacher: Source) -> Source:
@@ -273,16 +253,21 @@ def _calibrate(
 
     def read(text: str | Iterable[str], samples: int) -> Tokens:
         return calibration_tokens(
-            text, tokenizer, samples=samples, seqlen=config.seqlen, windows=config.windows, seed=config.seed
+            text,
+            tokenizer,
+            samples=samples,
+            seqlen=config.data.seqlen,
+            windows=config.data.windows,
+            seed=config.runtime.seed,
         )
 
     if text is not None:
-        return read(text, config.samples)
+        return read(text, config.data.samples)
     parts = [
         generated.tokens if generated and name == SELF else read(name, samples)
-        for name, samples in config.calibration_parts.items()
+        for name, samples in config.data.parts.items()
     ]
-    split = Split.of(config.samples, config.holdout, Ranks())
+    split = Split.of(config.data.samples, config.recover.holdout, Ranks())
     return parts[0] if len(parts) == 1 else mixture(parts, [split.held_out, split.tuned])
 
 
@@ -295,8 +280,14 @@ def _write_text(
     reporter: Reporter,
 ) -> Generated:
     """Text by the dense model, or what an interrupted run has kept of the same; ``load`` gives the model whole."""
-    samples = config.calibration_parts[SELF]
-    depends_on = [teacher.weights.fingerprint(), _settings_of(teacher.model), samples, config.seqlen, config.seed]
+    samples = config.data.parts[SELF]
+    depends_on = [
+        teacher.weights.fingerprint(),
+        _settings_of(teacher.model),
+        samples,
+        config.data.seqlen,
+        config.runtime.seed,
+    ]
     made_from = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     ids = output.generated(made_from)
     if ids is None:
@@ -305,8 +296,8 @@ def _write_text(
                 load(),
                 tokenizer,
                 samples=samples,
-                seqlen=config.seqlen,
-                seed=config.seed,
+                seqlen=config.data.seqlen,
+                seed=config.runtime.seed,
                 device=teacher.device,
                 on_batch=advance,
             )
@@ -338,8 +329,10 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 
 def _choose_store(config: EBFTConfig, device: torch.device, output: OutputFolder) -> Store:
     """What ``--streams`` means here; where a budget was given the plan has chosen already."""
-    on_host = config.streams == "auto" or (config.streams == "device" and device.type == "cpu")
-    return Store(device, "host" if on_host else config.streams, getattr(torch, config.stream_dtype), output)
+    on_host = config.runtime.streams == "auto" or (config.runtime.streams == "device" and device.type == "cpu")
+    return Store(
+        device, "host" if on_host else config.runtime.streams, getattr(torch, config.runtime.stream_dtype), output
+    )
 
 
 def _fingerprint(
@@ -363,10 +356,10 @@ def _fingerprint(
         },
         "criterion": {
             "name": masker.name,
-            "file": checksum(Path(config.prune)) if Path(config.prune).is_file() else None,
-            "allocation": checksum(Path(config.allocation)) if Path(config.allocation).is_file() else None,
+            "file": checksum(Path(config.prune.criterion)) if Path(config.prune.criterion).is_file() else None,
+            "allocation": checksum(Path(config.prune.allocation)) if Path(config.prune.allocation).is_file() else None,
         },
-        "setting": {name: value for name, value in config.to_dict().items() if name not in named},
+        "setting": {name: value for name, value in config.flat().items() if name not in named},
         "version": {**_versions(decoder), "products": str(decoder.compute), **implementations(decoder)},
     }
 
@@ -388,7 +381,7 @@ def summarise(
 ) -> dict[str, Any]:
     """What ``ebft_summary.json`` holds; ``whole_model``: what recoveries of the whole model came to, by name."""
     config = job.config
-    recovery = "no recovery" if config.recover == "none" else f"recovered by {config.recover}"
+    recovery = "no recovery" if config.recover.method == "none" else f"recovered by {config.recover.method}"
     return {
         "model": job.name,
         "recipe": f"{job.masker.name}, {recovery}",
@@ -402,7 +395,7 @@ def summarise(
         "calibration": job.calibration.use.to_dict() if job.calibration else None,
         "evaluation": {name: tokens.use.to_dict() for name, tokens in job.eval_tokens.items()},
         "implementations": implementations(job.decoder),
-        "config": config.to_dict(),
+        "config": config.flat(),
         "versions": {"python": platform.python_version(), **_versions(job.decoder)},
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,24 +17,25 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ebft.model.checkpoint import load_model, open_saved, quiet
-from ebft.config.config import ORGANISATION, EBFTConfig, parse_bytes
-from ebft.model.decoder import Decoder
+from ebft.config import ORGANISATION, EBFTConfig, parse_bytes
+from ebft.data.streams import Store
+from ebft.distributed import joined
 from ebft.errors import EBFTError, MemoryRanOut
 from ebft.evaluation.perplexity import perplexities
-from ebft.pipeline.prepare import Job, name_of, prepare_job, summarise
-from ebft.pruning.structured.narrow import as_saved
+from ebft.model.checkpoint import load_model, open_saved, quiet
+from ebft.model.decoder import Decoder
+from ebft.model.weights import ShardedWeights
 from ebft.output.folder import LINES, MASKS, SUMMARY, OutputFolder
-from ebft.plan.planner import fit_to_budget
-from ebft.pruning import Criterion
-from ebft.distributed import joined
-from ebft.recovery import WholeTask
-from ebft.output.report import Reporter, model_card
 from ebft.output.page import report_page
-from ebft.data.streams import Store
+from ebft.output.report import Reporter, model_card
+from ebft.pipeline.prepare import Job, name_of, prepare_job, summarise
 from ebft.pipeline.survey import survey
 from ebft.pipeline.walk import apply_masks, begin_peak_memory, not_finite, peak_memory, say_notes, walk
-from ebft.model.weights import ShardedWeights
+from ebft.plan.planner import fit_to_budget
+from ebft.pruning.masker import Function
+from ebft.pruning.protocol import Criterion
+from ebft.pruning.structured.narrow import as_saved
+from ebft.recovery.whole_model import WholeTask
 from ebft_kernels import PackedMask, load_masks
 
 
@@ -81,7 +81,7 @@ def run_ebft(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     teacher: PreTrainedModel | None = None,
-    criterion: Criterion | None = None,
+    criterion: Criterion | Function | None = None,
     text: Iterable[str] | None = None,
     reporter: Reporter | None = None,
 ) -> RunResult:
@@ -89,13 +89,13 @@ def run_ebft(
 
     Args:
         model: what to prune: a hub id, a folder, a GGUF file, or a model in memory, whose blocks then hold the
-            recovered weights at the end; by default ``config.model``.
+            recovered weights at the end; by default ``config.model.source``.
         config: the settings (default: ``EBFTConfig()``, the published recipe). With ``resume``, an interrupted run is
             gone on with if everything that it depends on is the same (of a criterion of one's own: its name).
         tokenizer: for a model in memory; otherwise the model's own is loaded.
-        teacher: a dense model in memory whose blocks are the targets; otherwise ``config.teacher``.
-        criterion: a function (weight, inputs, pattern) -> bool mask, in place of ``config.prune``.
-        text: documents to calibrate on, in place of ``config.calibration``.
+        teacher: a dense model in memory whose blocks are the targets; otherwise ``config.model.teacher``.
+        criterion: a function (weight, inputs, pattern) -> bool mask, in place of ``config.prune.criterion``.
+        text: documents to calibrate on, in place of ``config.data.calibration``.
         reporter: where progress goes (default: the terminal).
 
     Raises:
@@ -103,22 +103,25 @@ def run_ebft(
             were finished are kept in ``OUTPUT.partial`` (of a schedule's earlier shares in ``OUTPUT.schedule``).
     """
     config, reporter = config or EBFTConfig(), reporter or Reporter()
-    source = config.model if model is None else model
+    source = config.model.source if model is None else model
     if len(config.steps) == 1:
         return _run_once(source, config, tokenizer, teacher, criterion, text, reporter)
     name, dense = name_of(source), None
     with joined() as ranks:  # of all of the runs
-        ranks.after_first(partial(OutputFolder, config.output, overwrite=config.overwrite, resume=config.resume))
-        if teacher is None and config.teacher is None:  # then it is the first model, as it is now
+        ranks.after_first(
+            partial(OutputFolder, config.output.folder, overwrite=config.output.overwrite, resume=config.output.resume)
+        )
+        if teacher is None and config.model.teacher is None:  # then it is the first model, as it is now
             in_memory = isinstance(source, PreTrainedModel)
             dense = copy.deepcopy(source) if in_memory else source or load_model(None)
         text = None if text is None else list(text)
+        said = ",".join(f"{share:g}" for share in config.prune.schedule or ())
         for step in config.steps:
-            reporter.say(f"--schedule {config.schedule}: {step.sparsity:g}")
+            reporter.say(f"--schedule {said}: {step.prune.sparsity:g}")
             if isinstance(source, str):
-                step = dataclasses.replace(step, model=source)
+                step = step.replace(model=source)
             if isinstance(dense, str) and source != dense:
-                step = dataclasses.replace(step, teacher=dense)
+                step = step.replace(teacher=dense)
             result = _run_once(source, step, tokenizer, teacher, criterion, text, reporter, name)
             source = result.model if isinstance(source, PreTrainedModel) else str(result.output)
             teacher = dense if isinstance(dense, PreTrainedModel) else teacher
@@ -130,7 +133,7 @@ def _run_once(
     config: EBFTConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     teacher: PreTrainedModel | None,
-    criterion: Criterion | None,
+    criterion: Criterion | Function | None,
     text: Iterable[str] | None,
     reporter: Reporter,
     name: str | None = None,
@@ -140,7 +143,7 @@ def _run_once(
         if ranks.rank:
             reporter = Reporter(Console(file=io.StringIO()))  # the first speaks for all
         output = ranks.after_first(
-            partial(OutputFolder, config.output, overwrite=config.overwrite, resume=config.resume)
+            partial(OutputFolder, config.output.folder, overwrite=config.output.overwrite, resume=config.output.resume)
         )
         config = fit_to_budget(config, source, reporter.say)
         if output.finished and (result := _finished(config, output, reporter)):
@@ -171,12 +174,12 @@ def _finished(config: EBFTConfig, output: OutputFolder, reporter: Reporter) -> R
     result = RunResult.read(output.final)
     before, now = (
         {name: value for name, value in settings.items() if name not in ORGANISATION}
-        for settings in (result.summary["config"], config.to_dict())
+        for settings in (result.summary["config"], config.flat())
     )
     if before == now:
         reporter.say(f"{output.final} is finished: there is nothing left to do")
         return result
-    if not config.overwrite:
+    if not config.output.overwrite:
         raise EBFTError(
             f"--resume: there is nothing to resume, and {output.final} holds a run with other settings; give "
             "--overwrite to replace it"
@@ -186,7 +189,7 @@ def _finished(config: EBFTConfig, output: OutputFolder, reporter: Reporter) -> R
 
 def _run(job: Job, given: PreTrainedModel | None) -> RunResult:
     decoder, out = job.decoder, job.output
-    if job.config.resume and not out.resumed:
+    if job.config.output.resume and not out.resumed:
         job.reporter.say("there is nothing to resume: the run begins")
 
     if text := job.generated:
@@ -328,7 +331,7 @@ def _plain_merge(
 def _save(job: Job) -> list[Path]:
     """The recovered model as an ordinary folder; gives the files with weights and masks."""
     decoder, out, count = job.decoder, job.output, len(job.decoder)
-    largest = parse_bytes(job.config.max_shard_size, "--max-shard-size")
+    largest = parse_bytes(job.config.output.max_shard_size, "--max-shard-size")
     model, masks = as_saved(job.config, decoder, out)
     if isinstance(decoder.weights, ShardedWeights):
         files = out.save_shards(decoder.weights.tensors, count, largest)
@@ -352,7 +355,7 @@ def _ask(job: Job) -> dict[str, dict[str, float]]:
     """Zero-shot tasks, on the model that the saved files give."""
     assert job.zero_shot is not None
     assert job.tokenizer is not None
-    job.reporter.say(f"zero-shot: {job.config.eval_tasks}")
+    job.reporter.say(f"zero-shot: {', '.join(job.config.evaluate.tasks)}")
     kind, folder = type(job.decoder.model), job.output.path
     with quiet():
         model = kind.from_pretrained(folder, dtype="auto").eval()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ebft.pipeline.prepare import Job
-from ebft.pruning import InputObserver, Surveyor, sum_over_ranks_
 from ebft.data.streams import Store, Stream
+from ebft.pipeline.prepare import Job
+from ebft.pruning.masker import Surveyor
+from ebft.pruning.statistics import InputObserver, sum_over_ranks_
 
 
 def survey(job: Job, surveyor: Surveyor) -> Any:
@@ -15,7 +16,7 @@ def survey(job: Job, surveyor: Surveyor) -> Any:
     assert job.calibration is not None
     decoder, tokens = job.decoder, job.calibration.ids[job.sharing.share(len(job.calibration.ids))]
     store = Store(decoder.device, job.store.kind, job.store.dtype, job.output, owner=job.store.owner)
-    stream, seen = Stream.entering(decoder, tokens, job.config.batch_size, store, "survey"), []
+    stream, seen = Stream.entering(decoder, tokens, job.config.recover.batch_size, store, "survey"), []
     with job.reporter.progress("survey", len(decoder)) as advance:
         for index, (name, matrices) in enumerate(zip(decoder.names, decoder.matrices, strict=True)):
             block = decoder.working_block(index)

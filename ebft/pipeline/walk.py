@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebft.model.decoder import Decoder
-from ebft.errors import EBFTError
-from ebft.pipeline.prepare import Job, blocks_are_independent, implementations
-from ebft.output.folder import LINES
-from ebft.pruning import BlockMasks, InputObserver, Statistics, sum_over_ranks_
-from ebft.recovery import BlockResult, BlockTask, Following
-from ebft.recovery.ebft.epochs import epochs_for
 from ebft.data.streams import Run, Stream, Streams
+from ebft.errors import EBFTError
+from ebft.model.decoder import Decoder
+from ebft.output.folder import LINES
+from ebft.pipeline.prepare import Job, blocks_are_independent, implementations
+from ebft.pruning.masker import BlockMasks
+from ebft.pruning.statistics import InputObserver, Statistics, sum_over_ranks_
+from ebft.recovery.task import BlockResult, BlockTask, Following
 from ebft_kernels import PackedMask
 
 
@@ -51,7 +51,9 @@ def walk(job: Job) -> list[dict[str, Any]]:
             begin_peak_memory(decoder.device)
             block = decoder.working_block(index)
             masks, statistics = _prune(job, streams, index, block)
-            kept_apart = masks.changed or job.config.refreshes  # the pruned block is not the dense one under its masks
+            kept_apart = masks.changed or (
+                job.recovery is not None and job.recovery.changes_masks
+            )  # the pruned block is not the dense one under its masks
             pruned = decoder.round_as_stored(index, block) if kept_apart else None
             result = None
             if streams and job.recovery:
@@ -125,7 +127,16 @@ def _streams(job: Job, done: int, position: dict[str, Any] | None) -> Streams:
     """The streams before block ``done``: an interrupted run's from its files, or made again through finished blocks."""
     assert job.calibration is not None
     decoder, share = job.decoder, job.sharing.share(len(job.calibration.ids))
-    make = partial(Streams, job.config, decoder, job.teacher, job.calibration.ids[share], job.store, share=share)
+    make = partial(
+        Streams,
+        job.config,
+        decoder,
+        job.teacher,
+        job.calibration.ids[share],
+        job.store,
+        share=share,
+        keep_dense_inputs=job.recovery is not None and job.recovery.needs_dense_inputs,
+    )
     if position and job.store.kind == "disk" and job.ranks.count == 1:
         if job.output.are_whole(position["files"]):
             return make(position=position)
@@ -154,7 +165,7 @@ def _pass_by(job: Job, streams: Streams, index: int) -> None:
 def _dense_pass(job: Job, streams: Streams, index: int, block: nn.Module) -> tuple[Statistics, Statistics]:
     """The dense block on its stream: its outputs become the targets, inputs give statistics (see ``_observe``)."""
     of_dense = job.recovery.needs if job.recovery else frozenset[str]()
-    source = streams.inputs if job.config.statistics == "input" else streams.dense_source
+    source = streams.inputs if job.config.prune.statistics == "input" else streams.dense_source
     statistics = _observe(job, index, block, of_dense, source, streams.dense_pass, source is streams.dense_source)
     _check_finite(job, index, streams.targets, "the dense block's outputs")
     return statistics
@@ -232,7 +243,7 @@ def _recover(
         on_step=lambda done, steps: advance(index + done / steps),
         scratch=streams.scratch,
         following=partial(_following, job, streams, index) if _has_following(job, index) else None,
-        epochs=partial(epochs_for, job.config, [lines[before] for before in range(index) if before in lines]),
+        finished=[lines[before] for before in range(index) if before in lines],
     )
     result = job.recovery.recover(task)
     if not math.isfinite(result.error_after):
@@ -242,7 +253,7 @@ def _recover(
 
 
 def _has_following(job: Job, index: int) -> bool:
-    return job.config.by_pairs and index + 1 < len(job.decoder)
+    return job.recovery is not None and job.recovery.blocks_at_once > 1 and index + 1 < len(job.decoder)
 
 
 def _following(job: Job, streams: Streams, index: int) -> Following:

@@ -1,40 +1,22 @@
-"""Pruning: a criterion turns a weight and its input statistics into a mask; a masker does so for a whole block.
+"""Pruning: a criterion turns a weight and what is known of its inputs into a mask; a masker does so for a whole block.
 
-A criterion is a function ``(weight, inputs, pattern) -> mask``: weight float (outputs, inputs), ``InputStatistics``,
-``Pattern``; mask bool (outputs, inputs), True = kept. One that changes kept weights gives ``(mask, weight)``; one that
-goes by more than squares says so in its attribute ``needs``. Anybody's own can be given to ``ebft.run_ebft``.
+A criterion is a class in a file of its own (``protocol.py``); importing this package registers ours. Anybody's own, a
+class or a plain function ``(weight, inputs, pattern) -> mask``, can be given to ``ebft.run_ebft``.
 """
 
-from ebft.pruning.allocation import make_allocation
-from ebft.pruning.dsnot import dsnot
-from ebft.pruning.magnitude import magnitude
-from ebft.pruning.masker import CRITERIA, UPDATING, BlockMasks, Criterion, Masker, Surveyor, make_masker
+from ebft.pruning import dsnot, magnitude, ria, sparsegpt, structured, wanda
 from ebft.pruning.pattern import Pattern, mask_of_best
-from ebft.pruning.ria import ria
-from ebft.pruning.sparsegpt import SparseGPT
-from ebft.pruning.statistics import InputObserver, InputStatistics, Statistics, sum_over_ranks_
-from ebft.pruning.structured.scores import make_structured_masker
-from ebft.pruning.wanda import wanda
+from ebft.pruning.protocol import Criterion, Refinement
 
 __all__ = [
-    "CRITERIA",
-    "UPDATING",
-    "BlockMasks",
     "Criterion",
-    "InputObserver",
-    "InputStatistics",
-    "Masker",
     "Pattern",
-    "SparseGPT",
-    "Statistics",
-    "Surveyor",
+    "Refinement",
     "dsnot",
     "magnitude",
-    "make_allocation",
-    "make_masker",
-    "make_structured_masker",
     "mask_of_best",
     "ria",
-    "sum_over_ranks_",
+    "sparsegpt",
+    "structured",
     "wanda",
 ]

@@ -14,15 +14,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from ebft.errors import EBFTError
-from ebft.model.matrices import Matrix
 from ebft.pruning.pattern import Pattern
-from ebft.pruning.statistics import Statistics
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ebft.model.matrices import Matrix
+    from ebft.pruning.statistics import Statistics
 
 OUTLIER = 5.0  # M: times the mean
 LAMBDA = 0.08  # both are the paper's choices
@@ -80,6 +81,15 @@ def make_allocation(allocation: str, pattern: Pattern) -> Allocation:
     return Allocation(pattern, shares, allocation)
 
 
+def check_owl(sparsity: float) -> None:
+    """``EBFTError`` if OWL's shares would leave the range from 0 to 1."""
+    if not LAMBDA < sparsity < 1 - LAMBDA:
+        raise EBFTError(
+            f"--allocation owl prunes up to {LAMBDA:g} less and more than --sparsity, which is {sparsity:g}; expected "
+            f"{LAMBDA:g} to {1 - LAMBDA:g}, both excluded"
+        )
+
+
 class OutlierSurvey:
     """OWL's look at all blocks, a ``Surveyor``: gives ``allocation`` its shares."""
 
@@ -117,7 +127,7 @@ def outliers(block: nn.Module, matrices: list[Matrix], statistics: Statistics) -
 
     count = sum(m.experts * m.outputs * m.inputs for m in matrices)
     mean = sum(float(s.double().sum()) for matrix in matrices for s in scores(matrix)) / count
-    return sum(int(torch.count_nonzero(s > OUTLIER * mean)) for matrix in matrices for s in scores(matrix)) / count
+    return sum(int((s > OUTLIER * mean).sum()) for matrix in matrices for s in scores(matrix)) / count
 
 
 def by_outliers(sizes: list[int], ratios: list[float], sparsity: float) -> list[float]:

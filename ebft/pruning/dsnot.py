@@ -9,16 +9,55 @@ A row is done when its error is small, when there is no such pair, or when no pa
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ebft.pruning.pattern import Pattern
-from ebft.pruning.statistics import InputStatistics
+from ebft.config.fields import check_fields, setting
+from ebft.pruning.protocol import Refinement
+from ebft.registry import register_refinement
 
-NEEDS = frozenset({"squares", "sums"})
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ebft.model.matrices import Matrix
+    from ebft.pruning.pattern import Pattern
+    from ebft.pruning.statistics import InputStatistics
+
+SWAPPED_BYTES = 31  # a weight of the matrix at hand, while it works
 
 
-@torch.no_grad()
+@register_refinement("dsnot")
+class DSnoT(Refinement):
+    """Kept and pruned weights of a row change places, so that the mean output stays what it was; no weight changes."""
+
+    needs = frozenset({"squares", "sums"})
+    title = "DSnoT"
+
+    @dataclass(frozen=True)
+    class Settings:
+        """Of DSnoT."""
+
+        dsnot_threshold: float = setting(
+            0.1, "mean error of an output at which its row is done, in the output's unit", at_least=0
+        )
+        dsnot_cycles: int = setting(50, "swaps in a row at most", at_least=1)
+
+        def __post_init__(self) -> None:
+            check_fields(self)
+
+    def refine(self, weight: Tensor, mask: Tensor, inputs: InputStatistics, pattern: Pattern) -> Tensor:
+        """See ``Refinement``."""
+        import torch
+
+        with torch.no_grad():
+            threshold, cycles = self.settings.dsnot_threshold, self.settings.dsnot_cycles
+            return dsnot(weight, mask, inputs, pattern, threshold=threshold, cycles=cycles)
+
+    def working_bytes(self, matrix: Matrix) -> int:
+        """See ``Refinement``."""
+        return SWAPPED_BYTES * matrix.outputs * matrix.inputs
+
+
 def dsnot(
     weight: Tensor, mask: Tensor, inputs: InputStatistics, pattern: Pattern, *, threshold: float, cycles: int
 ) -> Tensor:
@@ -35,6 +74,8 @@ def dsnot(
     Returns:
         bool (outputs, inputs). No row's |error| is larger than it was.
     """
+    import torch
+
     assert inputs.sums is not None
     tokens, mask = max(inputs.tokens, 1), mask.clone()
     mean = inputs.sums / tokens

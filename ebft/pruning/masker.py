@@ -4,30 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ebft.config import EBFTConfig
 from ebft.errors import EBFTError
 from ebft.model.matrices import Matrix
 from ebft.pruning.allocation import Allocation, OutlierSurvey, make_allocation
-from ebft.pruning.dsnot import NEEDS, dsnot
-from ebft.pruning.magnitude import magnitude
+from ebft.pruning.magnitude import Magnitude
 from ebft.pruning.pattern import Pattern
-from ebft.pruning.ria import ria
-from ebft.pruning.sparsegpt import SparseGPT
+from ebft.pruning.protocol import MASK_BYTES, Criterion, Refinement
 from ebft.pruning.statistics import InputStatistics, Statistics
-from ebft.pruning.wanda import wanda
+from ebft.registry import criteria, refinements
 from ebft_kernels import PackedMask, load_masks
 
-Criterion = Callable[[Tensor, InputStatistics, Pattern], Tensor | tuple[Tensor, Tensor]]
+Function = Callable[[Tensor, InputStatistics, Pattern], Tensor | tuple[Tensor, Tensor]]  # a criterion as one
 
-CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
-UPDATING = ("sparsegpt",)  # criteria that change kept weights too, and are made from settings
-_SQUARES = frozenset({"squares"})
 NOTHING: frozenset[str] = frozenset()
 
 
@@ -71,8 +65,8 @@ class Surveyor(Protocol):
         """Go by what ``conclude`` gave, in this run or an interrupted one; called before any block is pruned."""
 
 
-class Masker(Protocol):
-    """Prunes a block.
+class Masker:
+    """Prunes a block; the base of all maskers.
 
     Attributes:
         name: how the report calls it.
@@ -81,66 +75,56 @@ class Masker(Protocol):
         surveyor: looks at all blocks first; None where each block is pruned on its own.
     """
 
-    name: str
-    needs: frozenset[str]
-    given: bool
-    surveyor: Surveyor | None
+    name = ""
+    needs: frozenset[str] = NOTHING
+    given = False
+    surveyor: Surveyor | None = None
 
     def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
         """Raise ``EBFTError`` for what cannot work on these blocks (full names, modules, matrices), before any work."""
 
     def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
         """The masks of ``block``, called ``block_name`` in the model; its kept weights may be changed in place."""
+        raise NotImplementedError
+
+    def working_bytes(self, matrix: Matrix) -> int:
+        """What it allocates on the device for one matrix, beside the weight and the statistics."""
+        return MASK_BYTES * matrix.outputs * matrix.inputs
 
 
-class _Settings(Protocol):
-    """What ``EBFTConfig`` says of pruning."""
+class OfFunction(Criterion):
+    """A user's own criterion that is a function (weight, inputs, pattern) -> mask, or -> (mask, weight)."""
 
-    @property
-    def prune(self) -> str: ...
-    @property
-    def mask_pattern(self) -> Pattern: ...
-    @property
-    def sparsegpt_damping(self) -> float: ...
-    @property
-    def act_order(self) -> bool: ...
-    @property
-    def allocation(self) -> str: ...
-    @property
-    def refine(self) -> str: ...
-    @property
-    def dsnot_threshold(self) -> float: ...
-    @property
-    def dsnot_cycles(self) -> int: ...
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.mask = function  # type: ignore[method-assign]
+        self.name = getattr(function, "__name__", type(function).__name__)  # type: ignore[misc]
+        self.needs = getattr(function, "needs", Criterion.needs)  # type: ignore[misc]
 
 
-def make_masker(config: _Settings, criterion: Criterion | None = None) -> Masker:
-    """The masker for ``--prune``: a criterion's name, ``zeros``, or a file of masks; or a user's own criterion."""
-    if config.refine == "none":
-        return _unrefined(config, criterion, SparseGPT(config.sparsegpt_damping, config.act_order))
-    refine = partial(dsnot, threshold=config.dsnot_threshold, cycles=config.dsnot_cycles)
-    surgeon = SparseGPT(config.sparsegpt_damping, config.act_order, updates=False)
-    updates = criterion is None and config.prune == "sparsegpt"
-    masker = _unrefined(config, criterion, surgeon)
-    return _Refined(masker, config.mask_pattern, refine, surgeon.update if updates else None)
-
-
-def _unrefined(config: _Settings, criterion: Criterion | None, surgeon: SparseGPT) -> Masker:
-    prune, allocation = config.prune, make_allocation(config.allocation, config.mask_pattern)
-    if criterion is not None:
-        return _ByCriterion(criterion, allocation, getattr(criterion, "__name__", type(criterion).__name__))
-    if prune == "sparsegpt":
-        return _ByCriterion(surgeon, allocation, prune)
-    if prune in CRITERIA:
-        return _ByCriterion(CRITERIA[prune], allocation, prune)
-    if prune != "zeros" and not Path(prune).is_file():
-        known = ", ".join((*CRITERIA, *UPDATING))
-        raise EBFTError(f"--prune is {prune!r}; expected {known}, zeros or an existing file of masks")
-    if allocation.pattern.transposable:
-        raise EBFTError(f"--transposable is how a criterion chooses, and --prune is {prune}; expected a criterion")
-    if allocation.name:
-        raise EBFTError(f"--allocation is how much a criterion prunes, and --prune is {prune}; expected a criterion")
-    return given_masker(prune, allocation.pattern)
+def make_masker(config: EBFTConfig, criterion: Criterion | Function | None = None) -> Masker:
+    """The masker for ``--prune``: a criterion, ``zeros``, or a file of masks; or a user's own criterion."""
+    prune, allocation = config.prune.criterion, make_allocation(config.prune.allocation, config.prune.mask_pattern)
+    if criterion is None and prune in criteria:
+        kind = criteria[prune]
+        criterion = kind(config.of_method(kind.Settings))
+    elif criterion is None:
+        for given, said in ((allocation.pattern.transposable, "--transposable"), (allocation.name, "--allocation")):
+            if given:
+                raise EBFTError(f"{said} is how a criterion prunes, and --prune is {prune}; expected a criterion")
+    elif not isinstance(criterion, Criterion):
+        criterion = OfFunction(criterion)
+    refine = config.prune.refine
+    refinement = refinements[refine](config.of_method(refinements[refine].Settings)) if refine != "none" else None
+    masker: Masker = (
+        given_masker(prune, allocation.pattern)
+        if criterion is None
+        else _ByCriterion(criterion, allocation, updates=refinement is None)
+    )
+    if refinement is None:
+        return masker
+    update = getattr(criterion, "update", None) if criterion is not None and criterion.updates_weights else None
+    return _Refined(masker, allocation.pattern, refinement, update)
 
 
 def given_masker(prune: str, pattern: Pattern) -> Masker:
@@ -148,14 +132,21 @@ def given_masker(prune: str, pattern: Pattern) -> Masker:
     return _Zeros(pattern) if prune == "zeros" else _FromFile(prune, pattern)
 
 
-class _ByCriterion:
-    given = False
+class _ByCriterion(Masker):
+    """By a criterion.
 
-    def __init__(self, criterion: Criterion, allocation: Allocation, name: str) -> None:
-        self._criterion, self._allocation = criterion, allocation
-        self.surveyor: Surveyor | None = OutlierSurvey(allocation) if allocation.name == "OWL" else None
-        self.needs: frozenset[str] = NOTHING if criterion is magnitude else getattr(criterion, "needs", _SQUARES)
-        self.name = f"{name} {allocation.pattern}" + (f" by {allocation.name}" if allocation.name else "")
+    Args:
+        updates: the weights that a criterion gives with its masks are taken.
+    """
+
+    def __init__(self, criterion: Criterion, allocation: Allocation, *, updates: bool) -> None:
+        self._criterion, self._allocation, self._updates = criterion, allocation, updates
+        self.surveyor = OutlierSurvey(allocation) if allocation.name == "OWL" else None
+        self.needs = criterion.needs
+        self.name = f"{criterion.name} {allocation.pattern}" + (f" by {allocation.name}" if allocation.name else "")
+
+    def working_bytes(self, matrix: Matrix) -> int:
+        return self._criterion.working_bytes(matrix)
 
     def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
         self._allocation.check(names, matrices)
@@ -177,11 +168,12 @@ class _ByCriterion:
             for expert, (expert_weight, expert_mask, inputs) in enumerate(rows):
                 starved = bool(self.needs) and inputs.tokens == 0
                 unseen += [expert] if starved else []
-                made = (magnitude if starved else self._criterion)(expert_weight, inputs, pattern)
+                made = (Magnitude() if starved else self._criterion).mask(expert_weight, inputs, pattern)
                 if isinstance(made, tuple):
                     made, updated = made
-                    expert_weight.copy_(updated)
-                    changed.add(matrix.name)
+                    if self._updates or not self._criterion.updates_weights:
+                        expert_weight.copy_(updated)
+                        changed.add(matrix.name)
                 if made.shape != expert_mask.shape or made.dtype != torch.bool:
                     raise EBFTError(
                         f"the criterion gave {name} a mask of {made.dtype} {tuple(made.shape)}; "
@@ -196,11 +188,10 @@ class _ByCriterion:
         return result
 
 
-class _Refined:
+class _Refined(Masker):
     """Another masker's masks, in which kept and pruned weights of a row then change places.
 
     Args:
-        refine: (dense weight, mask, inputs, pattern) -> mask.
         update: (dense weight, mask, inputs) -> weight, for what goes with a mask; None: weights stay.
     """
 
@@ -208,13 +199,16 @@ class _Refined:
         self,
         masker: Masker,
         pattern: Pattern,
-        refine: Callable[[Tensor, Tensor, InputStatistics, Pattern], Tensor],
+        refinement: Refinement,
         update: Callable[[Tensor, Tensor, InputStatistics], Tensor] | None,
     ) -> None:
-        self._masker, self._pattern, self._refine, self._update = masker, pattern, refine, update
+        self._masker, self._pattern, self._refinement, self._update = masker, pattern, refinement, update
         self.given, self.surveyor = masker.given, masker.surveyor
-        self.needs = masker.needs | NEEDS
-        self.name = f"{masker.name}, then DSnoT"
+        self.needs = masker.needs | refinement.needs
+        self.name = f"{masker.name}, then {refinement.title}"
+
+    def working_bytes(self, matrix: Matrix) -> int:
+        return max(self._masker.working_bytes(matrix), self._refinement.working_bytes(matrix))
 
     def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
         self._masker.check(names, blocks, matrices)
@@ -225,7 +219,9 @@ class _Refined:
     def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
         result = self._masker(block_name, block, matrices, statistics)
         if result.changed:
-            raise EBFTError("--refine dsnot goes by the dense weights, and the criterion has changed them")
+            raise EBFTError(
+                f"--refine {self._refinement.name} goes by the dense weights, and the criterion has changed them"
+            )
         for matrix in matrices:
             weight = block.get_parameter(matrix.name).detach()
             mask = result.masks[matrix.name].dense().to(weight.device)
@@ -236,11 +232,11 @@ class _Refined:
             for expert_weight, expert_mask, inputs in of_experts:
                 if self._pattern.group and not _is_pattern(expert_mask, self._pattern):
                     raise EBFTError(
-                        f"--refine dsnot swaps within the groups of --pattern {self._pattern}, and the mask of "
-                        f"{block_name}.{matrix.name} is not {self._pattern}"
+                        f"--refine {self._refinement.name} swaps within the groups of --pattern {self._pattern}, and "
+                        f"the mask of {block_name}.{matrix.name} is not {self._pattern}"
                     )
                 if inputs.tokens:
-                    expert_mask.copy_(self._refine(expert_weight, expert_mask, inputs, self._pattern))
+                    expert_mask.copy_(self._refinement.refine(expert_weight, expert_mask, inputs, self._pattern))
                 if inputs.tokens and self._update:
                     expert_weight.copy_(self._update(expert_weight, expert_mask, inputs))
             result.masks[matrix.name] = PackedMask.from_dense(mask)
@@ -252,24 +248,19 @@ def _is_pattern(mask: Tensor, pattern: Pattern) -> bool:
     return PackedMask.from_dense(mask.contiguous()).is_nm(pattern.keep, pattern.group)
 
 
-class _Zeros:
-    name, needs, given = "zeros that were there", NOTHING, True
-    surveyor: Surveyor | None = None
+class _Zeros(Masker):
+    name, given = "zeros that were there", True
 
     def __init__(self, pattern: Pattern) -> None:
         self._pattern = pattern
-
-    def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
-        pass
 
     def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
         masks = {matrix.name: PackedMask.from_nonzero(block.get_parameter(matrix.name)) for matrix in matrices}
         return _given("zeros", self._pattern, block_name, matrices, masks)
 
 
-class _FromFile:
-    name, needs, given = "masks from a file", NOTHING, True
-    surveyor: Surveyor | None = None
+class _FromFile(Masker):
+    name, given = "masks from a file", True
 
     def __init__(self, file: str, pattern: Pattern) -> None:
         self._pattern = pattern

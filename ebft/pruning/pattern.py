@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ebft.errors import EBFTError
-from ebft.pruning.transposable import transposable_mask
-from ebft_kernels import PackedMask
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ def mask_of_best(scores: Tensor, pattern: Pattern, *, per_row: bool) -> Tensor:
         bool (outputs, inputs); exactly ``round((1 - sparsity) * count)`` are kept wherever scores are compared, of
         equal ones those further left.
     """
+    from ebft.pruning.transposable import transposable_mask
+    from ebft_kernels import PackedMask
+
     if pattern.transposable:
         return transposable_mask(scores, pattern.keep, pattern.group)
     if pattern.group:

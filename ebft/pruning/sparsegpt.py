@@ -15,39 +15,66 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from ebft.config.fields import check_fields, setting
 from ebft.errors import EBFTError
 from ebft.pruning.pattern import Pattern, mask_of_best
-from ebft.pruning.statistics import InputStatistics
-from ebft_kernels import PackedMask
+from ebft.pruning.protocol import Criterion
+from ebft.registry import register_criterion
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ebft.config import EBFTConfig
+    from ebft.model.matrices import Matrix
+    from ebft.pruning.statistics import InputStatistics
+
+    Choice = Callable[[Tensor, int, int], Tensor]  # scores of columns [start, stop), start, stop -> bool, True = kept
 
 COLUMNS = 128  # in a block: the paper's choice
 MOST_DAMPING = 10.0
+SQUARE_MATRICES = 5  # inputs x inputs, beside the Gram matrix: Hessian, damped, inverse, two factors
+SWEPT_BYTES = 14  # a weight: the weights left, those given back, the scores of a block of columns
 
-Choice = Callable[[Tensor, int, int], Tensor]  # scores of columns [start, stop), start, stop -> bool, True = kept
 
+@register_criterion("sparsegpt")
+class SparseGPT(Criterion):
+    """Optimal brain surgeon column by column: the mask, and the weights that make up for what it prunes."""
 
-@dataclass(frozen=True)
-class SparseGPT:
-    """The criterion, and the weights that go with its mask.
+    needs = frozenset({"gram"})
+    updates_weights = True
 
-    Attributes:
-        damping: what is added to H's diagonal, as a share of its mean; ten times as much where H has no factor so.
-        act_order: columns by descending diagonal of H, so that those that matter most are pruned while most others can
-            still make up for it; not with N:M, whose groups are consecutive inputs.
-        updates: a call gives the weight too, and not the mask alone.
-    """
+    @dataclass(frozen=True)
+    class Settings:
+        """Of SparseGPT."""
 
-    damping: float = 0.01
-    act_order: bool = False
-    updates: bool = True
-    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
+        sparsegpt_damping: float = setting(
+            0.01,
+            "what SparseGPT adds to its Hessian's diagonal, as a share of the mean; ten times as much where it has no "
+            "Cholesky factor so",
+            at_least=0,
+        )
+        act_order: bool = setting(
+            False,
+            "SparseGPT prunes inputs of large activations first, while most others can still make up for it (without "
+            "--pattern, whose groups are consecutive inputs)",
+        )
 
-    def __call__(self, weight: Tensor, inputs: InputStatistics, pattern: Pattern) -> Tensor | tuple[Tensor, Tensor]:
+        def __post_init__(self) -> None:
+            check_fields(self)
+
+    @classmethod
+    def check(cls, config: EBFTConfig) -> None:
+        """See ``Criterion``."""
+        super().check(config)
+        if config.prune.pattern and config.of_method(cls.Settings).act_order:
+            raise EBFTError(
+                f"--act-order takes inputs out of the order that the groups of --pattern {config.prune.pattern} have; "
+                "expected one of the two"
+            )
+
+    def mask(self, weight: Tensor, inputs: InputStatistics, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """Prune a weight (outputs, inputs) to exactly ``round((1 - sparsity) * count)`` kept entries, or to N:M.
 
         Every block of columns keeps the same share, as in the paper; in ``act_order``, where blocks differ in what they
@@ -66,14 +93,17 @@ class SparseGPT:
             mask = _sweep_(left, factor, lambda scores, *_: best_of_groups(scores), width, pattern.group)
         else:
             mask = _sweep_(left, factor, self._shares(left, factor, pattern), COLUMNS, COLUMNS)
-        placed = _in_place_of(order, mask)
-        return (placed, _in_place_of(order, left)) if self.updates else placed
+        return _in_place_of(order, mask), _in_place_of(order, left)
 
     def _shares(self, left: Tensor, factor: Tensor, pattern: Pattern) -> Choice:
         """Chooses so many of every block of columns that the whole matrix keeps exactly the share."""
+        import torch
+
+        from ebft_kernels import PackedMask
+
         ends = torch.arange(left.shape[1] + 1, dtype=torch.float64)
         kept_before = (ends * len(left) * (1 - pattern.sparsity)).round()  # so that rounding evens out over the blocks
-        if self.act_order:
+        if self.settings.act_order:
             best = mask_of_best(_scores(left, factor.diagonal()), pattern, per_row=False)
             kept_before[1:] = best.sum(0).cumsum(0)
 
@@ -90,16 +120,29 @@ class SparseGPT:
         _sweep_(left, factor, lambda _, start, stop: given[:, start:stop], COLUMNS, COLUMNS)
         return _in_place_of(order, left)
 
+    def working_bytes(self, matrix: Matrix) -> int:
+        """See ``Criterion``."""
+        swept = 4 * SQUARE_MATRICES * matrix.inputs**2 + SWEPT_BYTES * matrix.outputs * matrix.inputs
+        return max(super().working_bytes(matrix), swept)
+
     def _begun(self, weight: Tensor, inputs: InputStatistics) -> tuple[Tensor, Tensor, Tensor]:
         """The weight, zero where an input is always 0, and U, with their columns in order; and that order."""
+        import torch
+
         assert inputs.gram is not None
         hessian = (inputs.gram / max(inputs.tokens, 1)).to(weight.dtype)
         size = hessian.diagonal()
         order = (
-            size.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(size)).to(size.device)
+            size.argsort(descending=True, stable=True)
+            if self.settings.act_order
+            else torch.arange(len(size)).to(size.device)
         )
         hessian = hessian[order][:, order]
-        return torch.where(hessian.diagonal() == 0, 0, weight[:, order]), _factor(hessian, self.damping), order
+        return (
+            torch.where(hessian.diagonal() == 0, 0, weight[:, order]),
+            _factor(hessian, self.settings.sparsegpt_damping),
+            order,
+        )
 
 
 def _sweep_(left: Tensor, factor: Tensor, choose: Choice, width: int, choice: int) -> Tensor:
@@ -109,6 +152,8 @@ def _sweep_(left: Tensor, factor: Tensor, choose: Choice, width: int, choice: in
         factor: U, (inputs, inputs).
         choice: columns whose mask is chosen at a time, a divisor of ``width``.
     """
+    import torch
+
     mask = torch.empty_like(left, dtype=torch.bool)
     for start in range(0, left.shape[1], width):
         stop = min(start + width, left.shape[1])
@@ -133,13 +178,15 @@ def _scores(weight: Tensor, diagonal: Tensor) -> Tensor:
 
 def _in_place_of(order: Tensor, columns: Tensor) -> Tensor:
     """``columns``, which are in ``order``, where they belong."""
-    placed = torch.empty_like(columns)
+    placed = columns.new_empty(columns.shape)
     placed[:, order] = columns
     return placed
 
 
 def _factor(hessian: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the damped Hessian's inverse; an input that is always 0 stands alone in it."""
+    import torch
+
     mean, dead = hessian.diagonal().mean(), hessian.diagonal() == 0
     while True:
         damped = hessian.clone()

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ebft.distributed import Ranks
 from ebft.errors import EBFTError
 from ebft.model.matrices import Matrix
-from ebft.distributed import Ranks
 
 
 @dataclass

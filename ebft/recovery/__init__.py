@@ -1,26 +1,21 @@
-"""Recoveries, of one block inside the walk and of the whole model after it: what they are given and give back."""
+"""Recoveries, of one block inside the walk and of the whole model after it; importing this package registers ours."""
 
-from ebft.recovery.full import FullFineTuning
-from ebft.recovery.ebft.halves import HalfByHalf
-from ebft.recovery.layerwise import Layerwise
-from ebft.recovery.lora import LoRA
-from ebft.recovery.ebft.pairs import InPairs
-from ebft.recovery.task import BlockRecovery, BlockResult, BlockTask, Chain, Following, Forward
-from ebft.recovery.whole_model import WholeModelRecovery, WholeResult, WholeTask
+from ebft.recovery import losses, optimizers  # noqa: I001  (the order is that in which recoveries can follow one another)
+from ebft.recovery import layerwise, ebft, lora, full
+from ebft.recovery.protocol import BlockRecovery, Footprint, Loss, Optimizer, Place, Recovery, WholeModelRecovery
 
 __all__ = [
     "BlockRecovery",
-    "BlockResult",
-    "BlockTask",
-    "Chain",
-    "Following",
-    "Forward",
-    "FullFineTuning",
-    "HalfByHalf",
-    "InPairs",
-    "Layerwise",
-    "LoRA",
+    "Footprint",
+    "Loss",
+    "Optimizer",
+    "Place",
+    "Recovery",
     "WholeModelRecovery",
-    "WholeResult",
-    "WholeTask",
+    "ebft",
+    "full",
+    "layerwise",
+    "lora",
+    "losses",
+    "optimizers",
 ]

@@ -7,25 +7,34 @@ too, without weight decay; embeddings, final norm, head and routers are not.
 
 from __future__ import annotations
 
-from ebft.config.config import EBFTConfig
-from ebft.model.matrices import router_paths
-from ebft.recovery.whole_model import WholeResult, WholeTask, fit
-from ebft_kernels import MaskedAdamW
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ebft.recovery.protocol import WholeModelRecovery
+from ebft.recovery.settings import LanguageModelTuning, SurvivorsOnly, WeightDecay
+from ebft.registry import register_recovery
+
+if TYPE_CHECKING:
+    from ebft.recovery.whole_model import WholeResult, WholeTask
 
 
-class FullFineTuning:
-    """Tunes every weight that a block keeps.
+@register_recovery("full", scope="model")
+class FullFineTuning(WholeModelRecovery):
+    """Every weight that a block keeps is tuned on the language-model loss."""
 
-    Args:
-        config: the settings from ``lm_lr`` on, those of AdamW, and the seed.
-    """
+    told = "as a whole on the language-model loss"
 
-    def __init__(self, config: EBFTConfig) -> None:
-        self._config = config
+    @dataclass(frozen=True)
+    class Settings(LanguageModelTuning, WeightDecay, SurvivorsOnly):
+        """Of full fine-tuning."""
 
     def recover(self, task: WholeTask) -> WholeResult:
-        """Tune ``task.model`` in place."""
-        config, tuned = self._config, {}
+        """See ``WholeModelRecovery``."""
+        from ebft.model.matrices import router_paths
+        from ebft.recovery.whole_model import fit
+        from ebft_kernels import MaskedAdamW
+
+        own, tuned = self.settings, {}
         for name, block in task.blocks.items():
             routers = router_paths(block)
             for of_block, parameter in block.named_parameters():
@@ -34,16 +43,16 @@ class FullFineTuning:
         masks = {tuned[name]: mask for name, mask in task.masks.items()}
         optimizer = MaskedAdamW(
             [
-                {"params": list(masks), "weight_decay": config.weight_decay},
+                {"params": list(masks), "weight_decay": own.weight_decay},
                 {"params": [tuned[name] for name in tuned if name not in task.masks], "weight_decay": 0.0},
             ],
-            lr=config.lm_lr,
-            betas=config.betas,
+            lr=own.lm_lr,
+            betas=own.betas,
             masks=masks,
-            moments=config.moments,
-            compact=config.compact,
-            seed=config.seed,
+            moments=own.moments,
+            compact=own.compact,
+            seed=self.config.runtime.seed,
         )
-        result = fit(task, config, optimizer)
+        result = fit(task, self.config, own, optimizer)
         task.model.requires_grad_(False)
         return result

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebft.model.matrices import Matrix
-from ebft.pruning import Statistics
-from ebft.distributed import Ranks
-from ebft.data.streams import carry
+from ebft.pruning.statistics import Statistics
+from ebft.recovery.protocol import BlockRecovery, Place
 from ebft_kernels import PackedMask
 
 Forward = Callable[[nn.Module, Tensor], Tensor]  # (block, hidden states) -> hidden states after it, float32
@@ -50,16 +47,15 @@ class BlockTask:
         forward: hidden states through the block.
         dense_block: makes the block that ``targets`` came from, to work with and to throw away.
         dense_forward: hidden states through that one.
-        dense_inputs: what it was given, as ``inputs``; None where ``config.uses_dense_inputs`` does not ask for them.
+        dense_inputs: what it was given, as ``inputs``; None where ``needs_dense_inputs`` does not ask for them.
         statistics: what flowed into its matrices in the pass that made ``targets``, of all samples: what the masker and
             the recovery need of it. Who uses it last takes it out, because it may be large.
         on_step: called with (steps done, steps in all).
         scratch: room for as much as ``targets``, where they are; the same one whenever it is asked for.
         following: makes the next block, with targets in ``scratch``; None for the last block, and where
-            ``config.by_pairs`` does not ask for it.
+            ``blocks_at_once`` does not ask for it.
         only: names of the parameters that are recovered; None for all.
-        epochs: gives how many a recovery that has epochs may take, from the relative error of the pruned block; None
-            for ``config.epochs``.
+        finished: the lines of ``blocks.jsonl`` of the blocks before, as far as they are known.
         error_before: mean squared error before the recoveries that came before in a sum; None for the first.
     """
 
@@ -78,7 +74,7 @@ class BlockTask:
     scratch: Callable[[], Tensor]
     following: Callable[[], Following] | None = None
     only: frozenset[str] | None = None
-    epochs: Callable[[float], int] | None = None
+    finished: Sequence[Mapping[str, Any]] = ()
     error_before: float | None = None
 
     def told(self, place: int, places: int, done: int, steps: int) -> None:
@@ -117,21 +113,6 @@ class BlockResult:
     epochs: int = 0
 
 
-class BlockRecovery(Protocol):
-    """One way to recover a block; one object serves all blocks.
-
-    Attributes:
-        needs: statistics of the pass that makes the targets that it looks at (``InputStatistics``).
-    """
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """See above."""
-
-    def recover(self, task: BlockTask) -> BlockResult:
-        """Recover ``task.block`` in place; ``EBFTError`` where that cannot be done."""
-
-
 @dataclass(frozen=True)
 class Chain:
     """Recoveries one after the other, each of what the one before has left."""
@@ -140,8 +121,28 @@ class Chain:
 
     @property
     def needs(self) -> frozenset[str]:
-        """See ``BlockRecovery``."""
+        """See ``Recovery``."""
         return frozenset[str]().union(*(link.needs for link in self.links))
+
+    @property
+    def needs_dense_inputs(self) -> bool:
+        """See ``Recovery``."""
+        return any(link.needs_dense_inputs for link in self.links)
+
+    @property
+    def changes_masks(self) -> bool:
+        """See ``Recovery``."""
+        return any(link.changes_masks for link in self.links)
+
+    @property
+    def blocks_at_once(self) -> int:
+        """See ``Recovery``."""
+        return max((link.blocks_at_once for link in self.links), default=1)
+
+    def prepare(self, place: Place) -> None:
+        """See ``Recovery``."""
+        for link in self.links:
+            link.prepare(place)
 
     def recover(self, task: BlockTask) -> BlockResult:
         """Recover ``task.block`` by all of them; errors are those before the first and after the last."""
@@ -174,90 +175,3 @@ def in_turn(results: Sequence[BlockResult]) -> BlockResult:
 
 def _masks_of(results: Sequence[BlockResult]) -> dict[str, PackedMask]:
     return {name: mask for result in results for name, mask in result.masks.items()}
-
-
-# --- samples and errors ---------------------------------------------------------------------------------------------
-
-
-def batch_order(samples: int, seed: int, block: int, epoch: int) -> Tensor:
-    """A permutation of the samples that depends on (seed, block, epoch) alone, so that a resumed run has the same."""
-    generator = torch.Generator().manual_seed(((seed * 1_000_003 + block) * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(samples, generator=generator)
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which of all samples a block is tuned on, and which are held out to judge it by.
-
-    Attributes:
-        tuned, held_out: their numbers among all samples of all ranks, int64, ascending.
-        share: the numbers that this rank holds.
-    """
-
-    tuned: Tensor
-    held_out: Tensor
-    share: slice
-
-    @classmethod
-    def of(cls, samples: int, held_out_share: float, ranks: Ranks) -> Split:
-        """``held_out_share`` of the samples held out, spread evenly over them: at least one and not all, but for 0."""
-        numbers = torch.arange(samples)
-        count = min(max(1, round(samples * held_out_share)), samples - 1) if held_out_share else 0
-        held = (numbers + 1) * count // samples > numbers * count // samples
-        return cls(numbers[~held], numbers[held], ranks.share(samples))
-
-    @property
-    def probe(self) -> Tensor:
-        """The samples that errors are measured on between epochs: the first sixteenth of those tuned on."""
-        return self.tuned[: max(1, len(self.tuned) // 16)]
-
-    def here(self, numbers: Tensor) -> Tensor:
-        """Where this rank has those of the samples that it holds."""
-        return numbers[(numbers >= self.share.start) & (numbers < self.share.stop)] - self.share.start
-
-
-@dataclass
-class Errors:
-    """Mean squared errors of a block, over the samples of all ranks.
-
-    Attributes:
-        device: where the block is.
-        at_once: samples that go through it together.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    split: Split
-    device: torch.device
-    ranks: Ranks
-    at_once: int
-
-    @torch.no_grad()
-    def of(self, forward: Callable[[Tensor], Tensor], numbers: Tensor) -> float:
-        """The mean of (forward(X) - Y)^2 over these samples. A sync point."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for x, y in self.batches(numbers):
-            total += F.mse_loss(forward(x), y, reduction="sum")
-        return self._mean(total, numbers)
-
-    def batches(self, numbers: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """X and Y of those of these samples that this rank holds, on the device."""
-        parts = [part for part in self.split.here(numbers).split(self.at_once) if len(part)]
-        return carry(self.device, (self.inputs, self.targets), parts)
-
-    def branch_energy(self) -> float:
-        """The mean of (X - Y)^2 over the probe. A sync point."""
-        rows = self.split.here(self.split.probe)
-        energy = F.mse_loss(self.inputs[rows].float(), self.targets[rows].float(), reduction="sum").double().cpu()
-        return self._mean(energy, self.split.probe)
-
-    def _mean(self, total: Tensor, numbers: Tensor) -> float:
-        self.ranks.add_([total])
-        return float(total) / (len(numbers) * self.targets.shape[1:].numel())
-
-
-def samples_of_all(inputs: Tensor, ranks: Ranks) -> int:
-    """How many samples all ranks hold together. A sync point."""
-    count = torch.tensor(len(inputs))
-    ranks.add_([count])
-    return int(count)

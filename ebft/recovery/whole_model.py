@@ -1,4 +1,4 @@
-"""The interface of a recovery of the whole pruned model, after the walk; and how one is tuned on text.
+"""What a recovery of the whole pruned model is given and gives; and how a model is tuned on text.
 
 The loss is the language model's own: next-token cross-entropy on the calibration tokens. The model is in memory whole,
 in float32, on the device; only parameters of its blocks are tuned.
@@ -9,18 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ebft.config.config import EBFTConfig
-from ebft.model.decoder import autocast
-from ebft.errors import EBFTError
+from ebft.config import EBFTConfig
 from ebft.distributed import Ranks
+from ebft.errors import EBFTError
+from ebft.model.decoder import autocast
 from ebft.recovery.checkpointing import recomputed
-from ebft.recovery.task import Split, batch_order
+from ebft.recovery.samples import Split, batch_order
+from ebft.recovery.settings import LanguageModelTuning
 from ebft_kernels import MaskedAdamW, PackedMask
 
 _WHOLE = -1  # in place of a block's number, for the batch order
@@ -72,14 +72,9 @@ class WholeResult:
     left_out: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
-class WholeModelRecovery(Protocol):
-    """One way to recover a whole model."""
-
-    def recover(self, task: WholeTask) -> WholeResult:
-        """Recover ``task.model`` in place; ``EBFTError`` where that cannot be done."""
-
-
-def fit(task: WholeTask, config: EBFTConfig, optimizer: MaskedAdamW) -> WholeResult:
+def fit(
+    task: WholeTask, config: EBFTConfig, own: LanguageModelTuning, optimizer: MaskedAdamW, *, dropout: bool = False
+) -> WholeResult:
     """Tune what ``optimizer`` holds on the language-model loss, for ``lm_epochs`` or ``lm_seconds``, a step at least.
 
     The learning rate falls linearly from ``lm_lr`` to 0 over whichever of the two ends first. Every step takes
@@ -89,27 +84,27 @@ def fit(task: WholeTask, config: EBFTConfig, optimizer: MaskedAdamW) -> WholeRes
     Raises:
         EBFTError: the loss is NaN or infinity.
     """
-    split = Split.of(len(task.tokens), config.holdout, Ranks())
-    steps = config.lm_epochs * -(-len(split.tuned) // config.batch_size)
+    split = Split.of(len(task.tokens), config.recover.holdout, Ranks())
+    steps = own.lm_epochs * -(-len(split.tuned) // config.recover.batch_size)
     tuned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaler = torch.amp.GradScaler(task.device.type, enabled=task.compute == torch.float16)
     losses, step = torch.zeros(steps, device=task.device), 0
     before = _held_out_loss(task, config, split)
-    clock = _Clock(task, config.lm_seconds)
-    with recomputed(list(task.blocks.values()) if config.recompute != "none" else [], random=config.lora_dropout > 0):
-        for batch in _batches(split.tuned, config):
+    clock = _Clock(task, own.lm_seconds)
+    with recomputed(list(task.blocks.values()) if own.recompute != "none" else [], random=dropout):
+        for batch in _batches(split.tuned, config, own.lm_epochs):
             passed = max(step / steps, clock.passed()) if step else 0.0
             if passed >= 1:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = config.lm_lr * (1 - passed)
+                group["lr"] = own.lm_lr * (1 - passed)
             for part in _mine(batch, task.ranks, config):
                 loss = _loss(task, part) * (len(part) / len(batch))
                 scaler.scale(loss).backward()
                 losses[step] += loss.detach()
             _sum_gradients(tuned, task.ranks)
             scaler.unscale_(optimizer)
-            optimizer.clip_grad_norm_(config.clip or float("inf"))
+            optimizer.clip_grad_norm_(own.clip or float("inf"))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -121,7 +116,7 @@ def fit(task: WholeTask, config: EBFTConfig, optimizer: MaskedAdamW) -> WholeRes
     after = _held_out_loss(task, config, split)
     if not all(map(torch.isfinite, map(torch.tensor, [*of_steps, 0.0 if after is None else after]))):
         raise EBFTError(
-            f"the language-model loss is no longer a number with --lm-lr {config.lm_lr:g}; expected a smaller one"
+            f"the language-model loss is no longer a number with --lm-lr {own.lm_lr:g}; expected a smaller one"
         )
     return WholeResult(of_steps, before, after, seconds)
 
@@ -145,15 +140,15 @@ class _Clock:
         return float(elapsed) / self.task.ranks.count / self.seconds
 
 
-def _batches(tuned: Tensor, config: EBFTConfig) -> Iterator[Tensor]:
+def _batches(tuned: Tensor, config: EBFTConfig, epochs: int) -> Iterator[Tensor]:
     """Numbers of the samples of each step."""
-    for epoch in range(config.lm_epochs):
-        yield from tuned[batch_order(len(tuned), config.seed, _WHOLE, epoch)].split(config.batch_size)
+    for epoch in range(epochs):
+        yield from tuned[batch_order(len(tuned), config.runtime.seed, _WHOLE, epoch)].split(config.recover.batch_size)
 
 
 def _mine(batch: Tensor, ranks: Ranks, config: EBFTConfig) -> Sequence[Tensor]:
     """This rank's share of the samples, in parts that go through the model at once."""
-    parts = batch[ranks.share(len(batch))].split(config.micro_batch or config.batch_size)
+    parts = batch[ranks.share(len(batch))].split(config.recover.at_once)
     return [part for part in parts if len(part)]
 
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from ebft.model.checkpoint import Source
 from ebft.model.decoder import find_blocks
 from ebft.model.matrices import find_matrices
-from ebft.pruning.structured.units import find_units
 from ebft.model.weights import ModelWeights, ShardedWeights, Tensors
+from ebft.pruning.structured.units import find_units
 
 _FLAGS = ("attention_bias", "mlp_bias")
 

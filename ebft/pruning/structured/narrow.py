@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ebft.pruning.structured.biases import fill_in_biases_
-from ebft.model.checkpoint import first_line
-from ebft.config.config import EBFTConfig
-from ebft.model.decoder import Decoder, find_blocks
+from ebft.config import EBFTConfig
 from ebft.errors import EBFTError
+from ebft.model.checkpoint import first_line
+from ebft.model.decoder import Decoder, find_blocks
 from ebft.model.matrices import find_matrices
+from ebft.model.weights import ShardedWeights
 from ebft.output.folder import OutputFolder
+from ebft.pruning.structured.biases import fill_in_biases_
 from ebft.pruning.structured.uniform import narrowed
 from ebft.pruning.structured.units import Units, bias_name, bias_of, find_units, removed_by
-from ebft.model.weights import ShardedWeights
 from ebft_kernels import PackedMask
 
 # What attention modules may know their number of heads by.
@@ -123,7 +123,7 @@ def as_saved(
     shape: finished blocks are rewritten without what was removed, and masks are those of what is left.
     """
     masks = [out.block_masks(index) for index in range(len(decoder))]
-    if not config.uniform:
+    if not config.prune.uniform:
         if not decoder.weights.on_disk:
             fill_in_biases_(decoder.model)
         return decoder.model, masks

@@ -1,13 +1,4 @@
-"""Structured pruning: whole attention heads (KV groups) and MLP channels go, by a score for each.
-
-The scores, for a unit u whose values x_j the columns j of the consumer W (o, down) take up:
-
-    flap       mean over j of  Var[x_j] ||W_:j||^2   (fluctuation; An et al., arXiv 2312.11983)
-    wanda      mean over j of  E[x_j^2] ||W_:j||^2   (Wanda's score, of whole columns)
-    magnitude  mean |w| over all weights of the unit
-
-The fluctuation is what a constant cannot stand in for; so with flap the constant goes into the consumer's bias:
-b += sum over removed j of  W_:j E[x_j].
+"""How whole attention heads (KV groups) and MLP channels are compared and removed, by a criterion's score for each.
 
 Scores are standardised within each layer and kind and then compared over the whole dense model, least first, until the
 units that go hold the share of all block parameters that is asked for. Every layer keeps one unit of each kind. With
@@ -16,87 +7,55 @@ uniform widths they are compared within the layer instead, in the walk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ebft.config import EBFTConfig
 from ebft.errors import EBFTError
 from ebft.model.matrices import Matrix
-from ebft.pruning.masker import NOTHING, BlockMasks, Masker, Surveyor, given_masker
+from ebft.pruning.masker import NOTHING, BlockMasks, Masker, given_masker
 from ebft.pruning.pattern import Pattern
+from ebft.pruning.protocol import Criterion
 from ebft.pruning.statistics import InputStatistics, Statistics
 from ebft.pruning.structured.uniform import uniform_widths
 from ebft.pruning.structured.units import Units, bias_name, bias_of, find_units, masks_without, removed_by
-
-Score = Callable[[nn.Module, Units, Statistics], Tensor]  # (block, units, statistics) -> float64 (units,)
-
-
-def flap(block: nn.Module, units: Units, statistics: Statistics) -> Tensor:
-    """Variance of the inputs times the squared norm of the columns that take them up; float64 (units,)."""
-    seen = statistics[units.consumer.name][0]
-    assert seen.sums is not None
-    count = max(seen.tokens, 1)
-    variance = (seen.squares.double() / count - (seen.sums.double() / count).square()).clamp(min=0)
-    return _by_column(block, units, variance)
+from ebft.registry import criteria
 
 
-def wanda(block: nn.Module, units: Units, statistics: Statistics) -> Tensor:
-    """Mean square of the inputs times the squared norm of the columns that take them up; float64 (units,)."""
-    seen = statistics[units.consumer.name][0]
-    return _by_column(block, units, seen.squares.double() / max(seen.tokens, 1))
-
-
-def magnitude(block: nn.Module, units: Units, statistics: Statistics) -> Tensor:
-    """Mean absolute weight; ``statistics`` are not used; float64 (units,)."""
-    total = _oriented(block, units.consumer).abs().sum(0).cpu()[units.columns].sum(1)
-    for matrix, rows in units.rows.items():
-        total = total + _oriented(block, matrix).abs().sum(1).cpu()[rows].sum(1)
-    return total / units.parameters
-
-
-def _by_column(block: nn.Module, units: Units, of_inputs: Tensor) -> Tensor:
-    columns = _oriented(block, units.consumer).square().sum(0)
+def by_column(block: nn.Module, units: Units, of_inputs: Tensor) -> Tensor:
+    """The mean over a unit's columns j of ``of_inputs``_j ||W_:j||^2 in what takes it up; float64 (units,)."""
+    columns = oriented(block, units.consumer).square().sum(0)
     return (of_inputs * columns).cpu()[units.columns].mean(1)
 
 
-def _oriented(block: nn.Module, matrix: Matrix) -> Tensor:
+def oriented(block: nn.Module, matrix: Matrix) -> Tensor:
     """The weight in float64, (outputs, inputs)."""
     return matrix.by_expert(block.get_parameter(matrix.name).detach())[0].double()
 
 
-SCORES: dict[str, Score] = {"flap": flap, "magnitude": magnitude, "wanda": wanda}
-_LOOKS_AT = {"flap": frozenset({"squares", "sums"}), "magnitude": NOTHING, "wanda": frozenset({"squares"})}
-
-
-def make_structured_masker(prune: str, sparsity: float, *, uniform: bool = False) -> Masker:
-    """The masker for ``--structured --prune``: a score's name, or what is there already: ``zeros``, a file of masks.
-
-    Args:
-        uniform: every layer loses as many units, so that they are compared within a layer alone.
-    """
-    if prune in SCORES:
-        return (_Uniform if uniform else _ByScore)(prune, sparsity)
-    if uniform:
-        raise EBFTError(f"--uniform chooses the widths, and --prune is {prune}; expected {', '.join(SCORES)}")
-    if prune != "zeros" and not Path(prune).is_file():
-        raise EBFTError(
-            f"--structured: --prune is {prune!r}; expected {', '.join(SCORES)}, zeros or an existing file of masks"
-        )
+def make_structured_masker(config: EBFTConfig) -> Masker:
+    """The masker for ``--structured --prune``: a criterion, or what is there already: ``zeros``, a file of masks."""
+    prune, sparsity = config.prune.criterion, config.prune.sparsity
+    if prune in criteria:
+        kind = criteria[prune]
+        criterion = kind(config.of_method(kind.Settings))
+        return (_Uniform if config.prune.uniform else _ByScore)(criterion, sparsity)
+    if config.prune.uniform:
+        scoring = ", ".join(each.name for each in criteria if each.scores_units)
+        raise EBFTError(f"--uniform chooses the widths, and --prune is {prune}; expected {scoring}")
     return _Given(given_masker(prune, Pattern(sparsity)))
 
 
-class _ByScore:
-    given = False
-
-    def __init__(self, prune: str, sparsity: float) -> None:
-        self._makes_up = prune == "flap"
-        self.needs = frozenset({"sums"}) if self._makes_up else NOTHING  # of the block in the walk
-        self._comparison = _Comparison(prune, sparsity)
-        self.surveyor: Surveyor | None = self._comparison
-        self.name = f"{prune} structured {sparsity:.0%}"
+class _ByScore(Masker):
+    def __init__(self, criterion: Criterion, sparsity: float) -> None:
+        self._makes_up = criterion.fills_biases
+        self.needs = criterion.needs if self._makes_up else NOTHING  # of the block in the walk
+        self._comparison = _Comparison(criterion, sparsity)
+        self.surveyor = self._comparison
+        self.name = f"{criterion.name} structured {sparsity:.0%}"
 
     def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
         for name, block, of_block in zip(names, blocks, matrices, strict=True):
@@ -110,8 +69,8 @@ class _ByScore:
 class _Comparison:
     """The surveyor: compares the units of all blocks."""
 
-    def __init__(self, prune: str, sparsity: float) -> None:
-        self._score, self._sparsity, self.needs = SCORES[prune], sparsity, _LOOKS_AT[prune]
+    def __init__(self, criterion: Criterion, sparsity: float) -> None:
+        self._score, self._sparsity, self.needs = criterion.score_units, sparsity, criterion.units_need
         self._removed: dict[str, list[list[int]]] = {}
 
     def look(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> Any:
@@ -136,15 +95,12 @@ class _Comparison:
         return [torch.tensor(gone, dtype=torch.int64) for gone in self._removed[block_name]]
 
 
-class _Uniform:
-    given = False
-    surveyor: Surveyor | None = None
-
-    def __init__(self, prune: str, sparsity: float) -> None:
-        self._score, self._sparsity, self.needs = SCORES[prune], sparsity, _LOOKS_AT[prune]
-        self._makes_up = prune == "flap"
+class _Uniform(Masker):
+    def __init__(self, criterion: Criterion, sparsity: float) -> None:
+        self._score, self._sparsity, self.needs = criterion.score_units, sparsity, criterion.units_need
+        self._makes_up = criterion.fills_biases
         self._counts: list[int] = []  # of each kind, how many units go
-        self.name = f"{prune} structured {sparsity:.0%}, uniform"
+        self.name = f"{criterion.name} structured {sparsity:.0%}, uniform"
 
     def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
         self._counts = uniform_widths(names, blocks, matrices, self._sparsity)
@@ -158,11 +114,10 @@ class _Uniform:
         return remove(block, units, removed, statistics if self._makes_up else {})
 
 
-class _Given:
+class _Given(Masker):
     """Masks or zeros that are there already, of whole units alone."""
 
-    needs, given = NOTHING, True
-    surveyor: Surveyor | None = None
+    given = True
 
     def __init__(self, masker: Masker) -> None:
         self._masker, self.name = masker, f"{masker.name}, structured"

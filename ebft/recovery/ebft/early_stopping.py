@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ebft.recovery.ebft.losses import Measured
+from ebft.recovery.ebft.objective import Measured
 from ebft_kernels import PackedMask
 
 

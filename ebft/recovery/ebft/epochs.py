@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ebft.config.config import EBFTConfig
+from ebft.recovery.ebft import EBFT
 
 MOST = 2  # times --epochs that a block may take
 
 
-def epochs_for(config: EBFTConfig, finished: Sequence[Mapping[str, Any]], relative_error: float) -> int:
+def epochs_for(own: EBFT.Settings, finished: Sequence[Mapping[str, Any]], relative_error: float) -> int:
     """How many epochs a block may take, a function of what is known before it is tuned.
 
     With ``--epochs-where error`` a block whose pruning has done more harm than that of the blocks before did in the
@@ -21,8 +21,8 @@ def epochs_for(config: EBFTConfig, finished: Sequence[Mapping[str, Any]], relati
         finished: the lines of ``blocks.jsonl`` of the blocks before.
         relative_error: of the pruned block.
     """
-    if config.epochs_where == "all" or not finished:
-        return config.epochs
+    if own.epochs_where == "all" or not finished:
+        return own.epochs
     usual = sum(line["relative_error_before"] for line in finished) / len(finished)
-    saved = config.epochs * len(finished) - sum(line["epochs"] for line in finished)
-    return min(config.epochs + saved, MOST * config.epochs) if relative_error > usual else config.epochs
+    saved = own.epochs * len(finished) - sum(line["epochs"] for line in finished)
+    return min(own.epochs + saved, MOST * own.epochs) if relative_error > usual else own.epochs

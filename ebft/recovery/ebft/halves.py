@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ebft.config.config import EBFTConfig
-from ebft.errors import EBFTError
-from ebft.distributed import Ranks
-from ebft.recovery.checkpointing import forward_replaced
-from ebft.recovery.task import BlockRecovery, BlockResult, BlockTask, Errors, Forward, Split, in_turn, samples_of_all
+from ebft.config import EBFTConfig
 from ebft.data.streams import carry
-from ebft_kernels import PackedMask
+from ebft.distributed import Ranks
+from ebft.errors import EBFTError
+from ebft.recovery.checkpointing import forward_replaced
+from ebft.recovery.samples import Errors, Split, samples_of_all
+from ebft.recovery.task import BlockResult, BlockTask, Forward, in_turn
+
+if TYPE_CHECKING:
+    from ebft.recovery.ebft.reconstruct import BlockReconstructor
 
 
-def halves(block: nn.Module, masks: Mapping[str, PackedMask], flag: str = "--recompute") -> list[str]:
+def halves(block: nn.Module, masks: Iterable[str], flag: str = "--recompute") -> list[str]:
     """The names of the modules of ``block`` that hold its matrices between them: attention and MLP.
 
     Raises:
@@ -48,19 +51,14 @@ class HalfByHalf:
     """
 
     def __init__(
-        self, config: EBFTConfig, device: torch.device, whole: BlockRecovery, ranks: Ranks | None = None
+        self, config: EBFTConfig, device: torch.device, whole: BlockReconstructor, ranks: Ranks | None = None
     ) -> None:
         self._config, self._device, self._whole, self._ranks = config, device, whole, ranks or Ranks()
-        self._at_once = config.micro_batch or config.batch_size
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """See ``BlockRecovery``."""
-        return self._whole.needs
+        self._at_once = config.recover.at_once
 
     def recover(self, task: BlockTask) -> BlockResult:
         """Both halves in turn; errors are those of the whole block, losses those of each half towards its target."""
-        split = Split.of(samples_of_all(task.inputs, self._ranks), self._config.holdout, self._ranks)
+        split = Split.of(samples_of_all(task.inputs, self._ranks), self._config.recover.holdout, self._ranks)
         errors = Errors(task.inputs, task.targets, split, self._device, self._ranks, self._at_once)
         through = partial(task.forward, task.block)
         before = errors.of(through, split.probe)
@@ -101,7 +99,7 @@ class HalfByHalf:
     def _run_dense_half(self, task: BlockTask, second: str, returned: int, targets: Tensor) -> None:
         """Fill ``targets`` with what the dense block gives without its second half."""
         dense = task.dense_block()
-        source = task.inputs if self._config.target == "sparse-stream" else task.dense_inputs
+        source = task.inputs if self._config.recover.target == "sparse-stream" else task.dense_inputs
         assert source is not None
         with _silent(dense, second, returned):
             starts = range(0, len(source), self._at_once)

@@ -6,23 +6,23 @@ import math
 
 import torch
 
-from ebft.config.config import EBFTConfig
-from ebft.recovery.ebft.optimizers import MaskedOptimizer
+from ebft.recovery.ebft import EBFT
+from ebft.recovery.optimizers.masked import MaskedOptimizer
 from ebft_kernels import MaskedAdamW
 
 
-def learning_rate(config: EBFTConfig, step: int, steps: int) -> float:
+def learning_rate(own: EBFT.Settings, step: int, steps: int) -> float:
     """``--lr`` at ``step`` (from 0) of ``steps``: a linear rise over ``--warmup`` of them, then ``--lr-decay``."""
-    rise = round(config.warmup * steps)
+    rise = round(own.warmup * steps)
     if step < rise:
-        return config.lr * (step + 1) / rise
+        return own.lr * (step + 1) / rise
     passed = (step - rise) / (steps - rise)
     decays = {"linear": 1 - passed, "cosine": (1 + math.cos(math.pi * passed)) / 2, "constant": 1.0}
-    return config.lr * decays[config.lr_decay]
+    return own.lr * decays[own.lr_decay]
 
 
 @torch.no_grad()
-def set_scales(optimizer: MaskedAdamW | MaskedOptimizer, config: EBFTConfig) -> None:
+def set_scales(optimizer: MaskedAdamW | MaskedOptimizer, lr_scale: str) -> None:
     """What the learning rate is multiplied by in each parameter group (``--lr-scale``), as ``group["scale"]``.
 
     With ``rms`` it is the root mean square of the group's kept weights as they are now, so that a step moves them by
@@ -30,7 +30,7 @@ def set_scales(optimizer: MaskedAdamW | MaskedOptimizer, config: EBFTConfig) -> 
     """
     for group in optimizer.param_groups:
         group["scale"] = 1.0
-    if config.lr_scale == "absolute":
+    if lr_scale == "absolute":
         return
     masked = [
         (group, [mask for p in group["params"] if (mask := optimizer.mask_of(p)) is not None])

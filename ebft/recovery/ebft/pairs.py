@@ -10,13 +10,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ebft.config.config import EBFTConfig
+from ebft.config import EBFTConfig
 from ebft.distributed import Ranks
-from ebft.recovery.task import BlockRecovery, BlockResult, BlockTask, Errors, Forward, Split, samples_of_all
+from ebft.recovery.samples import Errors, Split, samples_of_all
+from ebft.recovery.task import BlockResult, BlockTask, Forward
+
+if TYPE_CHECKING:
+    from ebft.recovery.ebft.reconstruct import BlockReconstructor
 
 
 class InPairs:
@@ -27,22 +32,17 @@ class InPairs:
     """
 
     def __init__(
-        self, config: EBFTConfig, device: torch.device, alone: BlockRecovery, ranks: Ranks | None = None
+        self, config: EBFTConfig, device: torch.device, alone: BlockReconstructor, ranks: Ranks | None = None
     ) -> None:
         self._config, self._device, self._alone, self._ranks = config, device, alone, ranks or Ranks()
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """See ``BlockRecovery``."""
-        return self._alone.needs
 
     def recover(self, task: BlockTask) -> BlockResult:
         """Tune ``task.block`` in its pair; errors are those of the block itself, losses those of the pair."""
         if task.following is None:
             return self._alone.recover(task)
         config = self._config
-        split = Split.of(samples_of_all(task.inputs, self._ranks), config.holdout, self._ranks)
-        at_once = config.micro_batch or config.batch_size
+        split = Split.of(samples_of_all(task.inputs, self._ranks), config.recover.holdout, self._ranks)
+        at_once = config.recover.at_once
         errors = Errors(task.inputs, task.targets, split, self._device, self._ranks, at_once)
         of_block = partial(errors.of, partial(task.forward, task.block))
         held_out = split.held_out if len(split.held_out) else None

@@ -1,6 +1,6 @@
 """Reconstruction of one block (arXiv 2402.12419): tune its kept weights until it gives the dense block's outputs.
 
-    minimise over W:  mean || f(X; M * W) - Y ||^2        (or another loss, ebft/recovery/losses.py)
+    minimise over W:  mean || f(X; M * W) - Y ||^2        (or another loss, ebft/recovery/losses/)
 
 Pruned weights are held at exactly zero by the optimizer, so the block runs as it is, without masks (docs/method.md).
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,22 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebft.config.config import EBFTConfig
-from ebft.model.decoder import BlockCall
-from ebft.errors import EBFTError, MemoryRanOut
-from ebft.model.matrices import router_paths
-from ebft.distributed import Ranks
-from ebft.recovery import BlockResult, BlockTask, Forward
-from ebft.recovery.ebft.epochs import MOST
-from ebft.recovery.ebft.halves import halves
-from ebft.recovery.ebft.losses import Loss, measured_by_token
-from ebft.recovery.ebft.optimizers import MaskedOptimizer, make_optimizer
-from ebft.recovery.ebft.learning_rate import learning_rate, set_scales
-from ebft.recovery.checkpointing import recompute, recomputed
-from ebft.recovery.ebft.refresh import BATCHES, MaskRefresh
-from ebft.recovery.task import Errors, Split, batch_order, samples_of_all
-from ebft.recovery.ebft.early_stopping import Best, HeldOut, Probe, Watch
+from ebft.config import EBFTConfig
 from ebft.data.streams import carry
+from ebft.distributed import Ranks
+from ebft.errors import EBFTError, MemoryRanOut
+from ebft.model.decoder import BlockCall
+from ebft.model.matrices import router_paths
+from ebft.recovery.checkpointing import recompute, recomputed
+from ebft.recovery.ebft import EBFT
+from ebft.recovery.ebft.early_stopping import Best, HeldOut, Probe, Watch
+from ebft.recovery.ebft.epochs import MOST, epochs_for
+from ebft.recovery.ebft.halves import halves
+from ebft.recovery.ebft.learning_rate import learning_rate, set_scales
+from ebft.recovery.ebft.objective import Objective, measured_by_token
+from ebft.recovery.ebft.refresh import BATCHES, MaskRefresh
+from ebft.recovery.optimizers.masked import MaskedOptimizer
+from ebft.recovery.samples import Energies, Errors, Split, batch_order, samples_of_all
+from ebft.recovery.task import BlockResult, BlockTask, Forward
+from ebft.registry import optimizers
 from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, mask_linears_
 
 
@@ -51,14 +53,14 @@ class Tuning:
     optimizer: MaskedAdamW | MaskedOptimizer
     scaler: torch.amp.GradScaler
     notes: list[str]
-    loss: Loss = field(default_factory=Loss)
+    loss: Objective = field(default_factory=Objective)
 
 
 class BlockReconstructor:
     """Tunes one block at a time; one object serves all blocks.
 
     Args:
-        config: the settings from ``epochs`` to ``clip``, and the seed.
+        config: the settings of ``--recover ebft``, and the seed.
         device: where the block lives and the batches go.
         compute: dtype of the matrix products; with float16 the loss is scaled dynamically and clipped after unscaling.
         ranks: those that share the samples: each is given its part of them, and all tune the same weights.
@@ -70,8 +72,6 @@ class BlockReconstructor:
         EBFTError: settings do not go with ``compute``.
     """
 
-    needs: frozenset[str] = frozenset()  # see BlockRecovery
-
     def __init__(
         self,
         config: EBFTConfig,
@@ -80,23 +80,26 @@ class BlockReconstructor:
         ranks: Ranks | None = None,
     ) -> None:
         self._config, self._device, self._compute, self._ranks = config, device, compute, ranks or Ranks()
-        self.micro_batch = config.micro_batch or config.batch_size
-        if config.weights != "fp32" and compute != torch.bfloat16:
+        self._own = own = config.of_method(EBFT.Settings)
+        kind = optimizers[own.optimizer]
+        self._optimizer = optimizer = kind(config.of_method(kind.Settings))
+        self.micro_batch = config.recover.at_once
+        if optimizer.weights != "fp32" and compute != torch.bfloat16:
             raise EBFTError(
-                f"--weights {config.weights} keeps matrices in bfloat16, and products are in {_name(compute)}; "
+                f"--weights {optimizer.weights} keeps matrices in bfloat16, and products are in {_name(compute)}; "
                 "expected --dtype bfloat16 or --weights fp32"
             )
-        if config.update_in_backward and self._ranks.count > 1:
+        if optimizer.updates_in_backward and self._ranks.count > 1:
             raise EBFTError(
                 f"--update-in-backward uses gradients before they are summed over ranks, and {self._ranks.count} ranks "
                 "share the sequences; expected one, or blocks that are independent (--target and --input dense-stream)"
             )
-        if config.update_in_backward and compute == torch.float16:
+        if optimizer.updates_in_backward and compute == torch.float16:
             raise EBFTError(
                 "--update-in-backward uses gradients before they are unscaled, and products in float16 need a loss "
                 "scale; expected --dtype bfloat16 or float32"
             )
-        if config.refresh_every and compute == torch.float16:
+        if own.refresh_every and compute == torch.float16:
             raise EBFTError(
                 "--refresh-every compares gradients of many batches, and products in float16 need a loss scale; "
                 "expected --dtype bfloat16 or float32"
@@ -113,7 +116,7 @@ class BlockReconstructor:
             forward=task.forward,
             on_step=task.on_step,
             only=task.only,
-            epochs=task.epochs,
+            finished=task.finished,
             error_before=task.error_before,
         )
 
@@ -128,7 +131,7 @@ class BlockReconstructor:
         forward: Forward | None = None,
         on_step: Callable[[int, int], None] | None = None,
         only: frozenset[str] | None = None,
-        epochs: Callable[[float], int] | None = None,
+        finished: Sequence[Mapping[str, Any]] = (),
         error_before: float | None = None,
         **kwargs: Any,
     ) -> BlockResult:
@@ -148,42 +151,41 @@ class BlockReconstructor:
             forward: (block, hidden) -> hidden; by default ``block(hidden, **kwargs)`` under autocast.
             on_step: called with (steps done, steps in all) after each step.
             only: names of the parameters that are tuned (default: all but routers).
-            epochs, error_before: see ``BlockTask``.
+            finished, error_before: see ``BlockTask``.
 
         Raises:
             EBFTError: the block has no halves to recompute.
             MemoryRanOut: the GPU's memory ran out where nothing can be repeated.
         """
-        config = self._config
+        config, own, batch_size = self._config, self._own, self._config.recover.batch_size
         forward = forward or partial(BlockCall((), kwargs), compute=self._compute)
-        split = Split.of(samples_of_all(inputs, self._ranks), config.holdout, self._ranks)
+        split = Split.of(samples_of_all(inputs, self._ranks), config.recover.holdout, self._ranks)
         errors = Errors(inputs, targets, split, self._device, self._ranks, self.micro_batch)
         through = partial(forward, block)
         energy = errors.branch_energy()
         with self.prepared(block, masks, forward, index, only) as tuning:
-            tuning = replace(tuning, loss=Loss.of(config, errors))
+            tuning = replace(tuning, loss=Objective.of(config, partial(Energies.of, errors)))
             judged = partial(tuning.loss.measured, errors, through)
-            set_scales(tuning.optimizer, config)
+            set_scales(tuning.optimizer, own.lr_scale)
             before = now = judged(split.probe)
-            most = config.epochs
-            if epochs:
-                most = epochs((before.error if error_before is None else error_before) / (energy or math.inf))
-            steps = most * -(-len(split.tuned) // config.batch_size)
+            harm = (before.error if error_before is None else error_before) / (energy or math.inf)
+            most = epochs_for(own, finished, harm)
+            steps = most * -(-len(split.tuned) // batch_size)
             losses, norms = torch.zeros(steps, device=self._device), torch.zeros(steps, device=self._device)
             refresh = MaskRefresh(config, block, masks, tuning.optimizer, steps)
             best = Best(block, refresh.masks)
             watch: Watch = Probe(best, before)
             if len(split.held_out):
                 judge = partial(measured_by_token, errors, through, split.held_out)
-                watch = HeldOut(best, before, judge, config.patience)
+                watch = HeldOut(best, before, judge, own.patience)
             step, began = 0, time.perf_counter()
             for epoch in range(most):
-                order = batch_order(len(split.tuned), config.seed, index, epoch)
-                batches = split.tuned[order].split(config.batch_size)
+                order = batch_order(len(split.tuned), config.runtime.seed, index, epoch)
+                batches = split.tuned[order].split(batch_size)
                 mine = [split.here(batch) for batch in batches]
                 for batch, (x, y) in zip(batches, carry(self._device, (inputs, targets), mine), strict=True):
                     for group in tuning.optimizer.param_groups:
-                        group["lr"] = learning_rate(config, step, steps) * group["scale"]
+                        group["lr"] = learning_rate(own, step, steps) * group["scale"]
                     losses[step], norms[step] = self.step(tuning, x, y, of=len(batch))
                     step += 1
                     if refresh.due(step):
@@ -223,7 +225,7 @@ class BlockReconstructor:
         only: frozenset[str] | None = None,
     ) -> Iterator[Tuning]:
         """``block`` as the settings want it tuned, while inside; float32 and without gradients again afterwards."""
-        config, routers = self._config, router_paths(block)
+        own, optimizer_kind, routers = self._own, self._optimizer, router_paths(block)
         tuned = {
             name: parameter.requires_grad_()
             for name, parameter in block.named_parameters()
@@ -231,30 +233,31 @@ class BlockReconstructor:
             and name.rpartition(".")[0] not in routers
             and (only is None or name in only)
         }
-        if config.weights != "fp32":
+        if optimizer_kind.weights != "fp32":
             for name in masks:
                 tuned[name].data = tuned[name].data.to(torch.bfloat16)
         with contextlib.ExitStack() as undone_after:
-            if config.update_in_backward:
+            if optimizer_kind.updates_in_backward:
                 undone_after.enter_context(_masked_layers(block, masks))
-            if config.recompute == "halves":
+            if own.recompute == "halves":
                 undone_after.enter_context(recomputed([block.get_submodule(half) for half in halves(block, masks)]))
             matrices = [[tuned[name] for name in masks]]
-            if config.lr_scale == "rms":  # each has a learning rate of its own
+            if own.lr_scale == "rms":  # each has a learning rate of its own
                 matrices = [[matrix] for matrix in matrices[0]]
             groups = [
-                *({"params": of_group, "weight_decay": config.weight_decay} for of_group in matrices),
+                *({"params": of_group, "weight_decay": own.weight_decay} for of_group in matrices),
                 {"params": [tuned[name] for name in tuned if name not in masks], "weight_decay": 0.0},
             ]
-            seed = (config.seed * 1_000_003 + index) % 2**63
-            optimizer = make_optimizer(config, groups, {tuned[name]: mask for name, mask in masks.items()}, seed)
-            through: Callable[[Tensor], Tensor] = partial(forward, torch.compile(block) if config.compile else block)
-            if config.recompute == "block":
+            seed = (self._config.runtime.seed * 1_000_003 + index) % 2**63
+            of_parameters = {tuned[name]: mask for name, mask in masks.items()}
+            optimizer = optimizer_kind.make(groups, lr=own.lr, masks=of_parameters, seed=seed)
+            through: Callable[[Tensor], Tensor] = partial(forward, torch.compile(block) if own.compile else block)
+            if own.recompute == "block":
                 through = partial(recompute, through)
             scaler = torch.amp.GradScaler(self._device.type, enabled=self._compute == torch.float16)
             yield Tuning(through, optimizer, scaler, notes=[])
         block.requires_grad_(False)
-        if config.weights != "fp32":
+        if optimizer_kind.weights != "fp32":
             for name in masks:
                 tuned[name].data = tuned[name].data.float()
 
@@ -269,8 +272,8 @@ class BlockReconstructor:
         optimizer, scaler, norm = tuning.optimizer, tuning.scaler, torch.full((), math.nan, device=self._device)
         try:
             scaler.unscale_(optimizer)
-            if not self._config.update_in_backward:
-                norm = optimizer.clip_grad_norm_(self._config.clip or float("inf"))
+            if not self._optimizer.updates_in_backward:
+                norm = optimizer.clip_grad_norm_(self._own.clip or float("inf"))
             scaler.step(optimizer)  # a sync point with float16 only, where a step may be skipped
         except torch.OutOfMemoryError:
             raise MemoryRanOut(
@@ -293,8 +296,10 @@ class BlockReconstructor:
     def _refresh(self, tuning: Tuning, refresh: MaskRefresh, errors: Errors, index: int, step: int) -> None:
         """Choose masks anew by the gradients of a few batches, which depend on (seed, block, step) alone."""
         config, split = self._config, errors.split
-        order = batch_order(len(split.tuned), config.seed, index, MOST * config.epochs + step)  # as that of no epoch
-        batches = split.tuned[order].split(config.batch_size)[:BATCHES]
+        order = batch_order(
+            len(split.tuned), config.runtime.seed, index, MOST * self._own.epochs + step
+        )  # as that of no epoch
+        batches = split.tuned[order].split(config.recover.batch_size)[:BATCHES]
         sources = errors.inputs, errors.targets
         for batch, (x, y) in zip(batches, carry(self._device, sources, map(split.here, batches)), strict=True):
             self._gradients(tuning, x, y, len(batch))
@@ -316,7 +321,7 @@ class BlockReconstructor:
                 parts = zip(x.split(size), y.split(size), strict=True)
                 return torch.stack([_backward(tuning, *part, share=len(part[0]) / of) for part in parts]).sum()
             except torch.OutOfMemoryError:
-                if self._config.update_in_backward:
+                if self._optimizer.updates_in_backward:
                     raise MemoryRanOut(
                         "out of GPU memory in a backward pass that updates weights and so is not repeated; expected "
                         f"{_LEANER}"

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ebft.config.config import EBFTConfig
+from ebft.config import EBFTConfig
 from ebft.model.matrices import find_matrices
+from ebft.recovery.ebft import EBFT
 from ebft_kernels import MaskedAdamW, PackedMask
 
 BATCHES = 4  # whose gradients a refresh looks at
@@ -40,7 +41,8 @@ class MaskRefresh:
         optimizer: MaskedAdamW,
         steps: int,
     ) -> None:
-        self._config, self._optimizer, self._steps, self._done = config, optimizer, steps, 0
+        self._own, self._pattern = config.of_method(EBFT.Settings), config.prune.mask_pattern
+        self._optimizer, self._steps, self._done = optimizer, steps, 0
         self._first, self.masks = masks, dict(masks)
         self._matrices = [matrix for matrix in find_matrices(block) if matrix.name in masks]
         self._weights = {name: block.get_parameter(name) for name in masks}
@@ -48,7 +50,7 @@ class MaskRefresh:
 
     def due(self, step: int) -> bool:
         """Whether masks are chosen anew after so many steps."""
-        every = self._config.refresh_every
+        every = self._own.refresh_every
         return every > 0 and step % every == 0 and step <= UNTIL * self._steps
 
     def see_gradients(self) -> None:
@@ -57,12 +59,12 @@ class MaskRefresh:
             if weight.grad is not None:
                 gradient = weight.grad.float()
                 score = self._growth.setdefault(name, torch.zeros_like(gradient))
-                score.add_(gradient if self._config.refresh_grow == "gradient" else gradient.square())
+                score.add_(gradient if self._own.refresh_grow == "gradient" else gradient.square())
 
     @torch.no_grad()
     def choose(self) -> None:
         """Take new masks, here and in the optimizer, from the scores, which then begin anew."""
-        pattern = self._config.mask_pattern
+        pattern = self._pattern
         for matrix in self._matrices:
             weight, second = self._weights[matrix.name], self._optimizer.second_moment(self._weights[matrix.name])
             growth = self._growth.pop(matrix.name, None)
@@ -72,7 +74,7 @@ class MaskRefresh:
             mask = self.masks[matrix.name].dense().to(weight.device)
             of_experts = [matrix.by_expert(tensor) for tensor in (mask, drop, growth.abs_())]
             for kept, weak, strong in zip(*of_experts, strict=True):
-                kept.copy_(exchanged(kept, weak, strong, self._config.refresh_share, pattern.group))
+                kept.copy_(exchanged(kept, weak, strong, self._own.refresh_share, pattern.group))
             self.masks[matrix.name] = PackedMask.from_dense(mask)
             self._optimizer.set_mask_(weight, self.masks[matrix.name])
         self._done += 1

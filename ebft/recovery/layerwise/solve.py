@@ -1,4 +1,4 @@
-"""Closed form, layer by layer: the kept weights that come nearest to the dense layer's outputs, by least squares.
+"""The closed form of a layer: the kept weights that come nearest to the dense layer's outputs, by least squares.
 
 For a layer with dense weight W0, dense inputs Xd and the inputs Xs that it has in the sparse block (rows: tokens),
 
@@ -29,49 +29,49 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ebft.config.config import EBFTConfig
-from ebft.model.matrices import Matrix
-from ebft.pruning import InputObserver, InputStatistics, Statistics, sum_over_ranks_
-from ebft.pruning.structured.units import bias_of
-from ebft.distributed import Ranks
-from ebft.recovery.task import BlockResult, BlockTask, Errors, Forward, Split, samples_of_all
+from ebft.config import EBFTConfig
 from ebft.data.streams import carry
+from ebft.distributed import Ranks
+from ebft.model.matrices import Matrix
+from ebft.pruning.statistics import InputObserver, InputStatistics, Statistics, sum_over_ranks_
+from ebft.pruning.structured.units import bias_of
+from ebft.recovery.layerwise import Layerwise
+from ebft.recovery.samples import Errors, Split, samples_of_all
+from ebft.recovery.task import BlockResult, BlockTask, Forward
 
 _SUMS = frozenset({"gram", "sums"})  # of the dense block's inputs
 ROWS_AT_ONCE = 2**26  # entries of the rows that are solved together: 256 MiB for each of some nine tensors
 
 
-class Layerwise:
-    """The closed form as a recovery of a block.
+class ClosedForm:
+    """Solves a block's layers; one object serves all blocks.
 
     Args:
-        config: the settings that begin with ``cg_``, ``holdout`` and the batch size.
+        config: the settings of ``--recover layerwise``, the validation split and the batch size.
         device: where the block lives and the batches go.
         ranks: those that share the samples; H and C are summed over them.
-
-    Attributes:
-        needs: see ``BlockRecovery``; nothing where samples are held out, which that pass does not tell apart.
     """
 
     def __init__(self, config: EBFTConfig, device: torch.device, ranks: Ranks | None = None) -> None:
-        self.needs = _SUMS if config.cg_inputs == "dense" and not config.holdout else frozenset[str]()
-        self._config, self._device, self._ranks = config, device, ranks or Ranks()
-        self._at_once = config.micro_batch or config.batch_size
+        self._own, self._split = config.of_method(Layerwise.Settings), config.recover.holdout
+        self._gathered = self._own.cg_inputs == "dense" and not self._split  # by the pass that makes the targets
+        self._device, self._ranks = device, ranks or Ranks()
+        self._at_once = config.recover.at_once
 
     @torch.no_grad()
     def recover(self, task: BlockTask) -> BlockResult:
         """Solve layer after layer; where the block's error rises by that, its pruned weights are kept."""
         began, notes = time.perf_counter(), list[str]()
-        split = Split.of(samples_of_all(task.inputs, self._ranks), self._config.holdout, self._ranks)
+        split = Split.of(samples_of_all(task.inputs, self._ranks), self._split, self._ranks)
         errors = Errors(task.inputs, task.targets, split, self._device, self._ranks, self._at_once)
         judged = split.held_out if len(split.held_out) else split.probe
         through = partial(task.forward, task.block)
         before, judged_before = errors.of(through, split.probe), errors.of(through, judged)
         start = {matrix.name: task.block.get_parameter(matrix.name).clone() for matrix in task.matrices}
 
-        dense, rows, on_dense_inputs = task.dense_block(), split.here(split.tuned), self._config.cg_inputs == "dense"
+        dense, rows, on_dense_inputs = task.dense_block(), split.here(split.tuned), self._own.cg_inputs == "dense"
         if on_dense_inputs:
-            statistics = task.statistics if self.needs else self._gather(task, dense, rows)
+            statistics = task.statistics if self._gathered else self._gather(task, dense, rows)
             groups = [[matrix] for matrix in task.matrices if matrix.name in statistics]
         else:
             some = task.inputs[: self._at_once].to(self._device).float()
@@ -162,8 +162,8 @@ class Layerwise:
                         mask,
                         of_expert.gram,
                         cross,
-                        iterations=self._config.cg_iterations,
-                        damping=self._config.cg_damping,
+                        iterations=self._own.cg_iterations,
+                        damping=self._own.cg_damping,
                     )
                 )
         return narrower

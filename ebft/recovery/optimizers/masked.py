@@ -1,4 +1,4 @@
-"""Optimizers under the mask that can take the place of AdamW, and the choice between them."""
+"""Lion and Muon under the mask, as torch optimizers."""
 
 from __future__ import annotations
 
@@ -8,30 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebft.config.config import EBFTConfig
 from ebft_kernels import MaskedAdamW, PackedMask, masked_grad_norm
 
 Groups = list[dict[str, Any]]  # torch's parameter groups
-
-
-def make_optimizer(
-    config: EBFTConfig, groups: Groups, masks: Mapping[Tensor, PackedMask], seed: int
-) -> MaskedAdamW | MaskedOptimizer:
-    """What ``--optimizer`` names, for ``groups`` of parameters, of which those in ``masks`` have masks."""
-    if config.optimizer != "adamw":
-        kind = MaskedLion if config.optimizer == "sign" else MaskedMuon
-        return kind(groups, lr=config.lr, betas=config.betas, masks=masks)
-    return MaskedAdamW(
-        groups,
-        lr=config.lr,
-        betas=config.betas,
-        masks=masks,
-        weights=config.weights,
-        moments=config.moments,
-        compact=config.compact,
-        update_in_backward=config.update_in_backward,
-        seed=seed,
-    )
 
 
 class MaskedOptimizer(torch.optim.Optimizer):

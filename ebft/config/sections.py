@@ -1,0 +1,364 @@
+"""The settings of a run that belong to no method, by concern; each section checks itself.
+
+A field's name within its section is what Python and a YAML section call it; its flat name (``flag`` where the two
+differ) is what the command line, flat keyword arguments and flat YAML keys call it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ebft.config.fields import check_fields, parse_bytes, setting
+from ebft.errors import EBFTError
+from ebft.pruning.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model."""
+
+    source: str | None = setting(
+        None, "hub id, folder or .gguf file (default: the SmolLM2-135M-Instruct wheel)", flag="model", basic=True
+    )
+    teacher: str | None = setting(None, "dense model whose blocks are the targets (default: the model as loaded)")
+    trust_remote_code: bool = setting(False, "let transformers run code that comes with the model")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class Prune:
+    """What is pruned, and by what."""
+
+    criterion: str = setting(
+        "wanda",
+        "a criterion (ebft methods lists them), zeros (those that are there), or a masks.safetensors file",
+        flag="prune",
+        metavar="CRITERION|zeros|FILE",
+        basic=True,
+    )
+    sparsity: float = setting(
+        0.7, "share of each matrix's weights that is pruned, between 0 and 1", above=0, below=1, basic=True
+    )
+    pattern: str | None = setting(
+        None, "keep N of every M consecutive inputs, in place of --sparsity", metavar="N:M", basic=True
+    )
+    transposable: bool = setting(False, "--pattern holds along the outputs too, within M x M tiles")
+    structured: bool = setting(
+        False, "prune whole heads (KV groups) and MLP channels; --sparsity is then the share of the blocks' parameters"
+    )
+    uniform: bool = setting(
+        False, "the same widths in every layer, and smaller matrices in the output (--structured by a criterion)"
+    )
+    schedule: tuple[float, ...] | None = setting(
+        None,
+        "prune gradually, such as 0.5,0.6,0.7: every share a run of its own from what the last one recovered, towards "
+        "the first dense model; in place of --sparsity",
+        metavar="SHARE,…",
+    )
+    allocation: str = setting(
+        "uniform",
+        "pruned share of each block: uniform, owl (blocks with outliers keep more), or a JSON file, name -> share",
+        metavar="uniform|owl|FILE",
+    )
+    refine: str = setting("none", "what is done to the masks of --prune: nothing, or a refinement", metavar="NAME")
+    statistics: str = setting(
+        "target",
+        "masks go by what flows into the dense block as it makes the targets, or by the block's own inputs (one more "
+        "pass where --target is dense-stream)",
+        choices=("target", "input"),
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.schedule is not None:
+            self._check_schedule(self.schedule)
+        if self.uniform and not self.structured:
+            raise EBFTError("--uniform is about the widths that --structured leaves; expected --structured with it")
+        if self.structured and self.pattern:
+            raise EBFTError(
+                f"--structured prunes whole heads and channels, and --pattern is {self.pattern}; expected one"
+            )
+        if self.transposable and not self.pattern:
+            raise EBFTError("--transposable is of N:M masks; expected --pattern with it")
+        if self.transposable and self.refine != "none":
+            raise EBFTError(
+                f"--transposable holds along the outputs too, which --refine {self.refine} would not keep so; expected "
+                "one of both"
+            )
+        if self.refine != "none" and (self.criterion == "zeros" or self.structured):
+            other = "--structured, which takes whole heads and channels" if self.structured else "--prune zeros"
+            raise EBFTError(f"--refine {self.refine} swaps single weights for pruned ones, and cannot with {other}")
+        self._check_allocation()
+        self.mask_pattern  # noqa: B018  (parses it, so that a wrong one is said now)
+
+    @property
+    def mask_pattern(self) -> Pattern:
+        """What is pruned of a matrix: a share of its weights, or M - N of every M."""
+        if self.pattern:
+            return Pattern.parse(self.pattern, transposable=self.transposable)
+        return Pattern(sparsity=self.sparsity)
+
+    def _check_schedule(self, shares: tuple[float, ...]) -> None:
+        if not shares or not shares[0] > 0 or not shares[-1] < 1 or sorted(set(shares)) != list(shares):
+            raise EBFTError(
+                f"--schedule is {','.join(f'{share:g}' for share in shares)}; expected rising shares between 0 and 1, "
+                "both excluded, such as 0.5,0.6,0.7"
+            )
+        if self.pattern:
+            raise EBFTError(
+                f"--schedule is of shares, and --pattern {self.pattern} is none; expected --sparsity in its place"
+            )
+        if self.structured:
+            raise EBFTError("--schedule prunes single weights, and --structured whole heads and channels; expected one")
+        if self.criterion == "zeros" or Path(self.criterion).is_file():
+            raise EBFTError(f"--schedule needs a criterion that prunes any share, and --prune is {self.criterion}")
+        object.__setattr__(self, "sparsity", shares[-1])
+
+    def _check_allocation(self) -> None:
+        if self.allocation == "uniform":
+            return
+        if self.pattern or self.structured:
+            other = f"--pattern {self.pattern} is the same for all" if self.pattern else "--structured compares blocks"
+            raise EBFTError(
+                f"--allocation {self.allocation} gives blocks shares of their own, and {other}; expected one"
+            )
+        if self.schedule and self.allocation != "owl":
+            raise EBFTError(f"--allocation {self.allocation} fixes shares, and --schedule raises them; expected one")
+        from ebft.pruning.allocation import check_owl
+
+        if self.allocation == "owl":
+            check_owl(self.sparsity)
+
+
+@dataclass(frozen=True)
+class Recover:
+    """How quality is won back: what every recovery goes by. What one alone goes by are settings of its own."""
+
+    method: str = setting(
+        "ebft",
+        "recoveries after pruning: none, or a sum in order such as layerwise+ebft (ebft methods lists them)",
+        flag="recover",
+        metavar="NAME[+NAME…]",
+        basic=True,
+    )
+    target: str = setting(
+        "sparse-stream",
+        "targets: the dense block applied to the block's input, or the dense model's own hidden states",
+        choices=("sparse-stream", "dense-stream"),
+    )
+    input: str = setting(
+        "sparse-stream",
+        "inputs: hidden states of the tuned sparse blocks before, or of the dense model, or of each for some samples",
+        choices=("sparse-stream", "dense-stream", "mix"),
+    )
+    mix: float = setting(
+        0.5,
+        "share of the samples that --input mix takes from the dense model, others block by block",
+        at_least=0,
+        at_most=1,
+    )
+    batch_size: int = setting(8, "sequences in a step", at_least=1)
+    micro_batch: int | None = setting(
+        None,
+        "sequences that go through the block at once; a step sums their gradients (default: the batch size)",
+        at_least=1,
+    )
+    holdout: float = setting(
+        0.0,
+        "validation split: share of the sequences that no block is tuned on; the weights that do best on them are kept",
+        at_least=0,
+        below=1,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.input == "mix" and self.target != "dense-stream":
+            raise EBFTError(
+                "--input mix aims at one target from the inputs of both streams, and --target is sparse-stream, where "
+                "every input has its own; expected --target dense-stream"
+            )
+        if self.micro_batch is not None and self.micro_batch > self.batch_size:
+            raise EBFTError(f"--micro-batch is {self.micro_batch}; expected 1 to {self.batch_size}, the --batch-size")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The recoveries that ``method`` sums up, in order; none of them for ``none``."""
+        return tuple(name for name in self.method.split("+") if name != "none")
+
+    @property
+    def at_once(self) -> int:
+        """Sequences that go through a block together."""
+        return self.micro_batch or self.batch_size
+
+
+@dataclass(frozen=True)
+class Data:
+    """The calibration text."""
+
+    calibration: str = setting(
+        "c4",
+        "c4, wikitext2, builtin, self (text that the dense model writes), a .txt/.jsonl/.parquet file, or several of "
+        "them with their shares of the sequences, such as c4:0.75,self:0.25, or of equal ones",
+        metavar="NAME_OR_FILE[:SHARE],…",
+        basic=True,
+    )
+    windows: str = setting(
+        "random-window",
+        "one random window of each random document, or documents packed end to end (self is whole sequences)",
+        choices=("random-window", "packed"),
+    )
+    samples: int = setting(256, "calibration sequences", at_least=1, basic=True)
+    seqlen: int = setting(1024, "tokens in a calibration sequence", at_least=2, basic=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.calibration, list | tuple):
+            object.__setattr__(self, "calibration", ",".join(map(str, self.calibration)))
+        check_fields(self)
+        self.parts  # noqa: B018  (parses names and shares, so that a wrong one is said now)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The names or files of ``calibration``, in order, and how many of the ``samples`` are of each."""
+        shares = _names_and_shares(self.calibration)
+        fault = f"--calibration is {self.calibration!r}; expected "
+        if not all(name for name, _ in shares) or len(dict(shares)) < len(shares):
+            raise EBFTError(f"{fault}names or files, each once, joined by commas")
+        if len({share is None for _, share in shares}) > 1:
+            raise EBFTError(f"{fault}a share for each of the texts, as in c4:0.75,self:0.25, or for none")
+        weights = [1.0 if share is None else share for _, share in shares]
+        if not all(0 < weight < float("inf") for weight in weights):
+            raise EBFTError(f"{fault}shares above 0")
+        counts = apportion(self.samples, weights)
+        for (name, _), count in zip(shares, counts, strict=True):
+            if not count:
+                raise EBFTError(f"--samples is {self.samples}, of which none is left for {name}; expected more")
+        return {name: count for (name, _), count in zip(shares, counts, strict=True)}
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """What the models are measured on."""
+
+    texts: tuple[str, ...] = setting(
+        ("wikitext2",),
+        "texts for perplexity: names or files; none for no measurement",
+        flag="eval",
+        metavar="NAME_OR_FILE,…",
+        basic=True,
+    )
+    seqlen: int = setting(2048, "tokens in an evaluation window", flag="eval_seqlen", at_least=2)
+    tasks: tuple[str, ...] = setting(
+        (),
+        "zero-shot tasks of lm-evaluation-harness, or local:TEXT for one made from a text",
+        flag="eval_tasks",
+        metavar="NAME,…",
+    )
+    limit: int | None = setting(
+        None, "questions of each of --eval-tasks that are asked (default: all)", flag="eval_limit", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.texts == ("none",):
+            object.__setattr__(self, "texts", ())
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how the work is done."""
+
+    device: str = setting("auto", "cpu, cuda, cuda:1 …; auto takes the GPU where there is one", basic=True)
+    dtype: str = setting(
+        "auto", "compute type of the matrix products", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    seed: int = setting(0, "seed of the calibration sample and the batch order", at_least=0, at_most=2**63 - 1)
+    fused: bool = setting(False, "demand fused kernels for mask and optimizer; fail where there are none", basic=True)
+    gpu_memory: str | None = setting(
+        None,
+        "GPU memory that the run may take, such as 16GiB: settings that fit are chosen",
+        metavar="SIZE",
+        basic=True,
+    )
+    host_memory: str | None = setting(
+        None, "host memory that the run may take, such as 8GiB: settings that fit are chosen", metavar="SIZE"
+    )
+    streams: str = setting(
+        "auto",
+        "where hidden states are kept; auto: host, or as --gpu-memory and --host-memory make it",
+        choices=("auto", "device", "host", "disk"),
+    )
+    stream_dtype: str = setting(
+        "float32", "type in which hidden states are kept for calibration", choices=("float32", "bfloat16")
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for size, said in ((self.gpu_memory, "--gpu-memory"), (self.host_memory, "--host-memory")):
+            if size is not None:
+                parse_bytes(size, said)
+
+
+@dataclass(frozen=True)
+class Output:
+    """The folder that a run leaves."""
+
+    folder: str = setting("ebft-output", "folder for the recovered model and its report", flag="output", basic=True)
+    overwrite: bool = setting(
+        False, "replace OUTPUT if an earlier run made it, once this run has committed", basic=True
+    )
+    resume: bool = setting(
+        False, "go on with the interrupted run in OUTPUT.partial; start where there is none", basic=True
+    )
+    max_shard_size: str = setting("50GB", "largest file of the saved model", metavar="SIZE")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not Path(self.folder).expanduser().name:
+            raise EBFTError(f"--output is {self.folder!r}; expected the path of a folder that has a name")
+        parse_bytes(self.max_shard_size, "--max-shard-size")
+
+
+SECTIONS = {
+    "model": Model,
+    "prune": Prune,
+    "recover": Recover,
+    "data": Data,
+    "evaluate": Evaluate,
+    "runtime": Runtime,
+    "output": Output,
+}
+
+
+def apportion(total: int, shares: Sequence[float]) -> list[int]:
+    """``total`` things in whole parts, as nearly as they can be in proportion to ``shares`` (largest remainders)."""
+    quotas = [total * share / sum(shares) for share in shares]
+    parts = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(shares)), key=lambda place: parts[place] - quotas[place])
+    for place in by_remainder[: total - sum(parts)]:
+        parts[place] += 1
+    return parts
+
+
+def _names_and_shares(mixture: str) -> list[tuple[str, float | None]]:
+    """``a:0.5,b:0.5`` as names and shares; a file that is there wins, whatever commas and colons its name has."""
+    pieces, found = mixture.split(","), []
+    while pieces:
+        heads = [(count, _name_and_share(",".join(pieces[:count]))) for count in range(len(pieces), 0, -1)]
+        count, part = next((head for head in heads if Path(head[1][0]).expanduser().is_file()), heads[-1])
+        found.append(part)
+        pieces = pieces[count:]
+    return found
+
+
+def _name_and_share(part: str) -> tuple[str, float | None]:
+    part = part.strip()
+    name, colon, share = part.rpartition(":")
+    if colon and not Path(part).expanduser().is_file():
+        with contextlib.suppress(ValueError):
+            return name.strip(), float(share)
+    return part, None
