@@ -1,21 +1,19 @@
 """Settings: sections by concern, presets, and the settings of the methods that are chosen. Nothing here needs torch."""
 
-from ebft.config.config import (
-    ORGANISATION,
+from ebft.config.config import ORGANISATION, EBFTConfig, all_flat_names, preset_settings
+from ebft.config.fields import Needs, flag, flat_name, parse_bytes, setting
+from ebft.config.presets import PRESETS
+from ebft.config.sections import (
+    SECTIONS,
     Data,
-    EBFTConfig,
     Evaluate,
     Model,
     Output,
     Prune,
     Recover,
     Runtime,
-    all_flat_names,
-    preset_settings,
+    apportion,
 )
-from ebft.config.fields import Needs, flag, flat_name, parse_bytes, setting
-from ebft.config.presets import PRESETS
-from ebft.config.sections import SECTIONS, apportion
 
 __all__ = [
     "ORGANISATION",

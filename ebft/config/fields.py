@@ -74,7 +74,7 @@ def flag(name: str) -> str:
 
 def check_fields(section: Any) -> None:
     """Bring the fields of a frozen dataclass into their types; ``EBFTError`` where that cannot be, or out of bounds."""
-    kinds = _types_of(type(section))
+    kinds = _types_of(section.__class__)
     for field in dataclasses.fields(section):
         value = typed(flag(flat_name(field)), getattr(section, field.name), kinds[field.name])
         object.__setattr__(section, field.name, value)
@@ -82,7 +82,7 @@ def check_fields(section: Any) -> None:
 
 
 @cache
-def _types_of(section: type) -> Mapping[str, Any]:
+def _types_of(section: Any) -> Mapping[str, Any]:
     return typing.get_type_hints(section)
 
 

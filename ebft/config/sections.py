@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ebft.config.fields import check_fields, parse_bytes, setting
 from ebft.errors import EBFTError
@@ -200,7 +201,7 @@ class Recover:
 class Data:
     """The calibration text."""
 
-    calibration: str = setting(
+    calibration: str = setting(  # a list in Python and YAML, too
         "c4",
         "c4, wikitext2, builtin, self (text that the dense model writes), a .txt/.jsonl/.parquet file, or several of "
         "them with their shares of the sequences, such as c4:0.75,self:0.25, or of equal ones",
@@ -216,8 +217,9 @@ class Data:
     seqlen: int = setting(1024, "tokens in a calibration sequence", at_least=2, basic=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.calibration, list | tuple):
-            object.__setattr__(self, "calibration", ",".join(map(str, self.calibration)))
+        given: Any = self.calibration
+        if isinstance(given, list | tuple):
+            object.__setattr__(self, "calibration", ",".join(map(str, given)))
         check_fields(self)
         self.parts  # noqa: B018  (parses names and shares, so that a wrong one is said now)
 

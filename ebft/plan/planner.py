@@ -310,7 +310,8 @@ class _Planner:
         config, shapes = self.config, self.shapes
         batch = min(config.recover.batch_size, config.data.samples)
         masker, recoveries = choose_masker(config), self._recoveries(config)
-        grams = shapes.gram_bytes if any("gram" in each.needs for each in (masker, *recoveries)) else 0
+        needs = masker.needs.union(*(recovery.needs for recovery in recoveries))
+        grams = shapes.gram_bytes if "gram" in needs else 0
         working = max(map(masker.working_bytes, shapes.matrices.values()))
         if config.prune.transposable:
             working += TILE_BYTES * min(ENTRIES_AT_ONCE, config.prune.mask_pattern.group * shapes.largest)

@@ -97,7 +97,7 @@ class OfFunction(Criterion):
 
     def __init__(self, function: Function) -> None:
         super().__init__()
-        self.mask = function  # type: ignore[method-assign]
+        self.mask = function  # type: ignore[method-assign,assignment]
         self.name = getattr(function, "__name__", type(function).__name__)  # type: ignore[misc]
         self.needs = getattr(function, "needs", Criterion.needs)  # type: ignore[misc]
 
@@ -105,25 +105,27 @@ class OfFunction(Criterion):
 def make_masker(config: EBFTConfig, criterion: Criterion | Function | None = None) -> Masker:
     """The masker for ``--prune``: a criterion, ``zeros``, or a file of masks; or a user's own criterion."""
     prune, allocation = config.prune.criterion, make_allocation(config.prune.allocation, config.prune.mask_pattern)
-    if criterion is None and prune in criteria:
+    chosen: Criterion | None
+    if criterion is not None:
+        chosen = criterion if isinstance(criterion, Criterion) else OfFunction(criterion)
+    elif prune in criteria:
         kind = criteria[prune]
-        criterion = kind(config.of_method(kind.Settings))
-    elif criterion is None:
+        chosen = kind(config.of_method(kind.Settings))
+    else:
+        chosen = None
         for given, said in ((allocation.pattern.transposable, "--transposable"), (allocation.name, "--allocation")):
             if given:
                 raise EBFTError(f"{said} is how a criterion prunes, and --prune is {prune}; expected a criterion")
-    elif not isinstance(criterion, Criterion):
-        criterion = OfFunction(criterion)
     refine = config.prune.refine
     refinement = refinements[refine](config.of_method(refinements[refine].Settings)) if refine != "none" else None
     masker: Masker = (
         given_masker(prune, allocation.pattern)
-        if criterion is None
-        else _ByCriterion(criterion, allocation, updates=refinement is None)
+        if chosen is None
+        else _ByCriterion(chosen, allocation, updates=refinement is None)
     )
     if refinement is None:
         return masker
-    update = getattr(criterion, "update", None) if criterion is not None and criterion.updates_weights else None
+    update = getattr(chosen, "update", None) if chosen is not None and chosen.updates_weights else None
     return _Refined(masker, allocation.pattern, refinement, update)
 
 

@@ -122,7 +122,7 @@ class EBFT(BlockRecovery):
 
         super().prepare(place)
         whole = BlockReconstructor(self.config, place.device, place.compute, place.ranks)
-        units = {"block": lambda *_: whole, "halves": HalfByHalf, "pair": InPairs}
+        units: dict[str, Any] = {"block": lambda *_: whole, "halves": HalfByHalf, "pair": InPairs}
         self._worker: Any = units[self.settings.unit](self.config, place.device, whole, place.ranks)
 
     def recover(self, task: BlockTask) -> BlockResult:
