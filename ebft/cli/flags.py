@@ -1,61 +1,35 @@
-"""The command line and the YAML file of ``ebft run``, made from the sections of the settings and from all methods."""
+"""The flags of ``ebft run``, made from the sections of the settings and from all methods; and YAML files of settings."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import typing
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
+from cyclopts import Group, Parameter
 
 from ebft.config import PRESETS, SECTIONS, EBFTConfig, flag, flat_name
 from ebft.errors import EBFTError
-from ebft.plan.devices import DEVICES, HERE
-from ebft.registry import ALL
+from ebft.registry import ALL, nearest
 
-
-def parse_args(argv: Sequence[str] | None = None) -> tuple[EBFTConfig, str | None]:
-    """The run that a command line asks for; and where only its plan is wanted (``--plan``), on which device.
-
-    Later beats earlier: preset, then ``--config`` file, then flags. With no ``--preset`` it is ``paper`` where a
-    model is named and ``demo`` where none is.
-    """
-    parser = _Parser(
-        prog="python -m ebft.run",
-        description="Prune a decoder and win its quality back, block by block.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="starting settings (default: paper; no model: demo)")
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings from a YAML file, over the preset's")
-    parser.add_argument(
-        "--plan",
-        nargs="?",
-        const=HERE,
-        choices=(HERE, *DEVICES),
-        metavar="|".join((HERE, *DEVICES)),
-        help="print what the run would need on this machine or on a named GPU, and stop",
-    )
-    for title, fields in groups():
-        group = parser.add_argument_group(title)
-        for field in fields:
-            _add_flag(group, field)
-    given = vars(parser.parse_args(argv))
-    preset, file, plan = given.pop("preset"), given.pop("config"), given.pop("plan")
-    settings = read_yaml(file) if file else {}
-    from_file = settings.pop("preset", None)
-    preset = preset or from_file
-    settings.update({name: value for name, value in given.items() if value is not None})
-    return EBFTConfig.preset(preset or ("paper" if settings.get("model") else "demo"), **settings), plan
+TITLES = {
+    "model": "Model",
+    "prune": "Pruning",
+    "recover": "Recovery",
+    "data": "Calibration text",
+    "evaluate": "Evaluation",
+    "runtime": "Device and memory",
+    "output": "Output",
+}
 
 
 def groups() -> Iterator[tuple[str, list[dataclasses.Field[Any]]]]:
     """The settings by section, then those of each method; one that several methods have stands with the first."""
     seen: set[str] = set()
     for name, section in SECTIONS.items():
-        yield name, [*dataclasses.fields(section)]
+        yield TITLES[name], [*dataclasses.fields(section)]
         seen |= {flat_name(field) for field in dataclasses.fields(section)}
     for registry in ALL:
         for method in registry:
@@ -65,48 +39,107 @@ def groups() -> Iterator[tuple[str, list[dataclasses.Field[Any]]]]:
                 yield f"{registry.flag} {method.name}", fields
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, with errors in the sentence that every other error has."""
+def with_settings(command: Callable[..., Any], *, everything: bool) -> Callable[..., Any]:
+    """``command(**given)`` as a command of cyclopts that takes every setting; ``given`` are those that were said.
 
-    def error(self, message: str) -> typing.NoReturn:
-        raise EBFTError(message)
+    Args:
+        command: also has keyword arguments of its own, with annotations that cyclopts knows.
+        everything: the help shows all settings, and not the basic ones alone.
+    """
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    settings = []
+    for place, (title, fields) in enumerate(groups()):
+        group = Group(title, sort_key=place + 1)
+        settings += [_parameter(field, group, show=everything or field.metadata["basic"]) for field in fields]
+    model = [p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in settings if p.name == "model"]
+    parameters = [*model, *own, *(p for p in settings if p.name != "model")]
+
+    def run(*model: str | None, **given: Any) -> Any:
+        if model:
+            given["model"] = model[0]
+        return command(**{name: value for name, value in given.items() if value is not None})
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
 
 
-def _add_flag(parser: Any, setting: dataclasses.Field[Any]) -> None:
-    meta, value = setting.metadata, setting.default
-    said = " ".join(map(str, value)) if isinstance(value, tuple) else "on" if value is True else str(value)
-    unsaid = value is None or value is False or value == () or "default:" in meta["help"]
-    default = "" if unsaid else f" (paper: {said})"
-    options: dict[str, Any] = {
-        "default": None,
-        "dest": flat_name(setting),
-        "help": meta["help"].replace("%", "%%") + default,
-    }
-    if isinstance(setting.default, bool):
-        options["action"] = argparse.BooleanOptionalAction
-    elif setting.name == "betas":
-        options |= {"nargs": 2, "metavar": ("BETA1", "BETA2")}
-    elif meta["choices"]:
-        options["metavar"] = "|".join(meta["choices"])
-    elif meta["metavar"]:
-        options["metavar"] = meta["metavar"]
-    parser.add_argument(flag(flat_name(setting)), **options)
+def _parameter(field: dataclasses.Field[Any], group: Group, *, show: bool) -> inspect.Parameter:
+    """A flag that takes text, which the setting itself turns into what it is; nothing where it is not said."""
+    meta, name, value = field.metadata, flat_name(field), field.default
+    switch = isinstance(value, bool)
+    pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(number, float) for number in value)
+    kind: Any = bool if switch else tuple[str, str] if pair else str
+    about = Parameter(
+        name=flag(name),
+        help=meta["help"] + _usual(meta["help"], value),
+        group=group,
+        show=show,
+        show_default=False,
+        negative=None if switch else (),
+        metavar=None if switch else meta["metavar"] or _stands_for(field),
+    )
+    annotation = Annotated[kind | None, about]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _stands_for(field: dataclasses.Field[Any]) -> str:
+    """What is shown in the place of a value."""
+    if field.metadata["choices"]:
+        return "|".join(field.metadata["choices"])
+    kind = str(field.type)
+    return "N" if kind.startswith(("int", "float", "tuple[float")) else "TEXT"
+
+
+def _usual(help: str, value: Any) -> str:
+    """The default, for the help; those of the preset ``paper`` are the classes' own."""
+    if value in (None, False, ()) or "default:" in help:
+        return ""
+    said = ",".join(map(str, value)) if isinstance(value, tuple) else "on" if value is True else str(value)
+    return f" (paper: {said})"
+
+
+# --- from flags and files to settings -------------------------------------------------------------------------------
+
+
+def config_of(preset: str | None = None, config: str | None = None, **given: Any) -> EBFTConfig:
+    """The settings that a command line asks for.
+
+    Later beats earlier: preset, then ``--config`` file, then flags. With no ``--preset`` it is ``paper`` where a
+    model is named and ``demo`` where none is.
+    """
+    settings = read_yaml(config) if config else {}
+    preset = preset or settings.pop("preset", None)
+    settings = {name: value for name, value in settings.items() if name != "preset"} | given
+    return EBFTConfig.preset(preset or ("paper" if settings.get("model") else "demo"), **settings)
 
 
 def read_yaml(file: str) -> dict[str, Any]:
-    """The settings in a YAML file, flat: sections of it are taken apart."""
+    """The settings in a YAML file, flat: its sections are taken apart; flat keys may stand beside them."""
+    import yaml
+
     try:
         settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise EBFTError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        raise EBFTError(f"--config {file} cannot be read: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(settings, dict):
         raise EBFTError(f"--config {file} holds {type(settings).__name__}; expected settings as 'name: value' lines")
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         name = str(name).replace("-", "_")
-        if name in SECTIONS and isinstance(value, dict):
-            names = {field.name: flat_name(field) for field in dataclasses.fields(SECTIONS[name])}
-            flat |= {names.get(key := str(of).replace("-", "_"), key): given for of, given in value.items()}
-        else:
+        if not isinstance(value, dict):
             flat[name] = value
+            continue
+        if name not in SECTIONS:
+            raise EBFTError(
+                f"--config {file} has a section {name!r}; expected {', '.join(SECTIONS)}{nearest(name, SECTIONS)}"
+            )
+        names = {field.name: flat_name(field) for field in dataclasses.fields(SECTIONS[name])}
+        flat |= {names.get(key := str(of).replace("-", "_"), key): given for of, given in value.items()}
     return flat
+
+
+def presets() -> str:
+    """The names of the presets, for the help."""
+    return "|".join(PRESETS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -212,7 +211,6 @@ def _flat_names_of(settings: type) -> set[str]:
     return {flat_name(f) for f in dataclasses.fields(settings)}
 
 
-@cache
 def all_flat_names() -> frozenset[str]:
     """Of every setting of a section and of every method that is registered."""
     kinds = [*SECTIONS.values(), *(method.Settings for registry in ALL for method in registry)]

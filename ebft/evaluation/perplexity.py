@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -67,12 +67,28 @@ def perplexities(
 def _surprise(decoder: Decoder, ids: Tensor, stream: Stream) -> Tensor:
     """The sum of negative log-likelihoods, on the host."""
     total = torch.zeros((), dtype=torch.float64, device=decoder.device)
-    vocabulary = decoder.model.get_output_embeddings().weight.shape[0]
-    width = max(1, LOGITS_AT_ONCE // (vocabulary * stream.batch_size))
-    for tokens, hidden in zip(ids.split(stream.batch_size), stream.batches(), strict=True):
+    for (logits,), following in at_exit_together((decoder,), ids, (stream,)):
+        total += F.cross_entropy(logits, following, reduction="sum")
+    return total.cpu()
+
+
+def at_exit_together(
+    decoders: Sequence[Decoder], ids: Tensor, streams: Sequence[Stream]
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Logits (tokens, vocabulary), float32, of each model, and the tokens that follow; a part of them at a time.
+
+    Args:
+        decoders: inside ``at_exit``, with one vocabulary.
+        streams: of the hidden states after their last blocks.
+    """
+    vocabulary = decoders[0].model.get_output_embeddings().weight.shape[0]
+    width = max(1, LOGITS_AT_ONCE // (vocabulary * streams[0].batch_size))
+    batches = zip(ids.split(streams[0].batch_size), *(stream.batches() for stream in streams), strict=True)
+    for tokens, *hidden in batches:
         for start in range(0, ids.shape[1] - 1, width):  # norm and head look at one place at a time
             places = slice(start, min(start + width, ids.shape[1] - 1))
-            logits = decoder.exit(tokens[:, places], hidden[:, places]).flatten(0, 1).float()
-            following = tokens[:, 1:][:, places].flatten().to(logits.device)
-            total += F.cross_entropy(logits, following, reduction="sum")
-    return total.cpu()
+            logits = [
+                decoder.exit(tokens[:, places], states[:, places]).flatten(0, 1).float()
+                for decoder, states in zip(decoders, hidden, strict=True)
+            ]
+            yield logits, tokens[:, 1:][:, places].flatten().to(logits[0].device)
