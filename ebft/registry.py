@@ -55,6 +55,10 @@ class Registry(Generic[M]):
 
         return put
 
+    def forget(self, name: str) -> None:
+        """Take a method out again."""
+        del self._methods[name]
+
     def __iter__(self) -> Iterator[M]:
         self._load()
         return iter(self._methods.values())

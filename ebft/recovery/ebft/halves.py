@@ -16,7 +16,7 @@ from ebft.data.streams import carry
 from ebft.distributed import Ranks
 from ebft.errors import EBFTError
 from ebft.recovery.checkpointing import forward_replaced
-from ebft.recovery.samples import Errors, Split, samples_of_all
+from ebft.recovery.judge import Judge
 from ebft.recovery.task import BlockResult, BlockTask, Forward, in_turn
 
 if TYPE_CHECKING:
@@ -58,12 +58,7 @@ class HalfByHalf:
 
     def recover(self, task: BlockTask) -> BlockResult:
         """Both halves in turn; errors are those of the whole block, losses those of each half towards its target."""
-        split = Split.of(samples_of_all(task.inputs, self._ranks), self._config.recover.holdout, self._ranks)
-        errors = Errors(task.inputs, task.targets, split, self._device, self._ranks, self._at_once)
-        through = partial(task.forward, task.block)
-        before = errors.of(through, split.probe)
-        held_out_before = errors.of(through, split.held_out) if len(split.held_out) else None
-
+        judge = Judge(task, self._config.recover, self._device, self._ranks)
         first, second, returned = self._in_order(task)
         targets = task.scratch()
         self._run_dense_half(task, second, returned, targets)
@@ -73,7 +68,7 @@ class HalfByHalf:
             results = [self._whole.recover(_part(task, 0, first, tuned, targets))]
         left = frozenset(name for name, _ in task.block.named_parameters()) - tuned
         results.append(self._whole.recover(_part(task, 1, second, left, task.targets)))
-        return replace(in_turn(results), error_before=before, held_out_before=held_out_before)
+        return replace(in_turn(results), error_before=judge.before, held_out_before=judge.held_out_before)
 
     def _in_order(self, task: BlockTask) -> tuple[str, str, int]:
         """The halves' names in the order of their calls, and the length of the tuple that the second returns, or 0."""

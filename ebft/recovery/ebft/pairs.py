@@ -9,7 +9,6 @@ begins anew from its pruned weights when its own turn comes: so finished blocks 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ebft.config import EBFTConfig
 from ebft.distributed import Ranks
-from ebft.recovery.samples import Errors, Split, samples_of_all
+from ebft.recovery.judge import Judge
 from ebft.recovery.task import BlockResult, BlockTask, Forward
 
 if TYPE_CHECKING:
@@ -40,22 +39,15 @@ class InPairs:
         """Tune ``task.block`` in its pair; errors are those of the block itself, losses those of the pair."""
         if task.following is None:
             return self._alone.recover(task)
-        config = self._config
-        split = Split.of(samples_of_all(task.inputs, self._ranks), config.recover.holdout, self._ranks)
-        at_once = config.recover.at_once
-        errors = Errors(task.inputs, task.targets, split, self._device, self._ranks, at_once)
-        of_block = partial(errors.of, partial(task.forward, task.block))
-        held_out = split.held_out if len(split.held_out) else None
-        before, held_out_before = of_block(split.probe), None if held_out is None else of_block(held_out)
-
-        result = self._alone.recover(_pair(task))
-        return replace(
-            result,
-            error_before=before,
-            error_after=of_block(split.probe),
-            branch_energy=errors.branch_energy(),
-            held_out_before=held_out_before,
-            held_out_after=None if held_out is None else of_block(held_out),
+        judge = Judge(task, self._config.recover, self._device, self._ranks)
+        of_pair = self._alone.recover(_pair(task))
+        return judge.result(
+            losses=of_pair.losses,
+            gradient_norms=of_pair.gradient_norms,
+            notes=of_pair.notes,
+            seconds=of_pair.seconds,
+            masks=of_pair.masks,
+            epochs=of_pair.epochs,
         )
 
 
