@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ebft.config.fields import check_fields, parse_bytes, setting
+from ebft.config.pattern import Pattern
 from ebft.errors import EBFTError
-from ebft.pruning.pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,6 @@ class Prune:
             )
         if self.schedule and self.allocation != "owl":
             raise EBFTError(f"--allocation {self.allocation} fixes shares, and --schedule raises them; expected one")
-        from ebft.pruning.allocation import check_owl
-
-        if self.allocation == "owl":
-            check_owl(self.sparsity)
 
 
 @dataclass(frozen=True)
@@ -254,6 +250,9 @@ class Evaluate:
         basic=True,
     )
     seqlen: int = setting(2048, "tokens in an evaluation window", flag="eval_seqlen", at_least=2)
+    tokens: int | None = setting(
+        None, "tokens of each text that are measured at most (default: all)", flag="eval_tokens", at_least=2
+    )
     tasks: tuple[str, ...] = setting(
         (),
         "zero-shot tasks of lm-evaluation-harness, or local:TEXT for one made from a text",

@@ -123,11 +123,19 @@ def mixture(parts: Sequence[Tokens], groups: Sequence[Tensor]) -> Tokens:
     return Tokens(ids, replace(used, parts=uses))
 
 
-def evaluation_tokens(text: str, tokenizer: PreTrainedTokenizerBase, *, seqlen: int) -> Tokens:
-    """The whole text joined with blank lines, tokenised once, cut into windows; the last partial one is dropped."""
+def evaluation_tokens(
+    text: str, tokenizer: PreTrainedTokenizerBase, *, seqlen: int, most: int | None = None
+) -> Tokens:
+    """The whole text joined with blank lines, tokenised once, cut into windows; the last partial one is dropped.
+
+    Args:
+        most: tokens at most, from the beginning: as many whole windows, one at least.
+    """
     documents = list(read_documents(text, "evaluation"))
     ids = _token_ids(tokenizer, "\n\n".join(documents))
     count = len(ids) // seqlen
+    if most is not None:
+        count = min(count, max(1, most // seqlen))
     if count == 0:
         raise EBFTError(f"--eval {text} has {len(ids)} tokens; expected at least --eval-seqlen {seqlen}")
     cut = torch.tensor(ids[: count * seqlen]).reshape(count, seqlen)

@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ebft.config.pattern import Pattern
 from ebft.errors import EBFTError
 from ebft.model.checkpoint import DEFAULT_MODEL, Source, load_model, open_model
 from ebft.model.decoder import find_blocks
 from ebft.model.matrices import Matrix, find_matrices, router_paths
 from ebft.output.folder import SUMMARY
-from ebft.pruning.pattern import Pattern
 from ebft.registry import criteria
 from ebft_kernels import PackedMask, load_masks
 

@@ -6,27 +6,17 @@ import operator
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ebft.config import EBFTConfig
+from ebft.config.pattern import Pattern
 from ebft.errors import EBFTError
 from ebft.model.decoder import Decoder
 from ebft.model.matrices import Matrix
 from ebft.pruning.allocation import make_allocation
 from ebft.pruning.masker import Masker
-from ebft.pruning.pattern import Pattern, mask_of_best
+from ebft.pruning.pattern import mask_of_best
 from ebft.pruning.structured.units import bias_name, find_units, removed_by
-
-
-def check_lengths(config: EBFTConfig, model: PretrainedConfig) -> None:
-    """``EBFTError`` if a sequence is longer than the model allows."""
-    longest = getattr(model.get_text_config(), "max_position_embeddings", None)
-    lengths = {"--seqlen": config.data.seqlen, "--eval-seqlen": config.evaluate.seqlen if config.evaluate.texts else 0}
-    for flag, length in lengths.items():
-        if longest and length > longest:
-            raise EBFTError(
-                f"{flag} is {length}; expected at most {longest}, the model's longest sequence ({flag} {longest})"
-            )
 
 
 def check_teacher(decoder: Decoder, teacher: Decoder) -> None:

@@ -20,24 +20,25 @@ from ebft.config import ORGANISATION, EBFTConfig
 from ebft.data.calibration import Tokens, calibration_tokens, evaluation_tokens, mixture
 from ebft.data.generation import SELF, Generated, generate
 from ebft.data.streams import Store
-from ebft.distributed import Ranks, own_device
+from ebft.distributed import Ranks
 from ebft.errors import EBFTError
 from ebft.evaluation.zero_shot import ZeroShot
 from ebft.model.checkpoint import DEFAULT_MODEL, Source, load_model, load_tokenizer, open_model
 from ebft.model.decoder import Decoder
+from ebft.model.device import choose_device
 from ebft.model.fused import liger_missing
+from ebft.model.lengths import check_lengths
 from ebft.model.weights import ModelWeights
 from ebft.output.folder import OutputFolder, checksum
 from ebft.output.report import Reporter
-from ebft.pipeline.checks import check_lengths, check_masks, check_teacher
+from ebft.pipeline.checks import check_masks, check_teacher
 from ebft.pruning.masker import Function, Masker, make_masker
 from ebft.pruning.protocol import Criterion
 from ebft.pruning.structured.biases import consumers, with_biases
-from ebft.pruning.structured.scores import make_structured_masker
 from ebft.recovery.protocol import Place, WholeModelRecovery
 from ebft.recovery.samples import Split
-from ebft.recovery.task import Chain
-from ebft.registry import criteria, recoveries
+from ebft.recovery.task import Chain, make_recoveries
+from ebft.registry import criteria
 from ebft.version import __version__
 from ebft_kernels import explain
 
@@ -116,7 +117,7 @@ def prepare_job(
     for choice in choices:
         if config.runtime.fused and not choice.fused:
             raise EBFTError(f"--fused cannot be had: {choice}")
-    masker = choose_masker(config, criterion)
+    masker = make_masker(config, criterion)
     recovery, whole_model = make_recoveries(config)
     recovers = config.recover.method != "none"
 
@@ -143,7 +144,7 @@ def prepare_job(
         zero_shot = ranks.first(partial(ZeroShot.prepare, list(config.evaluate.tasks), config.evaluate.limit))
     evaluation, calibration, generated = {}, None, None
     if tokenizer is not None:
-        evaluation = {t: evaluation_tokens(t, tokenizer, seqlen=config.evaluate.seqlen) for t in config.evaluate.texts}
+        evaluation = {t: evaluation_tokens(t, tokenizer, seqlen=config.evaluate.seqlen, most=config.evaluate.tokens) for t in config.evaluate.texts}
         if needs_calibration:
             if text is None and SELF in config.data.parts:
                 clock.lap("load")
@@ -197,13 +198,6 @@ def prepare_job(
     )
 
 
-def make_recoveries(config: EBFTConfig) -> tuple[Chain | None, dict[str, WholeModelRecovery]]:
-    """What is done to every block once it is pruned, None for nothing; and to the whole model after the walk."""
-    links = [recoveries[name](config) for name in config.block_recoveries]
-    whole = {name: recoveries[name](config) for name in config.whole_model_recoveries}
-    return Chain(links) if links else None, whole
-
-
 def blocks_are_independent(config: EBFTConfig) -> bool:
     """No block needs what another is tuned to: all are given the dense model's states, and aim at them."""
     return config.recover.input == "dense-stream"
@@ -212,15 +206,6 @@ def blocks_are_independent(config: EBFTConfig) -> bool:
 def name_of(source: str | PreTrainedModel | None) -> str:
     """What a model is called in the report."""
     return source if isinstance(source, str) else DEFAULT_MODEL if source is None else type(source).__name__
-
-
-def choose_masker(config: EBFTConfig, criterion: Criterion | Function | None = None) -> Masker:
-    """How blocks are pruned; ``criterion``: by a user's own."""
-    if not config.prune.structured:
-        return make_masker(config, criterion)
-    if criterion is not None:
-        raise EBFTError("--structured scores heads and channels, and a criterion of one's own scores weights")
-    return make_structured_masker(config)
 
 
 def _open(config: EBFTConfig, source: str | PreTrainedModel | None, reporter: Reporter) -> Source:
@@ -302,29 +287,6 @@ def _write_text(
                 on_batch=advance,
             )
     return Generated.of(ids, made_from, tokenizer)
-
-
-def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """What ``--device`` and ``--dtype`` mean on this machine: the device, and the dtype of the matrix products."""
-    device = own_device("cuda" if device == "auto" and torch.cuda.is_available() else device)
-    if device == "auto":
-        device = "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise EBFTError(f"--device is {device!r}; expected cpu, cuda, or cuda:N") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise EBFTError(f"--device is {device!r}; expected cpu, cuda, or cuda:N")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise EBFTError(f"--device is {device}; this machine has {torch.cuda.device_count()} GPUs that torch can use")
-    if chosen.type == "cuda" and chosen.index is None:  # as the devices of tensors have it
-        chosen = torch.device("cuda", torch.cuda.current_device())
-    if dtype != "auto":
-        return chosen, getattr(torch, dtype)
-    if chosen.type == "cpu":
-        return chosen, torch.float32
-    has_bfloat16 = torch.cuda.get_device_capability(chosen)[0] >= 8
-    return chosen, torch.bfloat16 if has_bfloat16 else torch.float16
 
 
 def _choose_store(config: EBFTConfig, device: torch.device, output: OutputFolder) -> Store:

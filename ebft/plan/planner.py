@@ -26,14 +26,16 @@ from ebft.evaluation.perplexity import TOKENS_AT_ONCE
 from ebft.evaluation.zero_shot import BATCH
 from ebft.model.checkpoint import DEFAULT_MODEL, load_config
 from ebft.model.decoder import autocast
+from ebft.model.device import choose_device
+from ebft.model.lengths import check_lengths
 from ebft.model.stand_ins import Tracker, shapes_only
-from ebft.pipeline.checks import check_lengths
-from ebft.pipeline.prepare import choose_device, choose_masker, make_recoveries
 from ebft.plan.devices import DEVICES, HERE, SHARE
 from ebft.plan.plan import Plan, flags, gib
 from ebft.plan.shapes import Observed, Shapes
+from ebft.pruning.masker import make_masker
 from ebft.pruning.transposable import ENTRIES_AT_ONCE
 from ebft.recovery.protocol import Footprint, Recovery
+from ebft.recovery.task import make_recoveries
 
 _MIB = 2**20
 
@@ -309,7 +311,7 @@ class _Planner:
         """Peak bytes of the stages that every run may have."""
         config, shapes = self.config, self.shapes
         batch = min(config.recover.batch_size, config.data.samples)
-        masker, recoveries = choose_masker(config), self._recoveries(config)
+        masker, recoveries = make_masker(config), self._recoveries(config)
         needs = masker.needs.union(*(recovery.needs for recovery in recoveries))
         grams = shapes.gram_bytes if "gram" in needs else 0
         working = max(map(masker.working_bytes, shapes.matrices.values()))
@@ -348,7 +350,7 @@ class _Planner:
 
     def flops(self, config: EBFTConfig) -> float:
         """FLOPs of the walk over the blocks, and of the recoveries in it."""
-        masker, seqlen = choose_masker(config), config.data.seqlen
+        masker, seqlen = make_masker(config), config.data.seqlen
         with self.shapes.fakes(1, seqlen, flash=False) as (block, call), FlopCounterMode(display=False) as counter:
             call(block, torch.empty(1, seqlen, self.shapes.width), compute=self.compute)
         watched = bool(masker.needs) and config.prune.statistics == "input" and config.recover.target == "dense-stream"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,8 +18,6 @@ from ebft.errors import EBFTError
 from ebft.model.decoder import BlockCall, Decoder, find_blocks
 from ebft.model.stand_ins import shapes_only, without_values
 from ebft.pruning.statistics import PRODUCTS, InputStatistics
-from ebft.recovery.ebft.pairs import in_turn_through
-from ebft.recovery.task import Forward
 
 
 class Shapes:
@@ -88,14 +86,6 @@ class Shapes:
         with shapes_only(kept=1 - self.config.prune.mask_pattern.sparsity, flash=flash):
             fakes = [block._apply(without_values).requires_grad_(False) for block in copies]
             yield fakes, call.map_tensors(without_values)
-
-    def tuned(self, blocks: Sequence[nn.Module], call: BlockCall) -> tuple[nn.Module, list[str], Forward]:
-        """What is tuned together, a block or a pair; the names of its matrices, and its forward."""
-        forward: Forward = partial(BlockCall.__call__, call, compute=self.compute)
-        if len(blocks) == 1:
-            return blocks[0], list(self.matrices), forward
-        names = [f"{place}.{name}" for place in range(len(blocks)) for name in self.matrices]
-        return nn.ModuleList(blocks), names, in_turn_through(*[forward] * len(blocks))
 
     @cached_property
     def gram_bytes(self) -> int:

@@ -4,8 +4,9 @@ A criterion is a class in a file of its own (``protocol.py``); importing this pa
 class or a plain function ``(weight, inputs, pattern) -> mask``, can be given to ``ebft.run_ebft``.
 """
 
+from ebft.config.pattern import Pattern
 from ebft.pruning import dsnot, magnitude, ria, sparsegpt, structured, wanda
-from ebft.pruning.pattern import Pattern, mask_of_best
+from ebft.pruning.pattern import mask_of_best
 from ebft.pruning.protocol import Criterion, Refinement
 
 __all__ = [

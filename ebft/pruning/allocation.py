@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ebft.config.pattern import Pattern
 from ebft.errors import EBFTError
-from ebft.pruning.pattern import Pattern
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

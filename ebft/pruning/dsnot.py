@@ -19,8 +19,8 @@ from ebft.registry import register_refinement
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ebft.config.pattern import Pattern
     from ebft.model.matrices import Matrix
-    from ebft.pruning.pattern import Pattern
     from ebft.pruning.statistics import InputStatistics
 
 SWAPPED_BYTES = 31  # a weight of the matrix at hand, while it works

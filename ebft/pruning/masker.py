@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ebft.config import EBFTConfig
+from ebft.config.pattern import Pattern
 from ebft.errors import EBFTError
 from ebft.model.matrices import Matrix
 from ebft.pruning.allocation import Allocation, OutlierSurvey, make_allocation
 from ebft.pruning.magnitude import Magnitude
-from ebft.pruning.pattern import Pattern
 from ebft.pruning.protocol import MASK_BYTES, Criterion, Refinement
 from ebft.pruning.statistics import InputStatistics, Statistics
 from ebft.registry import criteria, refinements
@@ -104,6 +104,12 @@ class OfFunction(Criterion):
 
 def make_masker(config: EBFTConfig, criterion: Criterion | Function | None = None) -> Masker:
     """The masker for ``--prune``: a criterion, ``zeros``, or a file of masks; or a user's own criterion."""
+    if config.prune.structured:
+        if criterion is not None:
+            raise EBFTError("--structured scores heads and channels, and a criterion of one's own scores weights")
+        from ebft.pruning.structured.scores import make_structured_masker
+
+        return make_structured_masker(config)
     prune, allocation = config.prune.criterion, make_allocation(config.prune.allocation, config.prune.mask_pattern)
     chosen: Criterion | None
     if criterion is not None:

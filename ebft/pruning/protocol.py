@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ebft.errors import EBFTError
+from ebft.pruning.allocation import check_owl
 from ebft.registry import NoSettings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ebft.config import EBFTConfig
+    from ebft.config.pattern import Pattern
     from ebft.model.matrices import Matrix
-    from ebft.pruning.pattern import Pattern
     from ebft.pruning.statistics import InputStatistics, Statistics
     from ebft.pruning.structured.units import Units
 
@@ -48,6 +49,8 @@ class Criterion:
     def check(cls, config: EBFTConfig) -> None:
         """``EBFTError`` for settings that do not go with this criterion."""
         structured = config.prune.structured
+        if config.prune.allocation == "owl":
+            check_owl(config.prune.sparsity)
         if structured and not cls.scores_units:
             raise EBFTError(f"--structured scores heads and channels, which --prune {cls.name} does not; expected flap")
         if not structured and not cls.scores_weights:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ebft.pruning.pattern import Pattern, mask_of_best
+from ebft.config.pattern import Pattern
+from ebft.pruning.pattern import mask_of_best
 from ebft.pruning.protocol import Criterion
 from ebft.registry import register_criterion
 

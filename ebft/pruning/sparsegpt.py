@@ -18,8 +18,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ebft.config.fields import check_fields, setting
+from ebft.config.pattern import Pattern
 from ebft.errors import EBFTError
-from ebft.pruning.pattern import Pattern, mask_of_best
+from ebft.pruning.pattern import mask_of_best
 from ebft.pruning.protocol import Criterion
 from ebft.registry import register_criterion
 

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ebft.config import EBFTConfig
 from ebft.model.matrices import Matrix
 from ebft.pruning.statistics import Statistics
-from ebft.recovery.protocol import BlockRecovery, Place
+from ebft.recovery.protocol import BlockRecovery, Place, WholeModelRecovery
+from ebft.registry import recoveries
 from ebft_kernels import PackedMask
 
 Forward = Callable[[nn.Module, Tensor], Tensor]  # (block, hidden states) -> hidden states after it, float32
@@ -175,3 +177,10 @@ def in_turn(results: Sequence[BlockResult]) -> BlockResult:
 
 def _masks_of(results: Sequence[BlockResult]) -> dict[str, PackedMask]:
     return {name: mask for result in results for name, mask in result.masks.items()}
+
+
+def make_recoveries(config: EBFTConfig) -> tuple[Chain | None, dict[str, WholeModelRecovery]]:
+    """What is done to every block once it is pruned, None for nothing; and to the whole model after the walk."""
+    links = [recoveries[name](config) for name in config.block_recoveries]
+    whole = {name: recoveries[name](config) for name in config.whole_model_recoveries}
+    return Chain(links) if links else None, whole

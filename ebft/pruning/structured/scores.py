@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ebft.config import EBFTConfig
+from ebft.config.pattern import Pattern
 from ebft.errors import EBFTError
 from ebft.model.matrices import Matrix
 from ebft.pruning.masker import NOTHING, BlockMasks, Masker, given_masker
-from ebft.pruning.pattern import Pattern
 from ebft.pruning.protocol import Criterion
 from ebft.pruning.statistics import InputStatistics, Statistics
 from ebft.pruning.structured.uniform import uniform_widths

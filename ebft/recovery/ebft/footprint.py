@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,12 +12,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from ebft.model.decoder import BlockCall
 from ebft.model.stand_ins import Tracker
 from ebft.recovery.ebft.objective import Objective
+from ebft.recovery.ebft.pairs import in_turn_through
 from ebft.recovery.ebft.reconstruct import BlockReconstructor
 from ebft.recovery.ebft.refresh import BATCHES, UNTIL
 from ebft.recovery.protocol import Footprint
 from ebft.recovery.samples import Energies
+from ebft.recovery.task import Forward
 from ebft.registry import optimizers
 from ebft_kernels import PackedMask, reconstruction_loss
 
@@ -58,7 +63,7 @@ def _step(recovery: EBFT, shapes: Shapes) -> dict[str, int]:
     planned = min(batch, 2 * size)  # further parts of a batch are like the second
     tracker = Tracker()
     with shapes.blocks(recovery.blocks_at_once, size, seqlen, flash=shapes.gpu) as (blocks, call):
-        block, names, through = shapes.tuned(blocks, call)
+        block, names, through = _tuned(shapes, blocks, call)
         x, y = (torch.empty(planned, seqlen, shapes.width) for _ in range(2))
         masks = {name: PackedMask.from_dense(block.get_parameter(name) != 0) for name in names}
 
@@ -104,7 +109,7 @@ def _flops(recovery: EBFT, shapes: Shapes) -> float:
     one = config.replace(**changes)
     counted = []
     with shapes.blocks(at_once, 1, config.data.seqlen, flash=False) as fakes:
-        block, names, forward = shapes.tuned(*fakes)
+        block, names, forward = _tuned(shapes, *fakes)
         x = torch.empty(1, config.data.seqlen, shapes.width)
         masks = {name: PackedMask.ones(block.get_parameter(name).shape) for name in names}
         reconstructor = BlockReconstructor(one, torch.device("cpu"), shapes.compute)
@@ -121,3 +126,12 @@ def _flops(recovery: EBFT, shapes: Shapes) -> float:
     steps = float(own.epochs) * (1 + UNTIL * BATCHES / own.refresh_every if own.refresh_every else 1)
     ahead = tuned - blocks
     return config.data.samples * (tuned * (steps * step + probes * forward_only) + ahead * forward_only)
+
+
+def _tuned(shapes: Shapes, blocks: Sequence[nn.Module], call: BlockCall) -> tuple[nn.Module, list[str], Forward]:
+    """What is tuned together, a block or a pair; the names of its matrices, and its forward."""
+    forward: Forward = partial(BlockCall.__call__, call, compute=shapes.compute)
+    if len(blocks) == 1:
+        return blocks[0], list(shapes.matrices), forward
+    names = [f"{place}.{name}" for place in range(len(blocks)) for name in shapes.matrices]
+    return nn.ModuleList(blocks), names, in_turn_through(*[forward] * len(blocks))

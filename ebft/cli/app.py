@@ -1,0 +1,87 @@
+"""``ebft``: which command was asked for. A command's own file is imported when it runs, and torch by what it needs.
+
+Exit code 0; 1 where an audit found faults; 2 with one sentence on standard error for what cannot be done.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App
+from cyclopts.exceptions import CycloptsError
+
+from ebft.cli.terminal import lasting_output
+from ebft.errors import EBFTError
+from ebft.version import __version__
+
+COMMANDS = {
+    "run": "prune a model, win its quality back, save it and measure it",
+    "plan": "what a run would need, in memory and time; nothing is loaded",
+    "audit": "does a finished folder hold what a run promises?",
+    "compress": "store a pruned model without its zeros",
+    "eval": "perplexity, divergence from another model, zero-shot tasks of any model",
+    "methods": "the criteria, recoveries, losses and optimizers that there are",
+}
+WITH_SETTINGS = ("run", "plan")
+HERE = "here"
+
+
+@lasting_output()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for (default: ``sys.argv``); gives the exit code."""
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    everything = "all" in tokens[1:] and tokens[tokens.index("all") - 1] in ("--help", "-h")
+    if everything:
+        tokens.remove("all")
+    try:
+        code = _app(tokens, everything)(
+            _with_device(tokens), exit_on_error=False, print_error=False, result_action="return_value"
+        )
+    except CycloptsError as error:
+        print(f"ebft: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except EBFTError as error:
+        if str(error):
+            print(f"ebft: {error}", file=sys.stderr)
+        return 2
+    return code if isinstance(code, int) else 0
+
+
+def _app(tokens: list[str], everything: bool) -> App:
+    """The application; settings are only looked up for a command that has them."""
+    app = App(
+        name="ebft",
+        help="Prune a language model and win its quality back, block by block, on one small GPU or none.",
+        version=__version__,
+        help_format="plaintext",
+        help_epilogue="" if everything else "ebft run --help shows the settings that matter; ebft run --help all, all.",
+    )
+    wanted = next((token for token in tokens if not token.startswith("-")), None)
+    for name, said in COMMANDS.items():
+        if name in WITH_SETTINGS and name == wanted:
+            from ebft.cli import run
+            from ebft.cli.flags import with_settings
+
+            app.command(with_settings(getattr(run, name), everything=everything), name=name, help=said)
+        elif name not in WITH_SETTINGS:
+            app.command(f"ebft.cli.{'evaluate' if name == 'eval' else name}:{name.replace('eval', 'evaluate')}", name=name, help=said)
+        else:
+            app.command(f"ebft.cli.run:{name}", name=name, help=said)
+    app.register_install_completion_command()
+    return app
+
+
+def _with_device(tokens: list[str]) -> list[str]:
+    """``--plan`` alone is ``--plan here``."""
+    found = list[str]()
+    for place, token in enumerate(tokens):
+        found.append(token)
+        if token == "--plan" and (place + 1 == len(tokens) or tokens[place + 1].startswith("-")):
+            found.append(HERE)
+    return found
+
+
+def _sentence(error: CycloptsError) -> str:
+    """What cyclopts says, on one line, without its full stop."""
+    return " ".join(str(error).split()).removesuffix(".")
