@@ -300,6 +300,8 @@ def compare(case, got, arguments, kept):
         true = outcome(getattr(reference, case.op), kept)
     assert not isinstance(true, Exception), f"{case} was answered; the reference: {true!r}"
     if case.op == "masked_adamw_step":
+        for lists in (arguments, kept):
+            forget_codes(lists)
         assert same(arguments, kept), f"{case}: other weights or states than the reference"
     elif case.op == "compressed_linear":
         assert (got.shape, got.dtype) == (true.shape, arguments[0].dtype), case
@@ -315,6 +317,15 @@ def compare(case, got, arguments, kept):
             assert abs(float(got) - float(true)) <= 1e-5 * float(true) + 1e-18, f"{case}: {got} for {true}"
     else:
         assert same([got], [true]), f"{case}: {got} for {true}"
+
+
+def forget_codes(lists):
+    """Of blocks whose scale is infinity or NaN: what is stored there is lost, and the scale says it."""
+    for states, scales in (lists[2:6:2], lists[3:6:2]):
+        for codes, scale in zip(states, scales, strict=True):
+            if scale.numel():
+                lost = ~scale.isfinite().repeat_interleave(reference.QUANTIZED_BLOCK)[: codes.numel()]
+                codes.view(-1)[lost] = 0
 
 
 def same(ours, theirs):
