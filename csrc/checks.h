@@ -41,7 +41,7 @@ inline void check_floats(const at::Tensor& t, const char* op, const char* name, 
 }
 
 inline void check_scalar(const at::Tensor& t, const char* op, const char* name, c10::Device device) {
-  TORCH_CHECK_VALUE(t.numel() == 1 && t.is_floating_point(), op, " got ", name, " ", toString(t.scalar_type()), " ", shape_of(t),
+  TORCH_CHECK_VALUE(t.dim() <= 1 && t.numel() == 1 && t.is_floating_point(), op, " got ", name, " ", toString(t.scalar_type()), " ", shape_of(t),
                     "; expected a float scalar");
   check_memory(t, op, name, device);
 }

@@ -30,6 +30,14 @@ from ebft_kernels import CompressedLinear
 
 INDEX = "compressed.json"
 FORMAT = 1
+_GENERATION = "generation_config.json"
+# What transformers raises over files whose contents make no sense.
+_BUILDING_FAILS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError, ImportError)
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "I32": torch.int32}
+_DTYPES |= {"I64": torch.int64, "BOOL": torch.bool}  # buffers
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_KINDS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8"}
+_FIELDS = {"in_features": int, "out_features": int, "kept": int, "bias": bool, "values": str}
 
 
 def compress_model(model: PreTrainedModel, values: str | None = None) -> dict[str, dict[str, Any]]:
@@ -127,7 +135,7 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
         shard.check(name, expected.get(name), INDEX)
     try:
         model.load_state_dict({name: shard.tensor(name) for name, shard in stored.items()}, strict=False, assign=True)
-    except RuntimeError as error:  # what is stored of a layer does not fit together; torch says which in a line of its own
+    except RuntimeError as error:  # the parts of a layer do not fit together: torch says which layer in the last line
         raise EBFTError(f"{folder} is damaged: {str(error).splitlines()[-1].strip()}") from None
     model.tie_weights()
     lacking = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
@@ -141,16 +149,6 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
     if narrow:
         _try_out(model.eval(), folder / INDEX)
     return model.eval()
-
-
-_GENERATION = "generation_config.json"
-# What transformers raises over files whose contents make no sense.
-_BUILDING_FAILS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError, ImportError)
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "I32": torch.int32}
-_DTYPES |= {"I64": torch.int64, "BOOL": torch.bool}  # buffers
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_KINDS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8"}
-_FIELDS = {"in_features": int, "out_features": int, "kept": int, "bias": bool, "values": str}
 
 
 def _read_index(file: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, int]]]:
@@ -169,7 +167,9 @@ def _read_index(file: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[s
     for name, layer in layers.items():
         for field, kind in _FIELDS.items():
             if type(layer.get(field)) is not kind:
-                raise EBFTError(f"{file} is damaged: {field} of {name} is {layer.get(field)!r}; expected {kind.__name__}")
+                raise EBFTError(
+                    f"{file} is damaged: {field} of {name} is {layer.get(field)!r}; expected {kind.__name__}"
+                )
         if layer["values"] not in ("dense", *_KINDS):
             raise EBFTError(
                 f"{file} is damaged: values of {name} are {layer['values']!r}; expected dense, {', '.join(_KINDS)}"
@@ -242,7 +242,8 @@ class _Shard:
         if wanted is None:
             raise EBFTError(f"{self.path} does not fit its {index}: {name} is not expected")
         kind, shape = self.entries[name]
-        dtypes = _FLOATS if wanted.is_floating_point() and not name.endswith((".values", ".scales")) else (wanted.dtype,)
+        exactly = name.endswith((".values", ".scales")) or not wanted.is_floating_point()
+        dtypes = (wanted.dtype,) if exactly else _FLOATS
         if _DTYPES.get(kind) not in dtypes or shape != tuple(wanted.shape):
             raise EBFTError(
                 f"{self.path} is damaged: {name} is {kind} {shape}; expected "

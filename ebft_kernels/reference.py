@@ -74,7 +74,9 @@ def check_kept_rows(words: Tensor, offsets: Tensor, width: int, stored: int) -> 
     counted = row_offsets(words)
     if not torch.equal(counted, offsets):
         row = int((counted != offsets).nonzero()[0])
-        raise ValueError(f"got row offset {int(offsets[row])} at {row}; its mask keeps {int(counted[row])} before there")
+        raise ValueError(
+            f"got row offset {int(offsets[row])} at {row}; its mask keeps {int(counted[row])} before there"
+        )
     if int(counted[-1]) != stored:
         raise ValueError(f"got {stored} values for a mask that keeps {int(counted[-1])}; expected as many")
 
@@ -149,15 +151,16 @@ SCALE_GROUP = 128  # inputs of a row that share the float32 scale of 8-bit value
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float64)  # float64: as all of this file
 
 
-def check_compressed(
-    words: Tensor, values: Tensor, row_offsets: Tensor, scales: Tensor | None, width: int
-) -> None:
+def check_compressed(words: Tensor, values: Tensor, row_offsets: Tensor, scales: Tensor | None, width: int) -> None:
     """The layout of a compressed weight, whole: that of ``check_kept_rows``, on one device, with values (kept,) of
     ``VALUES`` and, for int8 alone, float32 scales (N, ceil(K / 128)).
 
     Raises:
         ValueError: it is another one.
     """
+    devices = {t.device for t in (words, values, row_offsets, scales) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"got tensors on {' and '.join(sorted(map(str, devices)))}; expected one device")
     if words.ndim != 2 or values.ndim != 1 or values.dtype not in VALUES:
         given = f"words {tuple(words.shape)} and values {values.dtype} {tuple(values.shape)}"
         raise ValueError(f"got {given}; expected (N, ceil(K / 32)), and (kept,) in float32, bfloat16, float16 or int8")

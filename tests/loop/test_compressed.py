@@ -230,7 +230,10 @@ DAMAGES = {
     "no version": (_of_index(lambda index: {"layers": {}}), "compressed.json has format None; expected 1"),
     "no layers": (_of_index(lambda index: {"format": 1}), "its layers are not an object of objects"),
     "layers as a list": (_of_index(lambda index: index | {"layers": [1]}), "its layers are not an object of objects"),
-    "a layer as a number": (_of_index(lambda index: index | {"layers": {"a": 1}}), "layers are not an object of objects"),
+    "a layer as a number": (
+        _of_index(lambda index: index | {"layers": {"a": 1}}),
+        "layers are not an object of objects",
+    ),
     "a layer less": (
         _of_index(lambda index: index | {"layers": dict([*index["layers"].items()][1:])}),
         f"model.safetensors does not fit its compressed.json: {FIRST}.bitmap is not expected",
@@ -274,7 +277,10 @@ DAMAGES = {
         lambda folder: shutil.copy(folder / WEIGHTS, folder / "second.safetensors"),
         "is in two of its files",
     ),
-    "a missing tensor": (_of_tensors(lambda name, tensors: tensors.pop(f"{name}.values")), f"{FIRST}.values is missing"),
+    "a missing tensor": (
+        _of_tensors(lambda name, tensors: tensors.pop(f"{name}.values")),
+        f"{FIRST}.values is missing",
+    ),
     "a tensor more": (
         _of_tensors(lambda name, tensors: tensors.update({f"{name}.weight": torch.ones(48, 48)})),
         f"{FIRST}.weight is not expected",

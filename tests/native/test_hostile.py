@@ -164,7 +164,7 @@ def test_bits_past_the_end_of_a_row(count_them):
         offsets = reference.row_offsets(words)
         values = torch.ones(int(offsets[-1]))
     for call in both(words, values, offsets, 33):
-        with pytest.raises(ValueError, match="past the end of|row 60|a row fewer than 0 or more than its 33 values"):
+        with pytest.raises(ValueError, match=r"past the end of|row 60|a row fewer than 0 or more than its 33 values"):
             call()
 
 
@@ -173,7 +173,7 @@ def test_a_bit_past_the_end_that_takes_another_ones_place():
     words, values, offsets = layer_of()
     words[7, 1], words[7, 0] = 2, -1
     for call in both(words, values, offsets, 33):
-        with pytest.raises(ValueError, match="past the end of (a )?row"):
+        with pytest.raises(ValueError, match=r"past the end of (a )?row"):
             call()
 
 
@@ -265,7 +265,7 @@ def test_a_layer_of_no_size(sizes):
 def test_a_layer_says_what_it_takes():
     with pytest.raises(ValueError, match=r"CompressedLinear got x \(2, 41\); expected \(\.\.\., 40\)"):
         sound_layer()(torch.ones(2, 41))
-    with pytest.raises(ValueError, match="values for a mask that keeps|row offset"):
+    with pytest.raises(ValueError, match=r"values for a mask that keeps|row offset"):
         CompressedLinear(40, 9, 99, values="fp32")(torch.ones(2, 40))  # nothing has been loaded
     half = sound_layer("int8").half()
     assert half(torch.ones(2, 40).half()).shape == half(torch.ones(20, 40).half())[:2].shape

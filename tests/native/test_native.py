@@ -210,7 +210,10 @@ WORDS = reference.pack_mask(torch.ones(4, 40, dtype=torch.bool))
         (lambda: OPS.nm_mask.native(torch.randn(3, 8), 5, 4), "5:4"),
         (lambda: OPS.is_nm.native(WORDS, 40, 2, 3), "2:3 for rows of 40"),
         (lambda: OPS.row_offsets.native(WORDS.long()), "row_offsets got words Long"),
-        (lambda: OPS.masked_grad_norm.native([torch.randn(4, 40)], [WORDS[:2]]), r"mask words \(2, 2\) for \(4, 40\); expected 2 words a row"),
+        (
+            lambda: OPS.masked_grad_norm.native([torch.randn(4, 40)], [WORDS[:2]]),
+            r"mask words \(2, 2\) for \(4, 40\); expected 2 words a row",
+        ),
         (lambda: OPS.masked_grad_norm.native([torch.randn(4, 40)], []), "1 gradients and 0 masks"),
     ],
 )
