@@ -132,6 +132,8 @@ def masked_linear_dw(dy: Tensor, x: Tensor, words: Tensor) -> Tensor:
 
 
 def decompress(words: Tensor, values: Tensor, row_offsets: Tensor, scales: Tensor | None, width: int) -> Tensor:
+    if words.device.type == "cpu":  # elsewhere it would wait for the device; the layer's own check has been there
+        reference.check_compressed(words, values, row_offsets, scales, width)
     dense = torch.zeros((words.shape[0], width), dtype=values.dtype, device=values.device)
     dense.masked_scatter_(unpack_mask(words, width), values)
     if scales is None:

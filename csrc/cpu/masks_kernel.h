@@ -144,39 +144,40 @@ inline uint32_t best_of_4_twice(const int32_t* keys, int n) {
 }
 #endif
 
-void nm_row(const int32_t* keys, uint32_t* words, int64_t width, int n, int m) {
+void nm_row(const int32_t* keys, uint32_t* words, int64_t width, int64_t n, int64_t m) {
   memset(words, 0, size_t((width + 31) / 32) * 4);
   int64_t i = 0;
   if (m == 4) {
 #if EBFT_AVX2
-    for (; i + 8 <= width; i += 8) words[i / 32] |= best_of_4_twice(keys + i, n) << (i & 31);
+    for (; i + 8 <= width; i += 8) words[i / 32] |= best_of_4_twice(keys + i, int(n)) << (i & 31);
 #endif
-    for (; i < width; i += 4) words[i / 32] |= best_of_4(keys + i, n) << (i & 31);
+    for (; i < width; i += 4) words[i / 32] |= best_of_4(keys + i, int(n)) << (i & 31);
     return;
   }
   for (; i < width; i += m) {
-    for (int a = 0; a < m; ++a) {
+    for (int64_t a = 0; a < m; ++a) {
       const int32_t key = keys[i + a];
-      int before = 0;
-      for (int b = 0; b < a; ++b) before += keys[i + b] >= key;
-      for (int b = a + 1; b < m; ++b) before += keys[i + b] > key;
+      int64_t before = 0;
+      for (int64_t b = 0; b < a; ++b) before += keys[i + b] >= key;
+      for (int64_t b = a + 1; b < m; ++b) before += keys[i + b] > key;
       if (before < n) words[(i + a) / 32] |= 1u << ((i + a) & 31);
     }
   }
 }
 
-bool is_nm_row(const uint32_t* words, int64_t width, int n, int m) {
+bool is_nm_row(const uint32_t* words, int64_t width, int64_t n, int64_t m) {
   if (m == 4) {  // four bits a group: counts in nibbles, and a carry into the top bit where one is above n
     uint32_t over = 0, add = 0x11111111u * uint32_t(7 - n);
     for (int64_t j = 0; j < (width + 31) / 32; ++j) {
-      uint32_t pairs = words[j] - (words[j] >> 1 & 0x55555555u);
+      const uint32_t word = 32 * j + 32 <= width ? words[j] : words[j] & ((1u << (width & 31)) - 1);  // padding counts for nothing
+      uint32_t pairs = word - (word >> 1 & 0x55555555u);
       uint32_t counts = (pairs & 0x33333333u) + (pairs >> 2 & 0x33333333u);
       over |= (counts + add) & 0x88888888u;
     }
     return over == 0;
   }
   for (int64_t i = 0; i < width; i += m) {
-    int count = 0;
+    int64_t count = 0;
     for (int64_t b = i; b < i + m; ++b) count += int(words[b / 32] >> (b & 31) & 1);
     if (count > n) return false;
   }
