@@ -58,6 +58,7 @@ ORDER = {
         "_build",
         "_extension",
         "dispatch",
+        "sharding",
         "mask",
         "updates",
         "functional",
