@@ -54,6 +54,7 @@ def op_examples():
         "compressed_linear": ((x, *compressed, bias, 37), {}),
         "decompress": ((*compressed, 37), {}),
         "zero_pruned": ((weight.detach(), words), {}),
+        "zero_pruned_": ((weight.detach().clone(), words), {}),
         "reconstruction_loss": ((dy.detach().requires_grad_(), torch.randn(2, 3, 5), torch.randn(2, 3, 5)), {}),
         "masked_grad_norm": (([torch.randn(5, 37), torch.randn(4)], [words, none]), {}),
         "masked_dw_adamw_step": (
