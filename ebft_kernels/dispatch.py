@@ -30,8 +30,13 @@ NATIVE_ON_CUDA = ("compressed_linear", "masked_adamw_step")  # csrc/cuda/
 PRODUCTS = ("masked_linear", "masked_linear_dx", "masked_linear_dw")
 # What is worth a word where it runs in torch on a GPU.
 FUSED = (
-    "masked_adamw_step", "masked_grad_norm", "masked_dw_adamw_step", "reconstruction_loss", "zero_pruned", "zero_pruned_",
-)  # fmt: skip
+    "masked_adamw_step",
+    "masked_grad_norm",
+    "masked_dw_adamw_step",
+    "reconstruction_loss",
+    "zero_pruned",
+    "zero_pruned_",
+)
 MULTIPLY = (*PRODUCTS, "masked_dw_adamw_step")
 TRITON = {  # op -> file of _triton/ that has its launcher
     "pack_mask": "masks",

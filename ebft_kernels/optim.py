@@ -13,7 +13,6 @@ from ebft_kernels import sharding, updates
 from ebft_kernels.functional import masked_adamw_step, masked_dw_adamw_step, masked_grad_norm
 from ebft_kernels.mask import MaskLike, PackedMask, as_packed
 from ebft_kernels.reference import dequantize, quantize
-from ebft_kernels.zeroed import known_words, mark_zeroed
 
 WEIGHTS = ("fp32", "master", "stochastic")
 MOMENTS = ("fp32", "bf16", "int8")
@@ -142,7 +141,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         """The mask of a parameter, or None; of all of it, if it is sharded."""
         mask = self._masks.get(param)
         if mask is not None and mask.device != param.device:  # the module has been moved
-            mask = self._take_mask(param, PackedMask(_same_words(param, mask.words.to(param.device)), mask.shape))
+            mask = self._take_mask(param, mask.to(param.device))
         return mask
 
     @torch.no_grad()
@@ -169,7 +168,6 @@ class MaskedAdamW(torch.optim.Optimizer):
         for key, value in dense.items():
             self._store(param, key, self._zero_pruned_(param, value))
         self._zero_pruned_(param, param)
-        self._mark_zeroed(param)
 
     def second_moment(self, param: Tensor) -> Tensor | None:
         """Of a parameter, in its shape, float32 (float64), 0 where nothing is stored; None before its first step."""
@@ -241,8 +239,6 @@ class MaskedAdamW(torch.optim.Optimizer):
                     **_settings(group),
                     **extras,
                 )
-                for p in params:
-                    self._mark_zeroed(p)
         self._grad_scale = None
         return loss
 
@@ -275,7 +271,6 @@ class MaskedAdamW(torch.optim.Optimizer):
             **_settings(group),
             **{key: _all_stored([state], key, weight)[0] for key in _EXTRAS},
         )
-        self._mark_zeroed(weight)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -350,11 +345,6 @@ class MaskedAdamW(torch.optim.Optimizer):
             mask.zero_pruned_(sharding.local(tensor))
         return tensor
 
-    def _mark_zeroed(self, param: Tensor) -> None:
-        mask = self.mask_of(param)
-        if mask is not None and not sharding.is_sharded(param):
-            mark_zeroed(param, mask.words)
-
     # --- states ---------------------------------------------------------------------------------------------------
 
     def _params(self) -> Iterable[Tensor]:
@@ -424,7 +414,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             if "max_exp_avg_sq" in saved:
                 raise ValueError("MaskedAdamW got a state dict of AMSGrad; expected one of AdamW")
             if (words := saved.pop("mask", None)) is not None:
-                self._take_mask(param, PackedMask(_same_words(param, sharding.local(words)), param.shape))
+                self._take_mask(param, PackedMask(words, param.shape))
             mask = self.mask_of(param)
             plain = isinstance(saved.get("step"), Tensor)  # torch's own counts steps in tensors
             if "step" in saved:
@@ -433,7 +423,6 @@ class MaskedAdamW(torch.optim.Optimizer):
             if saved:
                 self.state[param] = saved
             self._zero_pruned_(param, param)
-            self._mark_zeroed(param)
             if plain and "exp_avg" in saved:  # dense, and in whatever dtype
                 for key in _MOMENTS:
                     dense = sharding.local(saved[key]).to(_wide(param))
@@ -484,13 +473,6 @@ def _processes() -> int:
 
 def _wide(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def _same_words(param: Tensor, words: Tensor) -> Tensor:
-    """``words``, or the equal ones that a ``MaskedLinear`` around ``param`` holds: both know of the same zeros then."""
-    known = known_words(param)
-    same = known is not None and known.device == words.device and torch.equal(known, words)
-    return known if same and known is not None else words
 
 
 def _gradient(param: Tensor) -> Tensor:

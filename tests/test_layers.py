@@ -62,7 +62,6 @@ ORDER = {
         "mask",
         "updates",
         "functional",
-        "zeroed",
         "compressed",
         "nn",
         "optim",
