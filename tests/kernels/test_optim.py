@@ -9,7 +9,6 @@ from torch import nn
 
 from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask
 from ebft_kernels.testing import ADAMW_LAYOUTS, assert_exact_zeros
-from ebft_kernels.zeroed import is_zeroed
 
 RECIPE = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -405,16 +404,6 @@ def test_layout_settings_are_checked():
         TypeError, match=r"torch\.float16; expected torch\.float32, torch\.bfloat16 with weights='stochastic'"
     ):
         MaskedAdamW([nn.Parameter(torch.ones(2, dtype=torch.float16))], weights="stochastic", moments="int8")
-
-
-def test_a_module_that_moves_and_loads_keeps_what_is_known():
-    """After a state dict came back (as accelerate does) layer and optimizer still know of the same zeros."""
-    layer = MaskedLinear(20, 4, mask=torch.rand(4, 20) > 0.5)
-    optimizer = MaskedAdamW.for_module(layer)
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    layer(torch.randn(2, 20)).sum().backward()
-    optimizer.step()
-    assert is_zeroed(layer.weight, layer.mask_words)
 
 
 def test_a_step_counts_as_a_change_of_weights_and_states():
