@@ -144,7 +144,7 @@ class MaskedLinear(nn.Linear):
         """
         if torch.compiler.is_compiling() or self._own is None or self._own() is not weight:
             return False
-        if is_sharded(weight) or is_transformed():
+        if is_sharded(weight) or is_transformed() or weight.ndim != 2:  # FSDP1 flattens it between forward passes
             return False
         words, held = self.mask_words, weight.data
         if not _trusts(weight) or weight.is_inference() or words.is_inference():

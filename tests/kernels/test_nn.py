@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, is_masked, mask_linears_, unmask_linears_
+from ebft_kernels import MaskedLinear, PackedMask, is_masked, mask_linears_
 from ebft_kernels.testing import assert_exact_zeros
 
 
