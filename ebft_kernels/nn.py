@@ -113,9 +113,8 @@ class MaskedLinear(nn.Linear):
     def apply_mask_(self) -> MaskedLinear:
         """Set the pruned weights to exactly zero now."""
         weight = self._parameters.get("weight")
-        if weight is not None and weight.shape == (self.out_features, self.in_features):  # FSDP1 flattens it
-            with _writable(weight):
-                self.mask.zero_pruned_(weight)
+        if weight is not None:
+            self._apply_mask_to(weight)
         self._adopt()
         return self
 
@@ -142,9 +141,8 @@ class MaskedLinear(nn.Linear):
 
         Versions are not counted up: what a graph saved of kept weights stands, and pruned ones are zero by definition.
         """
-        if torch.compiler.is_compiling() or self._own is None or self._own() is not weight:
-            return False
-        if is_sharded(weight) or is_transformed() or weight.ndim != 2:  # FSDP1 flattens it between forward passes
+        own = None if torch.compiler.is_compiling() or self._own is None else self._own()
+        if own is None or own is not weight or not self._is_whole(weight) or is_transformed():
             return False
         words, held = self.mask_words, weight.data
         if not _trusts(weight) or weight.is_inference() or words.is_inference():
@@ -165,16 +163,23 @@ class MaskedLinear(nn.Linear):
     def _zero_what_is_here(self) -> None:
         """The same for whatever weight the layer holds, its own or one that somebody has put in its place."""
         weight = self._parameters.get("weight")
-        if weight is not None and not self._zero(weight) and weight.shape == (self.out_features, self.in_features):
-            with _writable(weight):
-                self.mask.zero_pruned_(weight)
+        if weight is not None and not self._zero(weight):
+            self._apply_mask_to(weight)
 
     def _adopt(self) -> None:
         """From now on the weight that is here is the layer's own, unless it is only a part."""
         weight = self._parameters.get("weight")
-        whole = weight is not None and not is_sharded(weight) and weight.shape == (self.out_features, self.in_features)
-        self._own = weakref.ref(weight) if whole and weight is not None else None
+        self._own = weakref.ref(weight) if weight is not None and self._is_whole(weight) else None
         self._trusted = None
+
+    def _apply_mask_to(self, weight: Tensor) -> None:
+        if weight.shape == (self.out_features, self.in_features):
+            with _writable(weight):
+                self.mask.zero_pruned_(weight)
+
+    def _is_whole(self, weight: Tensor) -> bool:
+        """Not a part, as FSDP2 holds it, and in its shape: FSDP1 flattens it between forward passes."""
+        return not is_sharded(weight) and weight.shape == (self.out_features, self.in_features)
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
@@ -246,15 +251,15 @@ def mask_linears_(module: nn.Module, masks: Mapping[str, MaskLike]) -> nn.Module
             parametrisation), or a shape does not fit; nothing has been changed then.
     """
     packed, layers = {name: as_packed(mask) for name, mask in masks.items()}, dict(module.named_modules())
-    masked: dict[str, nn.Module] = {}
+    masked: dict[str, nn.Linear] = {}
     for name, mask in packed.items():
         path, _, last = name.rpartition(".")
         layer = layers.get(path)
         refusal = _why_not(layer) if last == "weight" else f"{_class(layer)} is; expected the weight of an nn.Linear"
         if refusal is not None:
             raise ValueError(f"mask_linears_ got {name!r}, where {refusal}")
-        masked[name] = layer
-        shape = (layer.out_features, layer.in_features)
+        assert isinstance(layer, nn.Linear)
+        masked[name], shape = layer, (layer.out_features, layer.in_features)
         if mask.shape != shape:
             raise ValueError(f"mask_linears_ got a mask {tuple(mask.shape)} for {name}; expected {shape}")
     for name, mask in packed.items():
@@ -287,7 +292,7 @@ def unmask_linears_(module: nn.Module) -> nn.Module:
         layer.apply_mask_()
         _become(layer, nn.Linear)
         for name in _STATE:
-            vars(layer).pop(name, None)
+            layer.__dict__.pop(name, None)
     return module
 
 
@@ -391,7 +396,7 @@ def _become(layer: nn.Linear, kind: type[nn.Linear]) -> None:
     """Make ``layer`` one of another class, and with it methods of the old one that somebody has kept in it."""
     for name, value in list(vars(layer).items()):  # such as accelerate's ``_old_forward``
         if _is_method_of(layer, value):
-            vars(layer)[name] = types.MethodType(getattr(kind, value.__name__), layer)
+            layer.__dict__[name] = types.MethodType(getattr(kind, value.__name__), layer)
     layer.__class__ = kind
 
 
@@ -408,10 +413,10 @@ def _twin(layer: nn.Linear, kind: type[_Linear]) -> _Linear:
             f"{kind.__name__} got a layer whose forward is replaced by {getattr(replaced, '__qualname__', replaced)}; "
             "expected one without, or mask_linears_ and unmask_linears_, which change a layer where it is"
         )
-    twin = kind.__new__(kind)
+    twin = object.__new__(kind)
     for name, value in vars(layer).items():
         if name not in _STATE and not _is_method_of(layer, value):
-            vars(twin)[name] = copy.copy(value) if isinstance(value, dict | set) else value
+            twin.__dict__[name] = copy.copy(value) if isinstance(value, dict | set) else value
     for hooks in vars(twin).values():
         for number, hook in list(hooks.items()) if isinstance(hooks, dict) else ():
             if getattr(hook, "with_module", False):  # torch's wrapper of a state-dict hook, which holds its module
