@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ebft_kernels.mask import MaskLike, PackedMask, as_packed
 from ebft_kernels.reference import QUANTIZED_BLOCK
@@ -49,6 +50,11 @@ def masked_linear(
     if is_sharded(weight) or is_transformed():
         kept = beside(PackedMask(words, weight.shape).dense(), weight)
         return F.linear(x, torch.where(kept, weight, 0.0), bias)
+    if is_traceable_wrapper_subclass(weight):
+        raise ValueError(
+            f"masked_linear got a weight that is a {type(weight).__name__}; expected a plain tensor: call "
+            "unmask_linears_ on the model before it is quantised"
+        )
     kind = x.device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     master, updater = weight, None if torch.compiler.is_compiling() else updater_of(weight)

@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from twins import batches, check, make_twins, masked_state, outputs, train
 
-from ebft_kernels import MaskedLinear, is_masked, masked_linear, unmask_linears_
+from ebft_kernels import MaskedLinear, masked_linear, unmask_linears_
 from ebft_kernels.testing import assert_exact_zeros
 
 
@@ -217,16 +217,21 @@ def test_quantize_dynamic():
     assert torch.equal(quantised(x), torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}, torch.qint8)(x))
     for name, mask in twins.masks.items():
         assert_exact_zeros(quantised.get_submodule(name.removesuffix(".weight")).weight().dequantize(), mask, name)
-    assert is_masked(twins.masked)
 
 
 @pytest.mark.slow
 def test_torchao():
-    """Its weights are no plain tensors: unmask first; zeros stay zeros."""
+    """Its weights are no plain tensors: a masked layer says so, an unmasked one keeps its zeros."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     twins = make_twins()
     dirty(twins)
+    masked = copy.deepcopy(twins.masked)
+    quantize_(masked, Int8WeightOnlyConfig())
+    with pytest.raises(
+        ValueError, match=r"a weight that is a Int8Tensor; expected a plain tensor: call unmask_linears_"
+    ):
+        outputs(masked)
     unmasked = unmask_linears_(copy.deepcopy(twins.masked))
     quantize_(unmasked, Int8WeightOnlyConfig())
     plain = twins.make()
