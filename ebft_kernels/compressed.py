@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ebft_kernels import reference
+from ebft_kernels.functional import is_transformed
 from ebft_kernels.mask import MaskLike, PackedMask, as_packed
 
 _OPS = torch.ops.ebft_kernels
@@ -143,7 +144,7 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of (..., in_features), in x's dtype; float32 sums."""
-        if x.numel() <= LARGEST_BATCH * self.in_features:
+        if x.numel() <= LARGEST_BATCH * self.in_features and not is_transformed():
             scales = None if self.scales is None else self.scales.float()
             return _OPS.compressed_linear(
                 x, self.bitmap, self.values, self.row_offsets, scales, self.bias, self.in_features

@@ -155,6 +155,10 @@ def _loss_and_gradient(output: Tensor, target: Tensor, residual: Tensor | None) 
                 f"reconstruction_loss got a {name} {tuple(other.shape)} on {other.device} and an output "
                 f"{tuple(output.shape)} on {output.device}; expected the same of both"
             )
+    if is_transformed():
+        wide = torch.promote_types(output.dtype, torch.float32)
+        difference = output.to(wide) - target.to(wide) - (0.0 if residual is None else residual.to(wide))
+        return difference.square().mean(), difference * (2 / max(1, difference.numel()))
     return _OPS.reconstruction_loss(output, target, residual)
 
 

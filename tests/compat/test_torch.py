@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from twins import batches, check, make_twins, masked_state, outputs, train
 
-from ebft_kernels import MaskedLinear, masked_linear, unmask_linears_
+from ebft_kernels import CompressedLinear, MaskedLinear, masked_linear, reconstruction_loss, unmask_linears_
 from ebft_kernels.testing import assert_exact_zeros
 
 
@@ -191,6 +191,32 @@ def test_forward_mode():
             tangents.append(torch.autograd.forward_ad.unpack_dual(f(*duals)).tangent)
     assert tangents[0] is not None
     assert_close(*tangents)
+
+
+@pytest.mark.parametrize("name", ["grad", "vmap of grad", "jacrev", "hessian", "jvp"])
+def test_torch_func_of_losses_and_compressed_layers(name):
+    """The other operators that are differentiable."""
+    torch.manual_seed(0)
+    layer = MaskedLinear(7, 5, mask=torch.rand(5, 7) > 0.5)
+    small = CompressedLinear.from_masked(layer)
+    target, residual, x = torch.randn(3, 5), torch.randn(3, 5), torch.randn(3, 7)
+    shared = name == "vmap of grad"  # one target for all rows of x there
+    target, residual = (target[0], residual[0]) if shared else (target, residual)
+
+    def ours(target, residual, x):
+        return reconstruction_loss(small(x), target, residual)
+
+    def theirs(target, residual, x):
+        return nn.functional.mse_loss(layer(x) - residual, target)
+
+    for got, expected in zip(*(TRANSFORMS[name](f)(target, residual, x) for f in (ours, theirs)), strict=True):
+        assert_close(got, expected)
+
+
+def test_compile_of_torch_func():
+    ours, theirs, arguments = losses()
+    compiled = torch.compile(vmap(grad(ours, (0, 1, 2)), (None, None, 0)), backend="eager", fullgraph=True)
+    assert_close(compiled(*arguments), vmap(grad(theirs, (0, 1, 2)), (None, None, 0))(*arguments))
 
 
 def assert_close(got, expected) -> None:
