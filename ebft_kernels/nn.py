@@ -62,7 +62,7 @@ class MaskedLinear(nn.Linear):
         mask: MaskLike | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._hold(PackedMask.ones((out_features, in_features)) if mask is None else mask)
+        self._hold(PackedMask.ones((out_features, in_features), "cpu") if mask is None else mask)  # not on meta
         self.apply_mask_()
 
     @classmethod
@@ -97,6 +97,11 @@ class MaskedLinear(nn.Linear):
         weight = self._parameters.get("weight")
         if weight is None or weight.device == self._words.device:
             return self._words
+        if self._words.is_meta:
+            raise ValueError(
+                f"MaskedLinear got a mask on the meta device for a weight on {weight.device}; expected set_mask_ with "
+                "a mask that has values first"
+            )
         words = self._words.to(weight.device)
         if not words.is_meta:  # a meta tensor would forget the mask
             self._words = words

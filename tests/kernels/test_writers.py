@@ -342,6 +342,16 @@ def test_a_layer_keeps_its_mask_through_meta_and_empty_memory():
     made.load_state_dict(state, assign=True)
     assert torch.equal(made.weight, state["weight"])
     assert torch.equal(made.mask.dense(), mask)
+    with torch.device("meta"):
+        made = MaskedLinear(SHAPE[1], SHAPE[0])
+        lost = MaskedLinear(SHAPE[1], SHAPE[0], mask=torch.empty(SHAPE, dtype=torch.bool))
+    assert "sparsity=0.000" in repr(made.to_empty(device="cpu"))
+    assert "sparsity" not in repr(lost)
+    with pytest.raises(ValueError, match=r"a mask on the meta device for a weight on cpu; expected set_mask_"):
+        lost.to_empty(device="cpu")
+    lost.set_mask_(mask)
+    lost.load_state_dict(state)
+    assert is_masked(lost)
 
 
 @pytest.mark.parametrize("swap", [False, True])
