@@ -193,8 +193,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         with_grad = [p for p in self._params() if p.grad is not None]
         if not with_grad:
             return torch.zeros(())
+        groups: dict[Any, list[Tensor]] = {}  # in the order of the parameters, which is that of all processes
+        for p in with_grad:
+            groups.setdefault((p.dtype, _sharding(p)), []).append(p)
         norms = []
-        for _, alike in _grouped(with_grad, lambda p: (str(p.dtype), _sharding(p))):
+        for alike in groups.values():
             held = masked_grad_norm([_gradient(p) for p in alike], [self._held_mask(p) for p in alike])
             sharded = sharding.is_sharded(alike[0])
             norms.append(sharding.total(held.square(), alike[0]).sqrt() if sharded else held)
@@ -221,11 +224,11 @@ class MaskedAdamW(torch.optim.Optimizer):
             for p in with_grad:
                 self._begin(p)
             for (step, *_), params in _grouped(with_grad, self._goes_with):
-                states = [self.state[p] for p in params]
+                states, grads = [self.state[p] for p in params], [_gradient(p) for p in params]
                 extras: dict[str, Any] = {f"{key}s": _all_stored(states, key, params[0]) for key in _EXTRAS}
                 masked_adamw_step(
                     [sharding.local(p) for p in params],
-                    [_gradient(p) for p in params],
+                    grads,
                     [sharding.local(state["exp_avg"]) for state in states],
                     [sharding.local(state["exp_avg_sq"]) for state in states],
                     [self._held_mask(p) for p in params],
@@ -239,6 +242,9 @@ class MaskedAdamW(torch.optim.Optimizer):
                     **_settings(group),
                     **extras,
                 )
+                for p, used in zip(params, grads, strict=True):
+                    if self._zero_grads and used is not sharding.local(p.grad):  # the step took a copy
+                        p.grad.zero_()
         self._grad_scale = None
         return loss
 
@@ -352,11 +358,12 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _begin(self, param: Tensor) -> None:
         """Count a step; make the states before the first."""
+        mask = self.mask_of(param)
+        if mask is not None:
+            _refuse_flattened([param])
         state = self.state[param]
         if "step" not in state:
-            state["step"], held, mask = 0, sharding.local(param), self.mask_of(param)
-            if mask is not None:
-                _refuse_flattened([param])
+            state["step"], held = 0, sharding.local(param)
             for key in _MOMENTS:
                 self._store(param, key, torch.zeros(held.shape, dtype=_wide(param), device=param.device))
             if self._weights == "master" and param.dtype in (torch.bfloat16, torch.float16):
@@ -479,13 +486,13 @@ def _gradient(param: Tensor) -> Tensor:
     """What this process holds of a parameter's gradient."""
     assert param.grad is not None
     grad: Any = param.grad
-    if sharding.is_sharded(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
-        grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    if sharding.is_sharded(param) and grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
     return sharding.local(grad).contiguous()
 
 
-def _sharding(param: Any) -> str:
-    return f"{param.device_mesh} {param.placements}" if sharding.is_sharded(param) else ""
+def _sharding(param: Any) -> tuple[Any, ...]:
+    return (param.device_mesh, param.placements) if sharding.is_sharded(param) else ()
 
 
 def _refuse_flattened(params: list[Tensor]) -> None:

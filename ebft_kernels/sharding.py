@@ -34,7 +34,7 @@ def part_of(whole: Tensor, other: Any) -> Tensor:
     """Of ``whole``, which every process has, the part that this process holds of ``other``; no communication."""
     if not is_sharded(other):
         return local(whole)
-    return beside(whole, other).redistribute(placements=other.placements).to_local()  # type: ignore[attr-defined]
+    return beside(whole, other).redistribute(placements=other.placements).to_local()
 
 
 def sharded_as(held: Tensor, other: Any) -> Tensor:

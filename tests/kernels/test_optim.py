@@ -421,3 +421,27 @@ def test_a_step_counts_as_a_change_of_weights_and_states():
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_masks_are_saved_before_the_first_step(compact):
+    """And nothing else is: a library that fills states by a first step (DCP) looks whether there are any."""
+    weight, bias, mask, gradients = make_problem()
+    optimizer = MaskedAdamW([weight, bias], masks={weight: mask}, compact=compact, **RECIPE)
+    assert not optimizer.state
+    saved = copy.deepcopy(optimizer.state_dict())
+    other_weight, other_bias = nn.Parameter(torch.ones(9, 70)), nn.Parameter(torch.ones(9))
+    other = MaskedAdamW([other_weight, other_bias], compact=compact)
+    other.load_state_dict(saved)
+    run(other, other_weight, other_bias, gradients, range(2))
+    assert other.mask_of(other_weight) == PackedMask.from_dense(mask)
+    assert_exact_zeros(other_weight, mask)
+    assert other_weight[mask].all()
+
+
+def test_zero_grads_reaches_gradients_that_are_not_contiguous():
+    weight, _, mask, _ = make_problem()
+    optimizer = MaskedAdamW([weight], masks={weight: mask}, zero_grads=True)
+    weight.grad = torch.ones(70, 9).T
+    optimizer.step()
+    assert not weight.grad.any()
