@@ -16,8 +16,8 @@ demo: $(VENV)/.ready  ## prune SmolLM2-135M to 60 %, win its quality back, save 
 test: $(VENV)/.ready lint  ## lint, types and the tests (under 15 minutes on 2 cores)
 	$(RUN) -m pytest $(PARALLEL) --benchmark-disable -m "not slow"
 
-test-all: $(VENV)/.ready lint  ## the slow tests and the sanitizers too (they need the extra `tasks`, 340 MB)
-	$(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tasks]'
+test-all: $(VENV)/.ready lint  ## the slow tests and the sanitizers too (they need the extras `tasks` and `compat`, 540 MB)
+	$(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tasks,compat]'
 	EBFT_FUZZ_CASES=5000 $(RUN) -m pytest --benchmark-disable
 	bash tests/native/sanitize.sh $(RUN)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ebft_kernels import reference
+from ebft_kernels.functional import is_transformed
 from ebft_kernels.mask import MaskLike, PackedMask, as_packed
 
 _OPS = torch.ops.ebft_kernels
@@ -156,7 +157,7 @@ class CompressedLinear(nn.Module):
         """Of (..., in_features), in x's dtype; float32 sums."""
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"CompressedLinear got x {tuple(x.shape)}; expected (..., {self.in_features})")
-        if x.numel() <= LARGEST_BATCH * self.in_features:
+        if x.numel() <= LARGEST_BATCH * self.in_features and not is_transformed():
             return _OPS.compressed_linear(
                 x, self.bitmap, self.values, self.row_offsets, self._float_scales(), self.bias, self.in_features
             )

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ebft_kernels import sharding
 from ebft_kernels.ops import words_in
 
 _OPS = torch.ops.ebft_kernels
@@ -36,6 +37,7 @@ class PackedMask:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", torch.Size(self.shape))
+        object.__setattr__(self, "words", sharding.local(self.words))  # tensor parallelism replicates buffers
         if not self.shape or 0 in self.shape[-1:]:
             raise ValueError(f"PackedMask got shape {tuple(self.shape)}; expected (..., K) with K of at least 1")
         expected = (*self.shape[:-1], words_in(self.shape[-1]))
@@ -130,6 +132,12 @@ class PackedMask:
         words = self.words.to(device, non_blocking=non_blocking)
         return self if words is self.words else PackedMask(words, self.shape)
 
+    def part_of(self, weight: Tensor) -> PackedMask:
+        """The mask of what this process holds of ``weight``, a tensor that this masks; itself unless it is sharded."""
+        if not sharding.is_sharded(weight):
+            return self
+        return PackedMask.from_dense(sharding.part_of(self.dense(), weight))
+
     @torch.no_grad()
     def zero_pruned_(self, weight: Tensor) -> Tensor:
         """Set the pruned entries of ``weight`` (..., K) to exactly +0, in place; gives ``weight``."""
@@ -137,7 +145,9 @@ class PackedMask:
             raise ValueError(
                 f"zero_pruned_ got a weight {tuple(weight.shape)}; expected {tuple(self.shape)}, the mask's shape"
             )
-        return weight.masked_fill_(~self.to(weight.device).dense(), 0.0)
+        held = self.to(weight.device).part_of(weight)
+        sharding.local(weight).masked_fill_(~held.dense(), 0.0)
+        return weight
 
     def __repr__(self) -> str:
         return f"PackedMask(shape={tuple(self.shape)}, device={self.device})"

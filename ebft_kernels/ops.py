@@ -29,6 +29,7 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
     "is_nm": "(Tensor words, SymInt width, int n, int m) -> Tensor",
     "row_offsets": "(Tensor words) -> Tensor",
     "zero_pruned": "(Tensor tensor, Tensor words) -> Tensor",
+    "zero_pruned_": "(Tensor(a!) tensor, Tensor words) -> ()",
     "masked_linear": "(Tensor x, Tensor weight, Tensor words, Tensor? bias, bool zeroed) -> Tensor",
     "masked_linear_dx": "(Tensor dy, Tensor weight, Tensor words, bool zeroed) -> Tensor",
     "masked_linear_dw": "(Tensor dy, Tensor x, Tensor words) -> Tensor",
@@ -55,7 +56,7 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
 NATIVE = tuple(
     name
     for name in SCHEMAS
-    if not name.startswith(("masked_linear", "masked_dw", "reconstruction_loss", "zero_pruned"))
+    if not name.startswith(("masked_linear", "masked_dw", "reconstruction_loss")) and name != "zero_pruned"
 )
 
 for _name, _schema in SCHEMAS.items():
@@ -253,6 +254,13 @@ def zero_pruned(tensor: Tensor, words: Tensor) -> Tensor:
     return (_as_int(tensor) & _kept_bits(words, tensor)).view(tensor.dtype)
 
 
+def zero_pruned_(tensor: Tensor, words: Tensor) -> None:
+    bits = _as_int(tensor)
+    # On a GPU asking would be a synchronisation.
+    if tensor.device.type != "cpu" or (_OPS.pack_mask(bits != 0) & ~words).any():
+        bits.bitwise_and_(_kept_bits(words, tensor))
+
+
 def _kept_bits(words: Tensor, like: Tensor) -> Tensor:
     """Integers as wide as ``like``'s elements: all ones where kept, 0 where pruned."""
     return unpack_mask(words, like.shape[-1]).to(_INTEGERS[like.element_size()]).neg_()
@@ -292,6 +300,7 @@ FAKES = {
     "nm_mask": _fake_words,
     "unpack_mask": lambda words, width: words.new_empty((*words.shape[:-1], width), dtype=torch.bool),
     "zero_pruned": lambda tensor, words: tensor.new_empty(tensor.shape),
+    "zero_pruned_": lambda tensor, words: None,
     "is_nm": lambda words, width, n, m: words.new_empty((), dtype=torch.bool),
     "masked_linear": lambda x, weight, words, bias=None, zeroed=False: x.new_empty((*x.shape[:-1], weight.shape[0])),
     "masked_linear_dx": lambda dy, weight, words, zeroed=False: dy.new_empty((*dy.shape[:-1], weight.shape[1])),

@@ -117,6 +117,11 @@ def zero_pruned(tensor: Tensor, words: Tensor) -> Tensor:
     return masked_weight(tensor, words).contiguous()
 
 
+def zero_pruned_(tensor: Tensor, words: Tensor) -> None:
+    """Exact zeros where pruned, in place; memory is written only where something else stands."""
+    tensor.copy_(masked_weight(tensor, words))
+
+
 def masked_linear(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x (M * W)^T + b.
 

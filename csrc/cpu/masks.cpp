@@ -70,6 +70,27 @@ at::Tensor unpack_mask(const at::Tensor& words, int64_t width) {
   return mask;
 }
 
+void zero_pruned_(const at::Tensor& tensor, const at::Tensor& words) {
+  const char* op = "zero_pruned_";
+  check_rows(tensor, op, "a tensor");
+  const int64_t width = tensor.size(-1), stride = words_in(width), rows = tensor.numel() / width, bytes = tensor.element_size();
+  check_tensor(tensor, op, "a tensor", tensor.scalar_type(), at::kCPU);
+  TORCH_CHECK_VALUE(tensor.is_floating_point() && (bytes == 2 || bytes == 4), op, " got a tensor of ",
+                    toString(tensor.scalar_type()), "; expected float32, bfloat16 or float16");
+  check_words(words, op, tensor.numel(), width, at::kCPU);
+  const auto* kept = static_cast<const uint32_t*>(words.const_data_ptr());
+  void* values = tensor.mutable_data_ptr();
+  at::parallel_for(0, rows, grain_rows(width), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (bytes == 4) {
+        EBFT_CALL(zero_row_of_4, static_cast<uint32_t*>(values) + row * width, kept + row * stride, width);
+      } else {
+        EBFT_CALL(zero_row_of_2, static_cast<uint16_t*>(values) + row * width, kept + row * stride, width);
+      }
+    }
+  });
+}
+
 at::Tensor row_offsets(const at::Tensor& words) {
   TORCH_CHECK_VALUE(words.scalar_type() == at::kInt && words.dim() > 0 && words.size(-1) > 0, "row_offsets got words ",
                     toString(words.scalar_type()), " ", shape_of(words), "; expected Int (..., W) with W of at least 1");
@@ -153,6 +174,7 @@ at::Tensor is_nm(const at::Tensor& words, int64_t width, int64_t n, int64_t m) {
 TORCH_LIBRARY_IMPL(ebft_kernels, CPU, m) {
   m.impl("pack_mask.native", pack_mask);
   m.impl("unpack_mask.native", unpack_mask);
+  m.impl("zero_pruned_.native", zero_pruned_);
   m.impl("row_offsets.native", row_offsets);
   m.impl("topk_mask.native", topk_mask);
   m.impl("nm_mask.native", nm_mask);

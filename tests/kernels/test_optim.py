@@ -9,7 +9,6 @@ from torch import nn
 
 from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask
 from ebft_kernels.testing import ADAMW_LAYOUTS, assert_exact_zeros
-from ebft_kernels.zeroed import is_zeroed
 
 RECIPE = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -300,10 +299,7 @@ def test_the_bytes_of_a_state_are_those_that_are_promised(weights, moments, comp
     each = {"fp32": 8, "bf16": 4, "int8": 2}[moments] + (4 if weights == "master" else 0)
     scales = 8 * -(-stored // 256) if moments == "int8" else 0
     indices = 8 * 41 if compact else 0
-    words = state["mask"].nbytes
-    assert (
-        sum(t.nbytes for t in state.values() if isinstance(t, torch.Tensor)) == each * stored + scales + indices + words
-    )
+    assert sum(t.nbytes for t in state.values() if isinstance(t, torch.Tensor)) == each * stored + scales + indices
 
 
 @pytest.mark.parametrize(("weights", "moments", "compact"), ADAMW_LAYOUTS)
@@ -410,16 +406,6 @@ def test_layout_settings_are_checked():
         MaskedAdamW([nn.Parameter(torch.ones(2, dtype=torch.float16))], weights="stochastic", moments="int8")
 
 
-def test_a_module_that_moves_and_loads_keeps_what_is_known():
-    """After a state dict came back (as accelerate does) layer and optimizer still know of the same zeros."""
-    layer = MaskedLinear(20, 4, mask=torch.rand(4, 20) > 0.5)
-    optimizer = MaskedAdamW.for_module(layer)
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    layer(torch.randn(2, 20)).sum().backward()
-    optimizer.step()
-    assert is_zeroed(layer.weight, layer.mask_words)
-
-
 def test_a_step_counts_as_a_change_of_weights_and_states():
     """Autograd and MaskedLinear go by version counters, whichever kernel writes."""
     weight = nn.Parameter(torch.randn(4, 8))
@@ -435,3 +421,27 @@ def test_a_step_counts_as_a_change_of_weights_and_states():
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_masks_are_saved_before_the_first_step(compact):
+    """And nothing else is: a library that fills states by a first step (DCP) looks whether there are any."""
+    weight, bias, mask, gradients = make_problem()
+    optimizer = MaskedAdamW([weight, bias], masks={weight: mask}, compact=compact, **RECIPE)
+    assert not optimizer.state
+    saved = copy.deepcopy(optimizer.state_dict())
+    other_weight, other_bias = nn.Parameter(torch.ones(9, 70)), nn.Parameter(torch.ones(9))
+    other = MaskedAdamW([other_weight, other_bias], compact=compact)
+    other.load_state_dict(saved)
+    run(other, other_weight, other_bias, gradients, range(2))
+    assert other.mask_of(other_weight) == PackedMask.from_dense(mask)
+    assert_exact_zeros(other_weight, mask)
+    assert other_weight[mask].all()
+
+
+def test_zero_grads_reaches_gradients_that_are_not_contiguous():
+    weight, _, mask, _ = make_problem()
+    optimizer = MaskedAdamW([weight], masks={weight: mask}, zero_grads=True)
+    weight.grad = torch.ones(70, 9).T
+    optimizer.step()
+    assert not weight.grad.any()
