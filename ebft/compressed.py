@@ -107,13 +107,13 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
     folder = Path(folder).expanduser()
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise EBFTError(f"{folder} is no compressed model: {' '.join(str(error).split())}") from None
     if index.get("format") != FORMAT:
         raise EBFTError(f"{folder} is compressed in format {index.get('format')}; expected {FORMAT}")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         for name, layer in index["layers"].items():
             kinds = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8"}
             sizes = (layer["in_features"], layer["out_features"])
