@@ -210,13 +210,13 @@ def _run(job: Job, given: PreTrainedModel | None) -> RunResult:
     stages = {"dense": dense, "pruned": pruned, "recovered": recovered}
     summary = summarise(job, sparsity, stages, whole_model, zero_shot)
 
-    def commit() -> None:
+    def commit() -> list[str]:
         out.write_json(SUMMARY, summary)
         out.write_text("README.md", model_card(summary))
         out.write_text("report.html", report_page(summary, lines))
-        out.commit()
+        return out.commit()
 
-    job.ranks.first(commit)
+    summary["files"] = job.ranks.first(commit)
     job.reporter.table(summary)
     return RunResult(out.final, summary, lines, given, job.config.trust_remote_code)
 

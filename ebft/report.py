@@ -162,6 +162,8 @@ def model_card(summary: dict[str, Any]) -> str:
     text = _CARD.render(
         summary=summary,
         name=_without_folder(summary["model"]),
+        rounded=f"{summary['sparsity']:.0%}",
+        share=f"{summary['sparsity']:.2%}",
         figures=[
             [_without_folder(text), *(number(values[stage]) for stage in STAGES), won_back(values)]
             for text, values in summary["perplexity"].items()
@@ -218,11 +220,10 @@ _MARKUP = re.compile(r"""[&<>"'`*|~\[\]{}\\$!@#^]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0
 _CARD = Environment(
     finalize=markdown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
 ).from_string("""\
-# {{ name }}, {{ "{:.0%}".format(summary.sparsity) }} sparse
+# {{ name }}, {{ rounded }} sparse
 
 Made by [ebft](https://arxiv.org/abs/2402.12419) {{ summary.versions.ebft }}: {{ summary.recipe }}.
-It loads as any model of transformers does. {{ "{:.2%}".format(summary.sparsity) }} of the weights of the matrices
-inside its blocks
+It loads as any model of transformers does. Of the weights of the matrices inside its blocks {{ share }}
 {% if summary.config.uniform %}
 were taken away, by whole heads and channels.
 {% else %}
