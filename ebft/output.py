@@ -465,12 +465,13 @@ def _followed(path: str) -> Path:
     """The folder that a path means: of a link, whether or not anything is there, what it leads to."""
     try:
         final = Path(path).expanduser()
-        possible = b"\0" not in os.fsencode(final)
+        final = Path(os.path.realpath(final)) if os.path.islink(final) else final  # noqa: PTH114  (Path's raises)
+        possible = b"\0" not in os.fsencode(final) and not os.path.islink(final)  # noqa: PTH114  (a link to itself)
     except (RuntimeError, UnicodeEncodeError):  # nobody has that home, no file system that letter
         possible = False
     if not possible:
         raise EBFTError(f"--output is {path!r}; expected a path that can be")
-    return Path(os.path.realpath(final)) if os.path.islink(final) else final  # noqa: PTH114  (Path's raises)
+    return final
 
 
 def _is_mount(folder: Path) -> bool:

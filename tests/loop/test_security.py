@@ -30,8 +30,8 @@ from ebft.files import check_model_folder, checksum
 from ebft.limits import LAYERS, SIZE, check_settings
 from ebft.output import OutputFolder
 from ebft.plan import make_plan
-from ebft.report import model_card
-from ebft.report_page import report_page
+from ebft.report import model_card, one_line
+from ebft.report_page import _Section, report_page
 from ebft.weights import ModelWeights, ShardedWeights
 from ebft_kernels import PackedMask, load_masks, save_masks
 
@@ -39,10 +39,11 @@ FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChe
 OWN_CODE = """
 from pathlib import Path
 Path({mark!r}).write_text("ran")
-from transformers import LlamaConfig as Plain, LlamaForCausalLM as Model
-class Config(Plain):
+from transformers import LlamaConfig, LlamaForCausalLM
+class Config(LlamaConfig):
     model_type = "own"
-Model.config_class = Config
+class Model(LlamaForCausalLM):
+    config_class = Config
 """
 
 
@@ -82,15 +83,13 @@ def change_json(file, **changes):
 
 
 @pytest.fixture
-def booby_trapped(out, tmp_path):
+def booby_trapped(out, tmp_path, monkeypatch):
     """An output that brings code, and says that it may be run; the file that is there once it was."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     mark = tmp_path / "mark"
     (out / "own.py").write_text(OWN_CODE.format(mark=str(mark)))
-    change_json(
-        out / "config.json",
-        model_type="own",
-        auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
-    )
+    code = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    change_json(out / "config.json", model_type="own", auto_map=code)
     summary = json.loads((out / "ebft_summary.json").read_text())
     summary["config"]["trust_remote_code"] = True
     (out / "ebft_summary.json").write_text(json.dumps(summary))
@@ -100,21 +99,18 @@ def booby_trapped(out, tmp_path):
 def test_no_file_that_is_read_allows_its_code(booby_trapped, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *said: "y")  # which transformers asks for where nothing is said
     folder, mark = booby_trapped
-    assert audit_main([str(folder)]) != 0
+    assert audit_main([str(folder)]) == 1
     assert any("trust_remote_code" in fault for fault in audit(str(folder)).faults)
     for use in (
         lambda: RunResult.read(folder).model,
         lambda: open_model(str(folder)),
         lambda: load_model(str(folder)),
         lambda: load_config(str(folder)),
-        lambda: load_tokenizer(str(folder)),
         lambda: make_plan(EBFTConfig(model=str(folder), device="cpu", eval="")),
         lambda: save_compressed(str(folder), str(tmp_path / "small")),
     ):
-        try:
+        with pytest.raises(EBFTError, match="trust_remote_code"):
             use()
-        except EBFTError as error:
-            assert "\n" not in str(error)
     (folder / "compressed.json").write_text('{"format": 1, "layers": {}}')
     with pytest.raises((EBFTError, ValueError)):
         ebft.load_compressed(folder)
@@ -205,41 +201,38 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def seen(text):
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+@FAST
+@given(name=NAMES, text=NAMES)
+def test_a_card_shows_any_name_as_it_is(name, text):
+    begin, front, body = model_card(a_summary(name, text)).split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert begin == ""
+    assert front["library_name"] == "transformers"
+    measured = front.get("model-index", [])
+    assert [entry["name"] for entry in measured] == [one_line(name) or "model"] * bool(one_line(text))
+    plain = model_card(a_summary("a", "b")).split("---\n", 2)[2]
+    assert rendered(body).tags == rendered(plain).tags
+
+
+def rendered(body):
+    return Tags(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(body))
+
+
+@pytest.mark.parametrize("name", ["a|b", "`a`", "a\n---\nb", "<b>x", "[a](http://b)", "__a__", "a\\|b", "&lt;", "$x$"])
+def test_a_name_in_a_card_reads_as_given(name):
+    body = model_card(a_summary(name, name)).split("---\n", 2)[2]
+    assert f"{one_line(name)}, 60% sparse" in rendered(body).text
 
 
 @FAST
 @given(name=NAMES, text=NAMES)
-def test_a_card_shows_any_name_as_it_is(name, text):
-    card = model_card(a_summary(name, text))
-    _, front, body = card.split("---\n", 2) if card.count("\n---\n") else pytest.fail(card)
-    front = yaml.safe_load(front)
-    assert front["library_name"] == "transformers"
-    assert front["model-index"][0]["name"]
-    rendered = Tags(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(body))
-    plain = Tags(
-        MarkdownIt("commonmark").enable(["table"]).render(model_card(a_summary("a", "b")).split("---\n", 2)[2])
-    )
-    assert rendered.tags == plain.tags
-
-
-@pytest.mark.parametrize(
-    "name", ["a|b", "`a`", "a\n---\nb", "<b>x", "[a](http://b.c)", "__a__", "a\\|b", "&lt;", "$x$"]
-)
-def test_a_name_in_a_card_reads_as_given(name):
-    body = model_card(a_summary(name, name)).split("---\n", 2)[2]
-    rendered = MarkdownIt("commonmark").enable(["table"]).render(body)
-    assert f"{seen(name)}, 60% sparse" in Tags(rendered).text
-
-
-@settings(FAST, max_examples=12)
-@given(name=NAMES, text=NAMES)
 def test_no_name_becomes_markup_in_the_page(name, text):
-    """Curves aside, which hold no name."""
+    """Curves aside, which hold no name and take matplotlib its time."""
     block = {"name": text, "notes": [text], "block": 0, "losses": [], "matrices": {"a": 0.5}}
-    page, plain = (Tags(report_page(a_summary(*names), [block])) for names in ((name, text), ("a", "b")))
-    assert [tag for tag in page.tags if tag[0] != "svg"] == [tag for tag in plain.tags if tag[0] != "svg"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ebft.report_page._section", lambda title, note, draw: _Section(title, note, "<svg></svg>"))
+        page, plain = (Tags(report_page(a_summary(*names), [block])) for names in ((name, text), ("a", "b")))
+    assert page.tags == plain.tags
 
 
 def test_the_closing_table_takes_brackets_for_text(silent):
@@ -278,9 +271,7 @@ def everything_refuses(folder, says):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "elsewhere", ["../outside.safetensors", "/outside.safetensors", "a/../../b", "..", "", 3, "a\\b"]
-)
+@pytest.mark.parametrize("elsewhere", ["../outside.safetensors", "/x", "a/../../b", "..", "", 3, "a\\b"])
 def test_an_index_that_leads_out_of_the_folder(sharded, elsewhere):
     index = sharded / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -323,9 +314,7 @@ def a_socket(path):
 def test_a_file_of_a_model_that_is_none(model, kind, name):
     (model / name).unlink()
     kind(model / name)
-    said = {fifo: "is a pipe; expected a file", device: "is a device; expected a file", a_socket: "is a socket; exp"}[
-        kind
-    ]
+    said = {fifo: "is a pipe; expected", device: "is a device; expected", a_socket: "is a socket; expected"}[kind]
     everything_refuses(model, said)
     for use in (load_config, load_tokenizer):
         with pytest.raises(EBFTError, match=said[:9]):
@@ -395,6 +384,10 @@ def test_the_links_of_a_hub_cache(model, tmp_path, blob):
 # --- sizes ----------------------------------------------------------------------------------------------------------
 
 
+def built(*args, **kwargs):
+    pytest.fail("something was built")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -411,10 +404,8 @@ def test_the_links_of_a_hub_cache(model, tmp_path, blob):
 )
 def test_sizes_that_no_model_has(model, changes, monkeypatch):
     change_json(model / "config.json", **changes)
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda **kwargs: pytest.fail("something was built"))
-    monkeypatch.setattr(
-        "transformers.AutoModelForCausalLM.from_config", lambda *a, **k: pytest.fail("something was built")
-    )
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", built)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", built)
     everything_refuses(model, "its configuration")
     with pytest.raises(EBFTError, match="expected at most"):
         make_plan(EBFTConfig(model=str(model), device="cpu", eval=""))
@@ -423,15 +414,13 @@ def test_sizes_that_no_model_has(model, changes, monkeypatch):
 @pytest.mark.parametrize("changes", [{"num_hidden_layers": 3000}, {"hidden_size": 40_000}, {"vocab_size": 10**6}])
 def test_sizes_that_the_files_do_not_have(model, changes, monkeypatch):
     change_json(model / "config.json", **changes)
-    monkeypatch.setattr(
-        "transformers.AutoModelForCausalLM.from_config", lambda *a, **k: pytest.fail("something was built")
-    )
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", built)
     with pytest.raises(EBFTError, match="and its files hold"):
         open_model(str(model))
 
 
 def test_the_largest_models_are_not_refused():
-    """DeepSeek-V3 (671e9 parameters), Kimi K2 (1e12), Llama 3.1 405B, Llama 4 Behemoth's announced 2e12, and ten times it."""
+    """DeepSeek-V3 (671e9 parameters), Kimi K2 (1e12), Llama 3.1 405B, one of 2e12, and one of ten times as many."""
     deepseek = {"num_hidden_layers": 61, "hidden_size": 7168, "intermediate_size": 18432, "n_routed_experts": 256}
     for real in (
         deepseek | {"vocab_size": 129280, "moe_intermediate_size": 2048, "max_position_embeddings": 163840},
@@ -467,11 +456,10 @@ def test_all_saved_files_follow_the_umask(umask, mode, finished, tmp_path):
             folder.commit()
     finally:
         os.umask(before)
-    files = [file for name in ("small", "out") for file in (tmp_path / name).iterdir()]
-    assert {"model.safetensors", "masks.safetensors", "config.json", "other.safetensors"} <= {
-        file.name for file in files
-    }
-    assert {file.name: oct(stat.S_IMODE(file.stat().st_mode)) for file in files} == {f.name: oct(mode) for f in files}
+    files = [*tmp_path.glob("small/*"), *tmp_path.glob("out/*")]
+    assert {f.name for f in files} >= {"model.safetensors", "masks.safetensors", "config.json", "other.safetensors"}
+    modes = {file: oct(stat.S_IMODE(file.stat().st_mode)) for file in files}
+    assert modes == dict.fromkeys(files, oct(mode))
 
 
 def test_masks_keep_the_permissions_of_the_file_they_replace(tmp_path):
@@ -508,7 +496,7 @@ def test_an_output_that_is_a_link_is_followed(short_run, tmp_path, silent):
         ("/proc/out", "cannot be written"),
         ("/proc", "is a mount point, which no run can replace; choose a folder in it"),
         ("loop/out", "cannot be written"),
-        ("loop", "cannot be written"),
+        ("loop", "expected a path that can be"),
         ("dangling/out", "cannot be written"),
         ("file/out", "cannot be written"),
     ],
