@@ -274,6 +274,8 @@ def _shown(source: str | None) -> str:
 def _cannot_load(source: str | None, error: Exception) -> EBFTError:
     if "Unrecognized configuration class" in str(error):
         return EBFTError(f"model {_shown(source)} is not a decoder (a causal language model)")
+    if "trust_remote_code" in str(error):
+        return EBFTError(f"model {_shown(source)} comes with code of its own, which runs only with --trust-remote-code")
     return EBFTError(f"model {_shown(source)} cannot be loaded: {first_line(error)}")
 
 

@@ -62,10 +62,9 @@ def check_model_folder(folder: Path) -> None:
 
 def check_name(name: object, where: str) -> str:
     """``name``, which ``where`` gives, if it names a file beside it; ``EBFTError`` if it could lead elsewhere."""
-    plain = isinstance(name, str) and PurePosixPath(name).name == name and name != ".." and not set(name) & set("\\:\0")
-    if not plain:
+    if not isinstance(name, str) or name in ("", "..") or PurePosixPath(name).name != name or set(name) & set("\\:\0"):
         raise EBFTError(f"{where} names the file {name!r}; expected the name of a file in the same folder")
-    return str(name)
+    return name
 
 
 def indexed_files(index: Path) -> dict[str, str]:
