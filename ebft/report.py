@@ -13,7 +13,6 @@ from typing import Any
 from unicodedata import category
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -187,22 +186,15 @@ def _card_data(summary: dict[str, Any]) -> ModelCardData:
         for text, metric, value in measured
         if isfinite(value) and (name := one_line(_without_folder(text)))
     ]
+    of_the_hub = _HUB_ID.fullmatch(summary["model"]) and not Path(summary["model"]).exists()
     return ModelCardData(
-        base_model=summary["model"] if _is_of_the_hub(summary["model"]) else None,
+        base_model=summary["model"] if of_the_hub else None,
         model_name=one_line(_without_folder(summary["model"])) or "model",
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["sparse", "pruned", "ebft"],
         eval_results=results or None,
     )
-
-
-def _is_of_the_hub(model: str) -> bool:
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return False
-    return "/" in model and not Path(model).exists()
 
 
 def one_line(value: Any) -> str:
@@ -215,6 +207,7 @@ def markdown(value: Any) -> str:
     return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", one_line(value))
 
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"}
 _MARKUP = re.compile(r"""[&<>"'`*|~\[\]{}\\$!@#^]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])|:(?=//)""")
 _CARD = Environment(
