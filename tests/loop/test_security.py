@@ -126,7 +126,6 @@ def test_the_command_line_itself_allows_code(booby_trapped):
 
 def test_a_result_trusts_as_its_run_was_told_to(booby_trapped):
     folder, mark = booby_trapped
-    assert "own.py" in str(folder / "own.py")
     RunResult.read(folder, trust_remote_code=True).model  # noqa: B018
     assert mark.read_text() == "ran"
 
