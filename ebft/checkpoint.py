@@ -21,11 +21,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    cached_file,
+    find_adapter_config_file,
+)
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from ebft.errors import EBFTError
+from ebft.files import check_model_folder, indexed_files
+from ebft.limits import check_against_files, check_settings
 from ebft.weights import Lacking, ModelWeights, NotStreamable, ShardedWeights, Tensors, Weights, make_buffers_real
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -108,6 +116,9 @@ def load_model(source: str | None, *, trust_remote_code: bool = False) -> PreTra
     where = _locate(source)
     try:
         with quiet():
+            if "gguf_file" not in where:
+                load_config(source, trust_remote_code=trust_remote_code)
+                _check_shards(where["pretrained_model_name_or_path"])
             model, report = AutoModelForCausalLM.from_pretrained(
                 **where, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
             )
@@ -126,7 +137,10 @@ def load_config(source: str | None, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration alone, without its weights."""
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(**_locate(source), trust_remote_code=trust_remote_code)
+            where = _checked(_locate(source))
+            if "gguf_file" not in where:
+                check_settings(PretrainedConfig.get_config_dict(*where.values())[0], _shown(source))
+            config = AutoConfig.from_pretrained(**where, trust_remote_code=trust_remote_code)
     except _LOADING_FAILS as error:
         raise _cannot_load(source, error) from None
     return config
@@ -136,7 +150,7 @@ def load_tokenizer(source: str | None, *, trust_remote_code: bool = False) -> Pr
     """The tokenizer that comes with a model."""
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(**_locate(source), trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(**_checked(_locate(source)), trust_remote_code=trust_remote_code)
     except _LOADING_FAILS as error:
         raise EBFTError(f"the tokenizer of {_shown(source)} cannot be loaded: {first_line(error)}") from None
 
@@ -144,7 +158,9 @@ def load_tokenizer(source: str | None, *, trust_remote_code: bool = False) -> Pr
 def _open(name: str, config: PretrainedConfig, skeleton: Callable[[torch.dtype], PreTrainedModel]) -> Source:
     """A skeleton and its shards; ``NotStreamable`` where the checkpoint has none, or its names are not understood."""
     tensors = Tensors(_shards(name, config))
-    floats = [tensor.dtype for tensor in tensors.shapes().values() if tensor.is_floating_point()]
+    shapes = tensors.shapes()
+    check_against_files(config, shapes, name)
+    floats = [tensor.dtype for tensor in shapes.values() if tensor.is_floating_point()]
     model = skeleton(floats[0] if floats else torch.float32).eval()
     if not type(model).__module__.startswith("transformers."):
         raise NotStreamable("its code is its own")
@@ -160,19 +176,42 @@ def _open(name: str, config: PretrainedConfig, skeleton: Callable[[torch.dtype],
 
 def _shards(name: str, config: PretrainedConfig) -> list[Path]:
     """The safetensors files of a checkpoint; ``NotStreamable`` where it is stored in another way."""
-
-    def find(file: str) -> str | None:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-
     if find_adapter_config_file(name) or getattr(config, "transformers_weights", None):
         raise NotStreamable("its weights are not in the usual files alone")
-    whole = find(SAFE_WEIGHTS_NAME)
+    files = _safetensors(name)
+    if not files:
+        raise NotStreamable("it is not stored as safetensors")
+    return files
+
+
+def _safetensors(name: str) -> list[Path]:
+    """The safetensors files of a checkpoint; none where it is stored in another way."""
+    whole, index = _find(name, SAFE_WEIGHTS_NAME), _find(name, SAFE_WEIGHTS_INDEX_NAME)
     if whole:
         return [Path(whole)]
-    index = find(SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
-        raise NotStreamable("it is not stored as safetensors")
+        return []
+    indexed_files(Path(index))
     return [Path(file) for file in get_checkpoint_shard_files(name, index)[0]]
+
+
+def _find(name: str, file: str) -> str | None:
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+
+
+def _check_shards(name: str) -> None:
+    """Refuse shards that lie elsewhere, or hold a tensor twice, where transformers is to read them."""
+    Tensors(_safetensors(name))
+    if pickled := _find(name, WEIGHTS_INDEX_NAME):
+        indexed_files(Path(pickled))
+
+
+def _checked(where: dict[str, str]) -> dict[str, str]:
+    """``where``, if it is a hub id, a GGUF file, or a folder in which everything may be opened."""
+    folder = Path(where["pretrained_model_name_or_path"])
+    if folder.is_dir() and "gguf_file" not in where:
+        check_model_folder(folder)
+    return where
 
 
 def _locate(source: str | None) -> dict[str, str]:
@@ -235,6 +274,8 @@ def _shown(source: str | None) -> str:
 def _cannot_load(source: str | None, error: Exception) -> EBFTError:
     if "Unrecognized configuration class" in str(error):
         return EBFTError(f"model {_shown(source)} is not a decoder (a causal language model)")
+    if "trust_remote_code" in str(error):
+        return EBFTError(f"model {_shown(source)} comes with code of its own, which runs only with --trust-remote-code")
     return EBFTError(f"model {_shown(source)} cannot be loaded: {first_line(error)}")
 
 

@@ -14,6 +14,7 @@ import yaml
 from ebft.config import PRESETS, EBFTConfig, flag
 from ebft.devices import DEVICES, HERE
 from ebft.errors import EBFTError
+from ebft.files import ordinary
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[EBFTConfig, str | None]:
@@ -74,9 +75,14 @@ def _add_flag(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any]) 
 
 def _read_yaml(file: str) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        settings = yaml.safe_load(ordinary(Path(file).expanduser(), f"--config {file}").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise EBFTError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise EBFTError(f"--config {file} holds {type(settings).__name__}; expected settings as 'name: value' lines")
-    return {str(name).replace("-", "_"): value for name, value in settings.items()}
+    settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
+    if settings.get("trust_remote_code"):
+        raise EBFTError(
+            f"--config {file} has trust_remote_code; expected --trust-remote-code on the command line itself"
+        )
+    return settings

@@ -124,7 +124,7 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
         raise EBFTError(f"{folder / 'config.json'} has more layers than there are tensors in {folder}")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except _BUILDING_FAILS as error:
         raise EBFTError(f"{folder / 'config.json'} describes no model that can be built: {first_line(error)}") from None
     narrow = _put_layers(model, layers, folder / INDEX)

@@ -247,7 +247,7 @@ class EBFTConfig:
             object.__setattr__(self, setting.name, _typed(setting.name, value))
             if choices and value not in choices:
                 raise EBFTError(f"{flag(setting.name)} is {value!r}; expected one of {', '.join(choices)}")
-        if not Path(self.output).expanduser().name:
+        if not Path(self.output).name:
             raise EBFTError(f"--output is {self.output!r}; expected the path of a folder that has a name")
         if not 0 < self.sparsity < 1:
             raise EBFTError(f"--sparsity is {self.sparsity:g}; expected a number between 0 and 1, both excluded")

@@ -23,9 +23,10 @@ from ebft.checks import check_lengths, check_masks, check_teacher
 from ebft.config import ORGANISATION, EBFTConfig
 from ebft.decoder import Decoder
 from ebft.errors import EBFTError
+from ebft.files import checksum
 from ebft.generation import SELF, Generated, generate
 from ebft.glue import liger_missing
-from ebft.output import OutputFolder, checksum
+from ebft.output import OutputFolder
 from ebft.pruning import (
     Criterion,
     Masker,
@@ -47,7 +48,7 @@ from ebft.recovery import (
 from ebft.recovery.task import Split
 from ebft.report import Reporter
 from ebft.stream import Store
-from ebft.version import __version__
+from ebft.version import __version__, code_digest
 from ebft.weights import ModelWeights
 from ebft.zero_shot import ZeroShot
 from ebft_kernels import explain
@@ -181,7 +182,9 @@ def prepare_job(
     store = _choose_store(config, device, output)
     store.owner = f".rank-{ranks.rank}" if ranks.count > 1 else ""
     reporter.say(f"hidden states: {store.kind}")
-    output.fingerprint = _fingerprint(config, decoder, dense, masker, calibration, evaluation, zero_shot)
+    output.fingerprint = ranks.first(
+        partial(_fingerprint, config, decoder, dense, masker, calibration, evaluation, zero_shot)
+    )
     clock.lap("load")
     return Job(
         config=config,
@@ -296,7 +299,7 @@ def _write_text(
 ) -> Generated:
     """Text by the dense model, or what an interrupted run has kept of the same; ``load`` gives the model whole."""
     samples = config.calibration_parts[SELF]
-    depends_on = [teacher.weights.fingerprint(), _settings_of(teacher.model), samples, config.seqlen, config.seed]
+    depends_on = [teacher.weights.fingerprint, _settings_of(teacher.model), samples, config.seqlen, config.seed]
     made_from = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     ids = output.generated(made_from)
     if ids is None:
@@ -354,8 +357,8 @@ def _fingerprint(
     """Everything that the results depend on, by heading and name; not where things are."""
     named = ORGANISATION | {"model", "teacher", "calibration", "device"}  # what these name is looked at itself
     return {
-        "model": {"weights": decoder.weights.fingerprint(), "configuration": _settings_of(decoder.model)},
-        "teacher": {"weights": teacher.weights.fingerprint(), "configuration": _settings_of(teacher.model)},
+        "model": {"weights": decoder.weights.fingerprint, "configuration": _settings_of(decoder.model)},
+        "teacher": {"weights": teacher.weights.fingerprint, "configuration": _settings_of(teacher.model)},
         "text": {
             "calibration": calibration.use.sha256 if calibration else None,
             **{name: tokens.use.sha256 for name, tokens in evaluation.items()},
@@ -415,6 +418,7 @@ def implementations(decoder: Decoder) -> dict[str, str]:
 def _versions(decoder: Decoder) -> dict[str, Any]:
     return {
         "ebft": __version__,
+        "code": code_digest(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": _device_name(decoder.device),

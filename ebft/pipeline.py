@@ -56,12 +56,14 @@ class RunResult:
     summary: dict[str, Any]
     blocks: list[dict[str, Any]]
     _given: PreTrainedModel | None = field(default=None, repr=False)
+    _trust_remote_code: bool = field(default=False, repr=False)
 
     @classmethod
-    def read(cls, output: Path) -> RunResult:
-        """What an earlier run left in ``output``."""
+    def read(cls, output: Path, *, trust_remote_code: bool = False) -> RunResult:
+        """What an earlier run left in ``output``; ``trust_remote_code``: ``model`` may run code that lies there."""
         lines = (output / LINES).read_text(encoding="utf-8").splitlines()
-        return cls(output, json.loads((output / SUMMARY).read_text(encoding="utf-8")), list(map(json.loads, lines)))
+        summary, blocks = json.loads((output / SUMMARY).read_text(encoding="utf-8")), list(map(json.loads, lines))
+        return cls(output, summary, blocks, _trust_remote_code=trust_remote_code)
 
     @cached_property
     def masks(self) -> dict[str, PackedMask]:
@@ -71,8 +73,7 @@ class RunResult:
     @cached_property
     def model(self) -> PreTrainedModel:
         """See above."""
-        trust = self.summary["config"]["trust_remote_code"]
-        return self._given or load_model(str(self.output.absolute()), trust_remote_code=trust)
+        return self._given or load_model(str(self.output.absolute()), trust_remote_code=self._trust_remote_code)
 
 
 def run_ebft(
@@ -168,7 +169,7 @@ def _running_out_said(output: OutputFolder) -> Iterator[None]:
 
 def _finished(config: EBFTConfig, output: OutputFolder, reporter: Reporter) -> RunResult | None:
     """``--resume`` after the end: the finished run, if it is this one; None if it is another that may be replaced."""
-    result = RunResult.read(output.final)
+    result = RunResult.read(output.final, trust_remote_code=config.trust_remote_code)
     before, now = (
         {name: value for name, value in settings.items() if name not in ORGANISATION}
         for settings in (result.summary["config"], config.to_dict())
@@ -209,15 +210,15 @@ def _run(job: Job, given: PreTrainedModel | None) -> RunResult:
     stages = {"dense": dense, "pruned": pruned, "recovered": recovered}
     summary = summarise(job, sparsity, stages, whole_model, zero_shot)
 
-    def commit() -> None:
+    def commit() -> list[str]:
         out.write_json(SUMMARY, summary)
         out.write_text("README.md", model_card(summary))
         out.write_text("report.html", report_page(summary, lines))
-        out.commit()
+        return out.commit()
 
-    job.ranks.first(commit)
+    summary["files"] = job.ranks.first(commit)
     job.reporter.table(summary)
-    return RunResult(out.final, summary, lines, given)
+    return RunResult(out.final, summary, lines, given, job.config.trust_remote_code)
 
 
 def _stage(job: Job, name: str, make: Callable[[], Any], write: Callable[[], list[Path]] = list) -> Any:

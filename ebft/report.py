@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite, log
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ebft.config import ORGANISATION
 
@@ -34,13 +39,13 @@ class Reporter:
         """Yields ``advance(done, note="")``; shows a bar with the time left while inside."""
         live = self.console.is_terminal
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         began = time.perf_counter()
         with Progress(*columns, console=self.console, disable=not live, transient=True) as bar:
@@ -58,12 +63,12 @@ class Reporter:
 
     def table(self, summary: dict[str, Any]) -> None:
         """The closing table."""
-        table = Table(title=f"{summary['model']}: {summary['recipe']}", title_justify="left")
+        table = Table(title=Text(f"{summary['model']}: {summary['recipe']}", "table.title"), title_justify="left")
         table.add_column("perplexity")
         for heading in (*STAGES, "won back"):
             table.add_column(heading, justify="right")
         for text, values in summary["perplexity"].items():
-            table.add_row(text, *(number(values[stage]) for stage in STAGES), won_back(values))
+            table.add_row(Text(text), *(number(values[stage]) for stage in STAGES), won_back(values))
         self.console.print(table)
         if summary["zero_shot"]:
             table = Table(title_justify="left")
@@ -71,15 +76,13 @@ class Reporter:
             for heading in ("questions", "metric", "value", "standard error"):
                 table.add_column(heading, justify="right")
             for row in zero_shot_rows(summary):
-                table.add_row(*row)
+                table.add_row(*map(Text, row))
             self.console.print(table)
         self.say(f"sparsity {summary['sparsity']:.2%}, {duration(summary['seconds'])}, {summary['output']}")
 
 
 def recovered_share(values: dict[str, float]) -> float | None:
     """Share of the lost log-perplexity that recovery won back; None where pruning lost nothing."""
-    from math import isfinite, log
-
     if not all(isfinite(values[stage]) for stage in STAGES) or values["pruned"] <= values["dense"]:
         return None
     return log(values["pruned"] / values["recovered"]) / log(values["pruned"] / values["dense"])
@@ -89,13 +92,16 @@ def zero_shot_rows(summary: dict[str, Any]) -> list[list[str]]:
     """Of every zero-shot task and metric: task, questions, metric, value, standard error."""
     rows = []
     for task, values in summary["zero_shot"].items():
-        metrics = {name: value for name, value in values.items() if name != "documents" and "_stderr" not in name}
-        for name, value in metrics.items():
+        for name, value in _metrics(values).items():
             metric, comma, kind = name.partition(",")
             error = values.get(f"{metric}_stderr{comma}{kind}")
             said = "-" if error is None else f"{error:.3g}"
             rows.append([_without_folder(task), str(values.get("documents", "-")), name, f"{value:.4g}", said])
     return rows
+
+
+def _metrics(values: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if name != "documents" and "_stderr" not in name}
 
 
 def won_back(values: dict[str, float]) -> str:
@@ -147,57 +153,104 @@ def _name_alone(part: str) -> str:
 def model_card(summary: dict[str, Any]) -> str:
     """README.md of the saved model: where it comes from, the recipe, the figures."""
     config = summary["config"]
-    rows = "\n".join(
-        f"| {text} | {' | '.join(number(values[stage]) for stage in STAGES)} | {won_back(values)} |"
-        for text, values in summary["perplexity"].items()
-    )
     shown = {name: value for name, value in config.items() if value is not None and name not in _NOT_OF_THE_RECIPE}
     if config["pattern"]:
         shown.pop("sparsity")
-    recipe = "\n".join(f"| {name} | {_without_folder(value)} |" for name, value in shown.items())
-    use = summary["calibration"]
     ways = {"lora": "by adapters merged under the masks", "full": "as a whole on the language-model loss"}
     names = [] if config["recover"] == "none" else config["recover"].split("+")
-    said = list(dict.fromkeys(ways.get(name, "block by block") for name in names))
-    tuned = ""
-    if said:
-        tuned = (
-            f" The kept ones were tuned {', then '.join(said)}, on {use['tokens']} tokens of {use['source']} "
-            f"({use['windows']})."
-        )
-    tuned += plain_merge(summary)
-    gone = "are exactly zero; `masks.safetensors` says which"
-    if config["uniform"]:
-        gone = "were taken away, by whole heads and channels"
-    base = summary["model"] if "/" in summary["model"] and not Path(summary["model"]).exists() else None
-    data = ModelCardData(
-        base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=["sparse", "pruned", "ebft"]
+    text = _CARD.render(
+        summary=summary,
+        name=_without_folder(summary["model"]),
+        rounded=f"{summary['sparsity']:.0%}",
+        share=f"{summary['sparsity']:.2%}",
+        figures=[
+            [_without_folder(text), *(number(values[stage]) for stage in STAGES), won_back(values)]
+            for text, values in summary["perplexity"].items()
+        ],
+        zero_shot=zero_shot_rows(summary),
+        settings=[[name, _without_folder(value)] for name, value in shown.items()],
+        tuned=", then ".join(dict.fromkeys(ways.get(name, "block by block") for name in names)),
+        use=summary["calibration"],
+        source=_without_folder(summary["calibration"]["source"]) if names else "",
+        plain_merge=plain_merge(summary),
     )
-    zero_shot = ""
-    if summary["zero_shot"]:
-        rows_of_tasks = "\n".join(f"| {' | '.join(row)} |" for row in zero_shot_rows(summary))
-        zero_shot = (
-            "| zero-shot, recovered | questions | metric | value | standard error |\n| --- | --- | --- | --- | --- |\n"
-            f"{rows_of_tasks}\n\n"
-        )
-    content = f"""---
-{data.to_yaml()}
----
+    return str(ModelCard(f"---\n{_card_data(summary).to_yaml()}\n---\n\n{text}"))
 
-# {_without_folder(summary["model"])}, {summary["sparsity"]:.0%} sparse
 
-Made by [ebft](https://arxiv.org/abs/2402.12419) {summary["versions"]["ebft"]}: {summary["recipe"]}.
-It loads as any model of transformers does. {summary["sparsity"]:.2%} of the weights of the matrices inside its blocks
-{gone}.{tuned}
+def _card_data(summary: dict[str, Any]) -> ModelCardData:
+    """What the hub reads of the card."""
+    measured = [(text, "perplexity", values["recovered"]) for text, values in summary["perplexity"].items()]
+    measured += [(task, *of) for task, values in summary["zero_shot"].items() for of in _metrics(values).items()]
+    results = [
+        EvalResult("text-generation", name, name, metric, value)
+        for text, metric, value in measured
+        if isfinite(value) and (name := one_line(_without_folder(text)))
+    ]
+    of_the_hub = _HUB_ID.fullmatch(summary["model"]) and not Path(summary["model"]).exists()
+    return ModelCardData(
+        base_model=summary["model"] if of_the_hub else None,
+        model_name=one_line(_without_folder(summary["model"])) or "model",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["sparse", "pruned", "ebft"],
+        eval_results=results or None,
+    )
+
+
+def one_line(value: Any) -> str:
+    """``value`` as text without line ends and characters that cannot be seen or stored."""
+    return " ".join("".join(" " if category(letter) in _UNSEEN else letter for letter in str(value)).split())
+
+
+def markdown(value: Any) -> str:
+    """``value`` as a line of Markdown that shows it as it is, wherever it stands: no tag, link, column or emphasis."""
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", one_line(value))
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"}
+_MARKUP = re.compile(r"""[&<>"'`*|~\[\]{}\\$!@#^]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])|:(?=//)""")
+_CARD = Environment(
+    finalize=markdown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+).from_string("""\
+# {{ name }}, {{ rounded }} sparse
+
+Made by [ebft](https://arxiv.org/abs/2402.12419) {{ summary.versions.ebft }}: {{ summary.recipe }}.
+It loads as any model of transformers does. Of the weights of the matrices inside its blocks {{ share }}
+{% if summary.config.uniform %}
+were taken away, by whole heads and channels.
+{% else %}
+are exactly zero; `masks.safetensors` says which.
+{% endif %}
+{% if tuned %}
+The kept ones were tuned {{ tuned }}, on {{ use.tokens }} tokens of {{ source }} ({{ use.windows }}).
+{% endif %}
+{% if plain_merge %}
+{{ plain_merge }}
+{% endif %}
 
 | perplexity | dense | pruned | recovered | won back |
 | --- | --- | --- | --- | --- |
-{rows}
+{% for row in figures %}
+|{% for cell in row %} {{ cell }} |{% endfor %}
 
-{zero_shot}"Won back" is the share of the lost log-perplexity; "recovered" was measured on these files.
+{% endfor %}
+
+{% if zero_shot %}
+| zero-shot, recovered | questions | metric | value | standard error |
+| --- | --- | --- | --- | --- |
+{% for row in zero_shot %}
+|{% for cell in row %} {{ cell }} |{% endfor %}
+
+{% endfor %}
+
+{% endif %}
+"Won back" is the share of the lost log-perplexity; "recovered" was measured on these files.
 
 | setting | value |
 | --- | --- |
-{recipe}
-"""
-    return str(ModelCard(content))
+{% for row in settings %}
+|{% for cell in row %} {{ cell }} |{% endfor %}
+
+{% endfor %}
+""")

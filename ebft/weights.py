@@ -7,13 +7,14 @@ into each other is transformers' knowledge, and its own converters do it here, a
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import xxhash
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,8 +28,8 @@ from transformers.core_model_loading import (
 )
 
 from ebft.errors import EBFTError
+from ebft.files import checksum, ordinary
 
-_SAMPLES, _SAMPLE = 256, 4096  # of a shard: how many places are looked at for its fingerprint, and bytes at each
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -43,7 +44,10 @@ class Tensors:
         self.files, self._zeros = list(files), dict(zeros or {})
         self._where: dict[str, Any] = {}
         for file in self.files:
-            opened = safe_open(file, framework="pt")
+            opened = safe_open(ordinary(file, str(file)), framework="pt")
+            twice = self._where.keys() & set(opened.keys())
+            if twice:
+                raise EBFTError(f"{file} holds {min(twice)}, which another file of the same model holds too")
             self._where |= dict.fromkeys(opened.keys(), opened)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -78,8 +82,9 @@ class Weights(Protocol):
     def as_stored(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters (whole blocks) under the checkpoint's names and in its shapes."""
 
+    @property
     def fingerprint(self) -> str:
-        """A digest of names, shapes, dtypes and of a sample of the values."""
+        """A digest of names, shapes, dtypes and all of the values."""
 
 
 class ModelWeights:
@@ -99,14 +104,14 @@ class ModelWeights:
         """The same: its names are the module's."""
         return dict(named)
 
+    @property
     def fingerprint(self) -> str:
-        """Of some 4096 values of every parameter."""
-        digest = hashlib.sha256()
-        for name, parameter in self._model.named_parameters():
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 4096)].contiguous().view(torch.uint8)
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-            digest.update(sample.cpu().numpy().tobytes())
+        """Of the parameters and buffers as they are now."""
+        digest = xxhash.xxh3_128()
+        for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
+            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(values.numpy())
         return digest.hexdigest()
 
 
@@ -173,18 +178,10 @@ class ShardedWeights:
             stored |= parts
         return stored
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Of every file's size, header, and 4 KiB at 256 places."""
-        digest = hashlib.sha256()
-        for file in self._tensors.files:
-            size = file.stat().st_size
-            with file.open("rb") as opened:
-                header = int.from_bytes(opened.read(8), "little")
-                digest.update(f"{size} {header}\n".encode() + opened.read(header))
-                for place in range(_SAMPLES):
-                    opened.seek(max(0, size - _SAMPLE) * place // (_SAMPLES - 1))
-                    digest.update(opened.read(_SAMPLE))
-        return digest.hexdigest()
+        """Of every byte of the files, read once. Their sizes and times would not do: a copy can keep both."""
+        return checksum(self._tensors.files)
 
     # --- checks -------------------------------------------------------------------------------------------------
 

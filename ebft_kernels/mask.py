@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -196,8 +198,11 @@ def save_masks(masks: nn.Module | Mapping[str, PackedMask | Tensor], path: str |
     """
     named = masks_of(masks) if isinstance(masks, nn.Module) else {name: as_packed(m) for name, m in masks.items()}
     words = {name: mask.words.cpu().contiguous() for name, mask in named.items()}
+    with Path(path).open("ab") as file:  # as the umask says: safetensors makes files for their owner alone
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     # One metadata entry: safetensors writes several in no fixed order, and equal masks shall give equal files.
     save_file(words, path, metadata={"shapes": json.dumps({name: list(mask.shape) for name, mask in named.items()})})
+    Path(path).chmod(mode)
 
 
 def load_masks(path: str | os.PathLike[str]) -> dict[str, PackedMask]:
@@ -207,6 +212,8 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, PackedMask]:
         ValueError: the file is not a safetensors file, or a tensor in it is no mask.
         OSError: it cannot be read.
     """
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise ValueError(f"{path} is no file; expected a safetensors file")
     return dict(_read_masks(path))
 
 

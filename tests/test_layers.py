@@ -72,6 +72,8 @@ ORDER = {
     "ebft": [
         "version",
         "errors",
+        "files",
+        "limits",
         "ranks",
         "devices",
         "shapes",

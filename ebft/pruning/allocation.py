@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ebft.errors import EBFTError
+from ebft.files import ordinary
 from ebft.matrices import Matrix
 from ebft.pruning.pattern import Pattern
 from ebft.pruning.statistics import Statistics
@@ -65,7 +66,7 @@ def make_allocation(allocation: str, pattern: Pattern) -> Allocation:
     if allocation in ("uniform", "owl"):
         return Allocation(pattern, {}, "" if allocation == "uniform" else "OWL")
     try:
-        shares = json.loads(Path(allocation).read_text(encoding="utf-8"))
+        shares = json.loads(ordinary(Path(allocation), f"--allocation {allocation}").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EBFTError(
             f"--allocation is {allocation!r}; expected uniform, owl or a JSON file: {' '.join(str(error).split())}"
