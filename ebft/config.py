@@ -426,11 +426,6 @@ class EBFTConfig:
                 raise EBFTError(f"{flag(name)} is {getattr(self, name)}; expected a finite number of at least 0")
         if self.lm_seconds is not None and not 0 < self.lm_seconds < float("inf"):
             raise EBFTError(f"--lm-seconds is {self.lm_seconds:g}; expected a finite number above 0")
-        if self.lora_dropout and self.lora_masked:
-            raise EBFTError(
-                f"--lora-dropout is {self.lora_dropout:g}, and with --lora-masked adapters are a part of the weight, "
-                "where no input can be dropped for them alone; expected --no-lora-masked or --lora-dropout 0"
-            )
         if self.eval_limit is not None and self.eval_limit < 1:
             raise EBFTError(f"--eval-limit is {self.eval_limit}; expected a whole number of at least 1")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -438,6 +433,11 @@ class EBFTConfig:
         if not 0 <= self.seed < 2**63:
             raise EBFTError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 - 1")
         self._check_effects({name for name, usual in _usual().items() if getattr(self, name) not in usual})
+        if self.lora_dropout and self.lora_masked:
+            raise EBFTError(
+                f"--lora-dropout is {self.lora_dropout:g}, and with --lora-masked adapters are a part of the weight, "
+                "where no input can be dropped for them alone; expected --no-lora-masked or --lora-dropout 0"
+            )
         if self.structured and self.pattern:
             raise EBFTError(
                 f"--structured prunes whole heads and channels, and --pattern is {self.pattern}; expected one"
