@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import types
 import typing
@@ -898,9 +899,15 @@ def _usual() -> dict[str, list[Any]]:
     }
 
 
+@functools.cache
+def _types() -> dict[str, Any]:
+    """What each field declares."""
+    return typing.get_type_hints(EBFTConfig)
+
+
 def _typed(name: str, value: Any) -> Any:
     """``value`` (from Python, YAML or a flag's text) in the type that the field declares."""
-    wanted = typing.get_type_hints(EBFTConfig)[name]
+    wanted = _types()[name]
     kinds = (
         [k for k in typing.get_args(wanted) if k is not types.NoneType] if isinstance(wanted, types.UnionType) else []
     )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 from rich.console import Console
@@ -25,7 +25,7 @@ class Reporter:
     """Talks to the terminal: a live display where there is one, a line a block where there is not (logs, CI)."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(file=Lasting(sys.stderr), highlight=False)
+        self.console = console or Console(file=cast(IO[str], Lasting(sys.stderr)), highlight=False)
 
     def say(self, sentence: str) -> None:
         """One line."""

@@ -190,10 +190,10 @@ def masked_adamw_step(*args: Any) -> None:
             continue
         if rows.numel():  # the step of dense states, spread out for it: another arithmetic would give other bits
             kept = unpack_mask(words, param.shape[-1])
-            dense = [torch.zeros_like(param).masked_scatter_(kept, state) for state in (exp_avg, exp_avg_sq)]
-            _fused_step(param, grad, *dense, words, grad_scale, *settings)
-            for state, spread in zip((exp_avg, exp_avg_sq), dense, strict=True):
-                state.copy_(spread[kept].view_as(state))
+            m, v = (torch.zeros_like(param).masked_scatter_(kept, state) for state in (exp_avg, exp_avg_sq))
+            _fused_step(param, grad, m, v, words, grad_scale, *settings)
+            for state, dense in ((exp_avg, m), (exp_avg_sq, v)):
+                state.copy_(dense[kept].view_as(state))
         else:
             _fused_step(param, grad, exp_avg, exp_avg_sq, words, grad_scale, *settings)
         if zero_grads:
