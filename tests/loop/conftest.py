@@ -121,7 +121,7 @@ def config(tmp_path: Path):
     def make(**settings) -> EBFTConfig:
         small = {"samples": 8, "seqlen": 24, "epochs": 2, "batch_size": 4, "eval_seqlen": 32, "eval": ""}
         small |= {"target": "sparse-stream"}
-        return EBFTConfig.preset("demo", output=tmp_path / "out", **with_effect(small, settings))
+        return EBFTConfig.preset("demo", **with_effect({"output": tmp_path / "out", **small}, settings))
 
     return make
 
