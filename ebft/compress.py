@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 from ebft.compressed import save_compressed
 from ebft.errors import EBFTError
+from ebft.terminal import lasting_output
 
 
+@lasting_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Compress what the command line names (default: ``sys.argv``)."""
     parser = argparse.ArgumentParser(prog="python -m ebft.compress", description=__doc__, allow_abbrev=False)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,86 @@ from ebft.errors import EBFTError
 from ebft.pruning.allocation import LAMBDA
 from ebft.pruning.pattern import Pattern
 
-
-def _setting(default: Any, help: str, choices: Sequence[str] | None = None, metavar: str | None = None) -> Any:
-    """A dataclass field that also knows how it is said on the command line."""
-    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
-
-
 RECOVERIES = ("none", "layerwise", "ebft", "lora", "full")  # in the order in which they can follow one another
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a setting needs of others to have an effect.
+
+    Attributes:
+        said: it, in words.
+        of: the settings that decide.
+        met: whether a run has it.
+    """
+
+    said: str
+    of: tuple[str, ...]
+    met: Callable[[EBFTConfig], bool]
+
+
+def _recovery(*names: str) -> Needs:
+    said = f"{', '.join(names[:-1])} or {names[-1]}" if names[1:] else names[0]
+    return Needs(f"{said} in --recover", ("recover",), lambda config: not {*names}.isdisjoint(config.recoveries))
+
+
+# What the fields below name: a setting that is given without it would be ignored in silence, and is refused.
+_EBFT, _LAYERWISE, _LORA, _ANY = *map(_recovery, ("ebft", "layerwise", "lora")), _recovery(*RECOVERIES[1:])
+_TUNED, _ADAMW, _WHOLE = _recovery("ebft", "lora", "full"), _recovery("ebft", "full"), _recovery("lora", "full")
+_LOOKS = Needs("a --prune that looks at activations", ("prune",), lambda config: config.looks_at_activations)
+_TEXT = Needs(f"a recovery, or {_LOOKS.said}", ("recover", "prune"), lambda config: config.uses_text)
+_WINDOWS = Needs(
+    "calibration text other than self",
+    ("calibration", "recover", "prune"),
+    lambda config: config.uses_text and [*config.calibration_parts] != ["self"],
+)
+_WALK = Needs(
+    f"a recovery of blocks, or {_LOOKS.said}",
+    ("recover", "prune"),
+    lambda config: config.looks_at_activations or bool(config.block_recoveries),
+)
+_STREAMS = Needs(
+    f"a recovery, {_LOOKS.said}, or --eval",
+    ("recover", "prune", "eval"),
+    lambda config: config.uses_text or bool(config.eval_texts),
+)
+_TEACHER = Needs(
+    "a recovery of blocks, --eval, or --calibration self",
+    ("recover", "eval", "calibration"),
+    lambda config: bool(config.block_recoveries or config.eval_texts) or "self" in config.calibration_parts,
+)
+_CRITERION = Needs("a criterion", ("prune",), lambda config: config.by_criterion)
+_SHARE = Needs(
+    "a criterion, and neither --pattern nor --schedule",
+    ("prune", "pattern", "schedule"),
+    lambda config: (
+        config.by_criterion
+        and not config.pattern
+        and config.sparsity in (config.schedule_shares or [config.sparsity])[-1:]
+    ),
+)
+_SPARSEGPT = Needs("--prune sparsegpt", ("prune",), lambda config: config.prune == "sparsegpt")
+_DSNOT = Needs("--refine dsnot", ("refine",), lambda config: config.refine == "dsnot")
+_STRUCTURED = Needs("--structured", ("structured",), lambda config: config.structured)
+_PATTERN = Needs("--pattern", ("pattern",), lambda config: config.pattern is not None)
+_REFRESH = Needs("ebft and --refresh-every", ("recover", "refresh_every"), lambda config: config.refreshes)
+_PATIENCE = Needs(
+    "ebft and --holdout", ("recover", "holdout"), lambda config: "ebft" in config.recoveries and config.holdout > 0
+)
+_MIX = Needs("--input mix", ("input",), lambda config: config.input == "mix")
+_EVAL = Needs("--eval", ("eval",), lambda config: bool(config.eval_texts))
+_TASKS = Needs("--eval-tasks", ("eval_tasks",), lambda config: bool(config.eval_task_names))
+
+
+def _setting(
+    default: Any,
+    help: str,
+    choices: Sequence[str] | None = None,
+    metavar: str | None = None,
+    needs: Needs | None = None,
+) -> Any:
+    """A dataclass field that also knows how it is said on the command line, and what it needs to have an effect."""
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar, "needs": needs})
 
 
 @dataclass(frozen=True)
@@ -34,7 +108,11 @@ class EBFTConfig:
     """
 
     model: str | None = _setting(None, "hub id, folder or .gguf file (default: the SmolLM2-135M-Instruct wheel)")
-    teacher: str | None = _setting(None, "dense model whose blocks are the targets (default: the model as loaded)")
+    teacher: str | None = _setting(
+        None,
+        "dense model whose blocks are the targets (default: the model as loaded)",
+        needs=_TEACHER,
+    )
     output: str = _setting("ebft-output", "folder for the recovered model and its report")
     overwrite: bool = _setting(False, "replace OUTPUT if an earlier run made it, once this run has committed")
     prune: str = _setting(
@@ -42,15 +120,20 @@ class EBFTConfig:
         "magnitude, wanda, ria, sparsegpt, flap (--structured), zeros (already there), or a masks.safetensors file",
     )
     sparsegpt_damping: float = _setting(
-        0.01, "what SparseGPT adds to its Hessian's diagonal, as a share of the mean (--prune sparsegpt)"
+        0.01,
+        "what SparseGPT adds to its Hessian's diagonal, as a share of the mean (--prune sparsegpt)",
+        needs=_SPARSEGPT,
     )
     act_order: bool = _setting(
-        False, "SparseGPT prunes inputs of large activations first (--prune sparsegpt, without --pattern)"
+        False,
+        "SparseGPT prunes inputs of large activations first (--prune sparsegpt, without --pattern)",
+        needs=_SPARSEGPT,
     )
     allocation: str = _setting(
         "uniform",
         "pruned share of each block: uniform, owl (blocks with outliers keep more), or a JSON file, name -> share",
         metavar="uniform|owl|FILE",
+        needs=_CRITERION,
     )
     refine: str = _setting(
         "none",
@@ -58,18 +141,24 @@ class EBFTConfig:
         choices=("none", "dsnot"),
     )
     dsnot_threshold: float = _setting(
-        0.1, "mean error of an output at which its row is done, in the output's unit (--refine dsnot)"
+        0.1, "mean error of an output at which its row is done, in the output's unit (--refine dsnot)", needs=_DSNOT
     )
-    dsnot_cycles: int = _setting(50, "swaps in a row at most (--refine dsnot)")
-    sparsity: float = _setting(0.7, "share of each matrix's weights that is pruned, between 0 and 1")
+    dsnot_cycles: int = _setting(50, "swaps in a row at most (--refine dsnot)", needs=_DSNOT)
+    sparsity: float = _setting(0.7, "share of each matrix's weights that is pruned, between 0 and 1", needs=_SHARE)
     structured: bool = _setting(
         False, "prune whole heads (KV groups) and MLP channels; --sparsity is then the share of the blocks' parameters"
     )
     uniform: bool = _setting(
-        False, "the same widths in every layer, and smaller matrices in the output (--structured by a criterion)"
+        False,
+        "the same widths in every layer, and smaller matrices in the output (--structured by a criterion)",
+        needs=_STRUCTURED,
     )
     pattern: str | None = _setting(None, "keep N of every M consecutive inputs, in place of --sparsity", metavar="N:M")
-    transposable: bool = _setting(False, "--pattern holds along the outputs too, within M x M tiles")
+    transposable: bool = _setting(
+        False,
+        "--pattern holds along the outputs too, within M x M tiles",
+        needs=_PATTERN,
+    )
     schedule: str | None = _setting(
         None,
         "prune gradually, such as 0.5,0.6,0.7: every share a run of its own from what the last one recovered, towards "
@@ -80,156 +169,212 @@ class EBFTConfig:
         "ebft",
         "recoveries after pruning: none, or a sum in order such as layerwise+ebft (lora, full: the model is in memory)",
     )
-    cg_iterations: int = _setting(20, "iterations of conjugate gradients in each layer (--recover layerwise)")
-    cg_damping: float = _setting(0.01, "what holds weights where they were, as a share of the inputs' mean square")
+    cg_iterations: int = _setting(
+        20, "iterations of conjugate gradients in each layer (--recover layerwise)", needs=_LAYERWISE
+    )
+    cg_damping: float = _setting(
+        0.01, "what holds weights where they were, as a share of the inputs' mean square", needs=_LAYERWISE
+    )
     cg_inputs: str = _setting(
         "sparse",
         "what a layer is solved on: its inputs in the dense block, or those that the layers solved before it give",
         choices=("dense", "sparse"),
+        needs=_LAYERWISE,
     )
     lm_lr: float = _setting(
-        3e-4, "AdamW learning rate of whole-model recoveries (lora, full), decayed linearly to 0 over their time"
+        3e-4,
+        "AdamW learning rate of whole-model recoveries (lora, full), decayed linearly to 0 over their time",
+        needs=_WHOLE,
     )
-    lm_epochs: int = _setting(2, "their passes over the calibration sequences, with the language-model loss")
+    lm_epochs: int = _setting(
+        2, "their passes over the calibration sequences, with the language-model loss", needs=_WHOLE
+    )
     lm_seconds: float | None = _setting(
-        None, "they end after so many seconds if that comes first, and the learning rate falls by time", metavar="S"
+        None,
+        "they end after so many seconds if that comes first, and the learning rate falls by time",
+        metavar="S",
+        needs=_WHOLE,
     )
-    lora_rank: int = _setting(8, "rank of the adapters (--recover lora)")
-    lora_alpha: float = _setting(16.0, "what adapters are scaled by, times their rank (--recover lora)")
-    lora_dropout: float = _setting(0.0, "share of the adapters' inputs that is dropped (needs --no-lora-masked)")
+    lora_rank: int = _setting(8, "rank of the adapters (--recover lora)", needs=_LORA)
+    lora_alpha: float = _setting(16.0, "what adapters are scaled by, times their rank (--recover lora)", needs=_LORA)
+    lora_dropout: float = _setting(
+        0.0, "share of the adapters' inputs that is dropped (needs --no-lora-masked)", needs=_LORA
+    )
     lora_masked: bool = _setting(
-        True, "adapters work under the mask while they are tuned, so that the masked merge loses nothing"
+        True, "adapters work under the mask while they are tuned, so that the masked merge loses nothing", needs=_LORA
     )
     calibration: str = _setting(
         "c4",
         "c4, wikitext2, builtin, self (text that the dense model writes), a .txt/.jsonl/.parquet file, or several of "
         "them with their shares of the sequences, such as c4:0.75,self:0.25, or of equal ones",
         metavar="NAME_OR_FILE[:SHARE],…",
+        needs=_TEXT,
     )
     windows: str = _setting(
         "random-window",
         "one random window of each random document, or documents packed end to end (self is whole sequences)",
         choices=("random-window", "packed"),
+        needs=_WINDOWS,
     )
-    samples: int = _setting(256, "calibration sequences")
-    seqlen: int = _setting(1024, "tokens in a calibration sequence")
-    epochs: int = _setting(10, "passes over the calibration sequences in each block")
-    batch_size: int = _setting(8, "sequences in a step")
+    samples: int = _setting(256, "calibration sequences", needs=_TEXT)
+    seqlen: int = _setting(1024, "tokens in a calibration sequence", needs=_TEXT)
+    epochs: int = _setting(10, "passes over the calibration sequences in each block", needs=_EBFT)
+    batch_size: int = _setting(8, "sequences in a step", needs=_TEXT)
     micro_batch: int | None = _setting(
-        None, "sequences that go through the block at once; a step sums their gradients (default: the batch size)"
+        None,
+        "sequences that go through the block at once; a step sums their gradients (default: the batch size)",
+        needs=_ANY,
     )
     recompute: str = _setting(
         "none",
         "activations that are made again in the backward pass: those of the block, or of its attention and MLP in turn "
         "(of --unit pair its two blocks)",
         choices=("none", "block", "halves"),
+        needs=_TUNED,
     )
     weights: str = _setting(
         "fp32",
         "matrices while they are tuned: float32, bfloat16 with a float32 master, or bfloat16 rounded stochastically",
         choices=("fp32", "master", "stochastic"),
+        needs=_EBFT,
     )
-    moments: str = _setting("fp32", "AdamW's moments: float32, bfloat16 or 8 bits", choices=("fp32", "bf16", "int8"))
-    compact: bool = _setting(False, "keep the optimizer's states of kept weights alone")
+    moments: str = _setting(
+        "fp32", "AdamW's moments: float32, bfloat16 or 8 bits", choices=("fp32", "bf16", "int8"), needs=_TUNED
+    )
+    compact: bool = _setting(False, "keep the optimizer's states of kept weights alone", needs=_ADAMW)
     update_in_backward: bool = _setting(
-        False, "update a matrix as soon as its gradient is made, which is never kept (needs --clip 0)"
+        False, "update a matrix as soon as its gradient is made, which is never kept (needs --clip 0)", needs=_EBFT
     )
-    compile: bool = _setting(False, "run the block through torch.compile while it is tuned")
+    compile: bool = _setting(False, "run the block through torch.compile while it is tuned", needs=_EBFT)
     unit: str = _setting(
         "block",
         "what ebft tunes at once: a block; its attention and then its MLP, each towards the dense one's output; or a "
         "block with the next one, towards the dense states after both, of which the first is kept",
         choices=("block", "halves", "pair"),
+        needs=_EBFT,
     )
     optimizer: str = _setting(
         "adamw",
         "AdamW; Lion (the sign of a momentum); or Muon, with AdamW for norms and biases",
         choices=("adamw", "sign", "muon"),
+        needs=_EBFT,
     )
-    lr: float = _setting(2e-4, "learning rate, which --lr-decay lowers in each block")
+    lr: float = _setting(2e-4, "learning rate, which --lr-decay lowers in each block", needs=_EBFT)
     lr_scale: str = _setting(
         "absolute",
         "what --lr is: a learning rate, or a share of the root mean square of each matrix's kept weights",
         choices=("absolute", "rms"),
+        needs=_EBFT,
     )
     lr_decay: str = _setting(
-        "linear", "how the learning rate falls in each block", choices=("linear", "cosine", "constant")
+        "linear", "how the learning rate falls in each block", choices=("linear", "cosine", "constant"), needs=_EBFT
     )
-    warmup: float = _setting(0.0, "share of each block's steps in which the learning rate rises to --lr")
-    betas: tuple[float, float] = _setting((0.9, 0.95), "betas of AdamW and Lion; Muon's momentum is the first")
-    weight_decay: float = _setting(0.1, "decoupled weight decay of the pruned matrices (norms and biases: 0)")
-    clip: float = _setting(1.0, "clip the gradient norm over kept weights, after unscaling; 0 turns it off")
+    warmup: float = _setting(0.0, "share of each block's steps in which the learning rate rises to --lr", needs=_EBFT)
+    betas: tuple[float, float] = _setting(
+        (0.9, 0.95), "betas of AdamW and Lion; Muon's momentum is the first", needs=_TUNED
+    )
+    weight_decay: float = _setting(
+        0.1, "decoupled weight decay of the pruned matrices (norms and biases: 0)", needs=_ADAMW
+    )
+    clip: float = _setting(
+        1.0, "clip the gradient norm over kept weights, after unscaling; 0 turns it off", needs=_TUNED
+    )
     loss: str = _setting(
         "mse",
         "what ebft minimises: the mean squared error, one with every channel by its own energy, or plus 1 - cosine",
         choices=("mse", "channel", "cosine"),
+        needs=_EBFT,
     )
     token_weights: str = _setting(
         "none",
         "what a token counts in it: all the same, or by 1 / ||Y - X||^2, for tokens of enormous hidden states",
         choices=("none", "norm"),
+        needs=_EBFT,
     )
     refresh_every: int = _setting(
-        0, "steps of ebft after which a part of each mask is chosen anew, in the first three quarters of them; 0: never"
+        0,
+        "steps of ebft after which a part of each mask is chosen anew, in the first three quarters of them; 0: never",
+        needs=_EBFT,
     )
-    refresh_share: float = _setting(0.05, "share of each row's kept weights that --refresh-every chooses anew")
+    refresh_share: float = _setting(
+        0.05, "share of each row's kept weights that --refresh-every chooses anew", needs=_REFRESH
+    )
     refresh_grow: str = _setting(
         "gradient",
         "what pruned weights come back by: the size of the mean gradient of a few batches, or the mean of its square",
         choices=("gradient", "gradient2"),
+        needs=_REFRESH,
     )
     holdout: float = _setting(
-        0.0, "share of the sequences that no block is tuned on: the weights that do best on them are kept"
+        0.0, "share of the sequences that no block is tuned on: the weights that do best on them are kept", needs=_ANY
     )
-    patience: int = _setting(2, "epochs without a lower error on the held-out sequences before a block is done")
+    patience: int = _setting(
+        2,
+        "epochs without a lower error on the held-out sequences before a block is done",
+        needs=_PATIENCE,
+    )
     epochs_where: str = _setting(
         "all",
         "what becomes of the epochs that a block saves by ending early: nothing, or later blocks that pruning has "
         "harmed more than the mean of those before take them, up to twice --epochs",
         choices=("all", "error"),
+        needs=_EBFT,
     )
     target: str = _setting(
         "sparse-stream",
         "targets: the dense block applied to the block's input, or the dense model's own hidden states",
         choices=("sparse-stream", "dense-stream"),
+        needs=_WALK,
     )
     input: str = _setting(
         "sparse-stream",
         "inputs: hidden states of the tuned sparse blocks before, or of the dense model, or of each for some samples",
         choices=("sparse-stream", "dense-stream", "mix"),
+        needs=_WALK,
     )
     statistics: str = _setting(
         "target",
         "masks go by what flows into the dense block as it makes the targets, or by the block's own inputs (one more "
         "pass where --target is dense-stream)",
         choices=("target", "input"),
+        needs=_LOOKS,
     )
     mix: float = _setting(
-        0.5, "share of the samples that --input mix takes from the dense model, others block by block"
+        0.5,
+        "share of the samples that --input mix takes from the dense model, others block by block",
+        needs=_MIX,
     )
     eval: str = _setting("wikitext2", "texts for perplexity, comma-separated; empty for none", metavar="NAME_OR_FILE,…")
-    eval_seqlen: int = _setting(2048, "tokens in an evaluation window")
+    eval_seqlen: int = _setting(2048, "tokens in an evaluation window", needs=_EVAL)
     eval_tasks: str = _setting(
         "",
         "zero-shot tasks of lm-evaluation-harness, or local:TEXT for one made from a text, comma-separated",
         metavar="NAME,…",
     )
-    eval_limit: int | None = _setting(None, "questions of each of --eval-tasks that are asked (default: all)")
+    eval_limit: int | None = _setting(
+        None,
+        "questions of each of --eval-tasks that are asked (default: all)",
+        needs=_TASKS,
+    )
     device: str = _setting("auto", "cpu, cuda, cuda:1 …; auto takes the GPU where there is one")
     dtype: str = _setting(
         "auto",
         "compute type of the matrix products",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    seed: int = _setting(0, "seed of the calibration sample and the batch order")
+    seed: int = _setting(0, "seed of the calibration sample and the batch order", needs=_TEXT)
     resume: bool = _setting(False, "go on with the interrupted run in OUTPUT.partial; start where there is none")
     streams: str = _setting(
         "auto",
         "where hidden states are kept; auto: host, or as --gpu-memory and --host-memory make it",
         choices=("auto", "device", "host", "disk"),
+        needs=_STREAMS,
     )
     stream_dtype: str = _setting(
-        "float32", "type in which hidden states are kept for calibration", choices=("float32", "bfloat16")
+        "float32",
+        "type in which hidden states are kept for calibration",
+        choices=("float32", "bfloat16"),
+        needs=_WALK,
     )
     gpu_memory: str | None = _setting(
         None, "GPU memory that the run may take, such as 16GiB: settings that fit are chosen", metavar="SIZE"
@@ -240,6 +385,9 @@ class EBFTConfig:
     max_shard_size: str = _setting("50GB", "largest file of the saved model", metavar="SIZE")
     fused: bool = _setting(False, "demand fused kernels for mask and optimizer; fail where there are none")
     trust_remote_code: bool = _setting(False, "let transformers run code that comes with the model")
+    ignore_unused: bool = _setting(
+        False, "leave out tensors of the checkpoint that the model, as its config.json has it, does not take"
+    )
 
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(self):
@@ -279,32 +427,31 @@ class EBFTConfig:
                 raise EBFTError(f"{flag(name)} is {getattr(self, name)}; expected a finite number of at least 0")
         if self.lm_seconds is not None and not 0 < self.lm_seconds < float("inf"):
             raise EBFTError(f"--lm-seconds is {self.lm_seconds:g}; expected a finite number above 0")
-        if self.lora_dropout and self.lora_masked:
-            raise EBFTError(
-                f"--lora-dropout is {self.lora_dropout:g}, and with --lora-masked adapters are a part of the weight, "
-                "where no input can be dropped for them alone; expected --no-lora-masked or --lora-dropout 0"
-            )
         if self.eval_limit is not None and self.eval_limit < 1:
             raise EBFTError(f"--eval-limit is {self.eval_limit}; expected a whole number of at least 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise EBFTError(f"--betas is {self.betas}; expected two numbers from 0 up to, not including, 1")
         if not 0 <= self.seed < 2**63:
             raise EBFTError(f"--seed is {self.seed}; expected a whole number from 0 to 2^63 - 1")
-        if self.uniform and not self.structured:
-            raise EBFTError("--uniform is about the widths that --structured leaves; expected --structured with it")
+        self._check_effects({name for name, usual in _usual().items() if getattr(self, name) not in usual})
+        if self.lora_dropout and self.lora_masked:
+            raise EBFTError(
+                f"--lora-dropout is {self.lora_dropout:g}, and with --lora-masked adapters are a part of the weight, "
+                "where no input can be dropped for them alone; expected --no-lora-masked or --lora-dropout 0"
+            )
         if self.structured and self.pattern:
             raise EBFTError(
                 f"--structured prunes whole heads and channels, and --pattern is {self.pattern}; expected one"
             )
         if self.prune == "flap" and not self.structured:
             raise EBFTError("--prune flap scores whole heads and channels; expected --structured with it")
-        if self.transposable and (not self.pattern or self.refine != "none" or self.refresh_every):
+        if self.transposable and (self.refine != "none" or self.refresh_every):
             other = "--refine dsnot" if self.refine != "none" else f"--refresh-every {self.refresh_every}"
             raise EBFTError(
                 f"--transposable holds along the outputs too, which {other} would not keep so; expected one of both"
-                if self.pattern
-                else "--transposable is of N:M masks; expected --pattern with it"
             )
+        if self.schedule:
+            object.__setattr__(self, "sparsity", self.schedule_shares[-1])
         self._check_allocation()
         if self.refine != "none" and (self.prune == "zeros" or self.structured):
             other = "--structured, which takes whole heads and channels" if self.structured else "--prune zeros"
@@ -332,7 +479,6 @@ class EBFTConfig:
                 )
         if self.unit == self.recompute == "halves":
             raise EBFTError("--recompute halves of --unit halves would be quarters; expected --recompute none or block")
-        self._check_how_ebft_tunes()
         self._check_pair()
         if self.epochs_where == "error":
             self._check_epochs_where()
@@ -340,6 +486,29 @@ class EBFTConfig:
         if self.update_in_backward:
             self._check_update_in_backward()
         self._check_refresh()
+
+    def _check_effects(self, given: Iterable[str]) -> None:
+        """``EBFTError`` if one of the settings ``given`` changes nothing, because others leave it nothing to change."""
+        among = {*given}
+        idle = [name for name in _fields() if name in among and not self.has_effect(name)]
+        if not idle:
+            return
+        needs: Needs = _fields()[idle[0]].metadata["needs"]
+        alike = [name for name in idle if _fields()[name].metadata["needs"] is needs]
+        has, they_need = ("has", "it needs") if len(alike) == 1 else ("have", "they need")
+        raise EBFTError(
+            f"{' '.join(map(self._said, alike))} {has} no effect with {' '.join(map(self._said, needs.of))}: "
+            f"{they_need} {needs.said}"
+        )
+
+    def _said(self, name: str) -> str:
+        """A setting as it is said on the command line."""
+        value = getattr(self, name)
+        if isinstance(value, bool):
+            return flag(name) if value else flag(f"no_{name}")
+        if value in (None, ""):
+            return f"no {flag(name)}"
+        return f"{flag(name)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
     def _check_allocation(self) -> None:
         if self.allocation == "uniform":
@@ -360,10 +529,7 @@ class EBFTConfig:
     def _check_schedule(self) -> None:
         if self.schedule is None:
             return
-        try:
-            shares = [float(share) for share in self.schedule.split(",")]
-        except ValueError:
-            shares = []
+        shares = self.schedule_shares
         if not shares or not shares[0] > 0 or not shares[-1] < 1 or sorted(set(shares)) != shares:
             raise EBFTError(
                 f"--schedule is {self.schedule!r}; expected rising shares between 0 and 1, both excluded, such as "
@@ -377,7 +543,6 @@ class EBFTConfig:
             raise EBFTError("--schedule prunes single weights, and --structured whole heads and channels; expected one")
         if self.prune == "zeros" or Path(self.prune).is_file():
             raise EBFTError(f"--schedule needs a criterion that prunes any share, and --prune is {self.prune}")
-        object.__setattr__(self, "sparsity", shares[-1])
 
     def _check_recover(self) -> None:
         names = self.recover.split("+")
@@ -387,16 +552,6 @@ class EBFTConfig:
                 f"--recover is {self.recover!r}; expected none, or one or more of {', '.join(RECOVERIES[1:])} in this "
                 "order, joined by +"
             )
-
-    def _check_how_ebft_tunes(self) -> None:
-        """Where it does not, what would have no effect."""
-        usual = {"unit": "block", "optimizer": "adamw", "loss": "mse", "token_weights": "none"}
-        for name, value in {**usual, "refresh_every": 0, "epochs_where": "all"}.items():
-            if "ebft" not in self.recoveries and getattr(self, name) != value:
-                raise EBFTError(
-                    f"{flag(name)} {getattr(self, name)} is how ebft tunes, and --recover is {self.recover}; expected "
-                    "ebft among it"
-                )
 
     def _check_pair(self) -> None:
         if self.unit != "pair":
@@ -473,6 +628,11 @@ class EBFTConfig:
         if self.compile:
             raise EBFTError("--update-in-backward does not go with --compile, which makes all gradients first")
 
+    def has_effect(self, name: str) -> bool:
+        """Whether the results, or what a run asks of the machine, can depend on this setting, as the others are."""
+        needs: Needs | None = _fields()[name].metadata["needs"]
+        return needs is None or needs.met(self)
+
     @property
     def mask_pattern(self) -> Pattern:
         """What is pruned of a matrix: a share of its weights, or M - N of every M."""
@@ -481,6 +641,12 @@ class EBFTConfig:
             if self.pattern
             else Pattern(sparsity=self.sparsity)
         )
+
+    @property
+    def asked_sparsity(self) -> float | None:
+        """The share of all weights that is to be pruned; None where masks or a file of shares say it."""
+        says = self.by_criterion and self.allocation in ("uniform", "owl")
+        return self.mask_pattern.sparsity if says else None
 
     @property
     def steps(self) -> tuple[EBFTConfig, ...]:
@@ -492,12 +658,37 @@ class EBFTConfig:
             dataclasses.replace(
                 self,
                 schedule=",".join(shares[: place + 1]),
+                sparsity=float(share),
                 output=output,
                 overwrite=self.overwrite or not self.resume,  # an interrupted run's, which starts over
             )
-            for place, output in enumerate(outputs)
+            for place, (share, output) in enumerate(zip(shares, outputs, strict=False))
         ]
         return (*between, self)
+
+    @property
+    def schedule_shares(self) -> list[float]:
+        """Of ``--schedule``, in order; none without it, or where it holds no numbers."""
+        try:
+            return [float(share) for share in self.schedule.split(",")] if self.schedule else []
+        except ValueError:
+            return []
+
+    @property
+    def by_criterion(self) -> bool:
+        """Whether pruning chooses, and takes neither zeros nor masks that are there already."""
+        return self.prune != "zeros" and not Path(self.prune).is_file()
+
+    @property
+    def looks_at_activations(self) -> bool:
+        """Whether pruning wants statistics of what flows through the model."""
+        surveys = self.allocation == "owl" or (self.structured and not self.uniform)
+        return self.refine != "none" or (self.by_criterion and (self.prune != "magnitude" or surveys))
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether anything is done with the calibration text."""
+        return self.looks_at_activations or bool(self.recoveries)
 
     @property
     def recoveries(self) -> tuple[str, ...]:
@@ -581,8 +772,12 @@ class EBFTConfig:
         unknown = sorted(set(settings) - _names())
         if unknown:
             raise EBFTError(f"there is no setting {unknown[0]!r}; expected one of {', '.join(sorted(_names()))}")
-        otherwise = IF_UNIFORM.get(name, {}) if settings.get("uniform") else {}
-        return cls(**{**PRESETS[name], **otherwise, **settings})
+        preset = {**PRESETS[name], **(IF_UNIFORM.get(name, {}) if settings.get("uniform") else {})}
+        made = cls(**{**preset, **settings})
+        if settings.keys() < _names():  # of all of them at once nobody says which are meant
+            usual = {name: preset.get(name, setting.default) for name, setting in _fields().items()}
+            made._check_effects(name for name in settings if getattr(made, name) != usual[name])
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, YAML and the model card."""
@@ -687,13 +882,32 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _fields() -> dict[str, dataclasses.Field[Any]]:
+    return {setting.name: setting for setting in dataclasses.fields(EBFTConfig)}
+
+
 def _names() -> set[str]:
-    return {setting.name for setting in dataclasses.fields(EBFTConfig)}
+    return {*_fields()}
+
+
+def _usual() -> dict[str, list[Any]]:
+    """The values of each setting that nobody need have given: the class's and the presets'."""
+    presets = [*PRESETS.values(), *IF_UNIFORM.values()]
+    return {
+        name: [setting.default, *(preset[name] for preset in presets if name in preset)]
+        for name, setting in _fields().items()
+    }
+
+
+@functools.cache
+def _types() -> dict[str, Any]:
+    """What each field declares."""
+    return typing.get_type_hints(EBFTConfig)
 
 
 def _typed(name: str, value: Any) -> Any:
     """``value`` (from Python, YAML or a flag's text) in the type that the field declares."""
-    wanted = typing.get_type_hints(EBFTConfig)[name]
+    wanted = _types()[name]
     kinds = (
         [k for k in typing.get_args(wanted) if k is not types.NoneType] if isinstance(wanted, types.UnionType) else []
     )

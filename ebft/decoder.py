@@ -141,6 +141,19 @@ class Decoder:
         """A copy of block ``index`` as it is stored."""
         return self._filled(index, self._read(index))
 
+    def not_finite(self, index: int | None = None) -> str | None:
+        """The first stored tensor that holds NaN or infinity, of block ``index``; by default outside of the blocks."""
+        of_blocks = tuple(f"{name}." for name in self.names)
+        within = of_blocks if index is None else of_blocks[index]
+        stored = self._skeleton.state_dict()  # with the buffers that are stored too
+        for name, tensor in [*self._skeleton.named_parameters(), *self._skeleton.named_buffers()]:
+            if name not in stored or name.startswith(within) == (index is None):
+                continue
+            value = self.weights.read([name])[name] if tensor.is_meta else tensor
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                return name
+        return None
+
     def whole(self, block_at: Callable[[int], Tensors]) -> PreTrainedModel:
         """The whole model to work on, with blocks as they were saved: on the device, float32, as ``working_block``."""
         model = _without_values(self._skeleton)

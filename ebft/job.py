@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ebft.biases import consumers, with_biases
 from ebft.calibration import Tokens, calibration_tokens, evaluation_tokens, mixture
 from ebft.checkpoint import DEFAULT_MODEL, Source, load_model, load_tokenizer, open_model
-from ebft.checks import check_lengths, check_masks, check_teacher
+from ebft.checks import check_ends, check_lengths, check_masks, check_teacher
 from ebft.config import ORGANISATION, EBFTConfig
 from ebft.decoder import Decoder
 from ebft.errors import EBFTError
@@ -49,7 +49,7 @@ from ebft.recovery.task import Split
 from ebft.report import Reporter
 from ebft.stream import Store
 from ebft.version import __version__, code_digest
-from ebft.weights import ModelWeights
+from ebft.weights import ModelWeights, check_floats
 from ebft.zero_shot import ZeroShot
 from ebft_kernels import explain
 
@@ -138,11 +138,13 @@ def prepare_job(
     check_lengths(config, student.model.config)
     fuse_glue = config.fused and device.type == "cuda" and liger_missing() is None
     decoder = Decoder(student.model, device, compute, fuse_glue, student.weights)
+    check_ends(decoder, f"model {name_of(source)}")
     dense = decoder
     if teacher is not None or config.teacher is not None:
         opened = _with_biases_of(student.model, _open(config, teacher or config.teacher, reporter))
         dense = Decoder(opened.model, device, compute, fuse_glue, opened.weights)
         check_teacher(decoder, dense)
+        check_ends(dense, "--teacher")
     check_masks(config, masker, decoder, dense)
 
     needs_calibration = recovers or bool(masker.needs) or masker.surveyor is not None
@@ -163,7 +165,9 @@ def prepare_job(
                 named = config.teacher or (source if isinstance(source, str) else None)
 
                 def load() -> PreTrainedModel:
-                    return whole or load_model(named, trust_remote_code=config.trust_remote_code)
+                    return whole or load_model(
+                        named, trust_remote_code=config.trust_remote_code, ignore_unused=config.ignore_unused
+                    )
 
                 generated = ranks.first(partial(_write_text, config, dense, load, tokenizer, output, reporter))
                 clock.lap("generation")
@@ -254,9 +258,12 @@ def choose_masker(config: EBFTConfig, criterion: Criterion | None = None) -> Mas
 
 def _open(config: EBFTConfig, source: str | PreTrainedModel | None, reporter: Reporter) -> Source:
     if isinstance(source, PreTrainedModel):
+        check_floats(dict(source.named_parameters()))
         opened = Source(source, ModelWeights(source))
     else:
-        opened = open_model(source, trust_remote_code=config.trust_remote_code, say=reporter.say)
+        opened = open_model(
+            source, trust_remote_code=config.trust_remote_code, ignore_unused=config.ignore_unused, say=reporter.say
+        )
     return with_biases(opened, consumers(opened.model), reporter.say) if config.fills_biases else opened
 
 
@@ -401,6 +408,7 @@ def summarise(
         "seconds": job.clock.total(),
         "stage_seconds": job.clock.laps,
         "sparsity": sparsity,
+        "asked_sparsity": config.asked_sparsity,
         **whole_model,
         "calibration": job.calibration.use.to_dict() if job.calibration else None,
         "evaluation": {name: tokens.use.to_dict() for name, tokens in job.eval_tokens.items()},

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -34,7 +35,7 @@ from ebft.report import Reporter, model_card
 from ebft.report_page import report_page
 from ebft.stream import Store
 from ebft.survey import survey
-from ebft.walk import apply_masks, begin_peak_memory, not_finite, peak_memory, say_notes, walk
+from ebft.walk import apply_masks, begin_peak_memory, check_weights, peak_memory, say_notes, walk
 from ebft.weights import ShardedWeights
 from ebft_kernels import PackedMask, load_masks
 
@@ -192,7 +193,7 @@ def _run(job: Job, given: PreTrainedModel | None) -> RunResult:
 
     if text := job.generated:
         _stage(job, "generated", lambda: None, partial(out.write_generated, text.tokens.ids, text.made_from))
-    dense = _stage(job, "dense_perplexity", lambda: _measure(job, "dense perplexity", job.teacher))
+    dense = _stage(job, "dense_perplexity", partial(_measure_dense, job))
     if surveyor := job.masker.surveyor:
         surveyor.take(_stage(job, "survey", partial(survey, job, surveyor)))
     lines = walk(job)
@@ -292,8 +293,7 @@ def _recover_whole(job: Job, name: str) -> dict[str, Any]:
         files = []
         for index, block in enumerate(recovered.values()):
             weights = decoder.round_as_stored(index, block)
-            if not all(torch.isfinite(weight).all() for weight in weights.values()):
-                raise not_finite(job, index, f"its weights hold NaN or infinity after --recover {name}")
+            check_weights(job, index, weights, f" after --recover {name}")
             files.append(out.rewrite_block(index, decoder.weights.as_stored(weights), name))
         return files
 
@@ -344,9 +344,15 @@ def _measure_saved(job: Job) -> dict[str, float]:
     if not job.eval_tokens:
         return {}
     saved, decoder = open_saved(type(job.decoder.model), job.output.path), job.decoder
-    return _measure(
+    recovered = _measure(
         job, "recovered perplexity", Decoder(saved.model, decoder.device, decoder.compute, weights=saved.weights)
     )
+    for text, value in recovered.items():
+        if math.isnan(value):
+            raise EBFTError(
+                f"the recovered model's perplexity on {text} is nan; what was finished is in {job.output.path}"
+            )
+    return recovered
 
 
 def _ask(job: Job) -> dict[str, dict[str, float]]:
@@ -358,6 +364,17 @@ def _ask(job: Job) -> dict[str, dict[str, float]]:
     with quiet():
         model = kind.from_pretrained(folder, dtype="auto").eval()
     return job.zero_shot.measure(model, job.tokenizer, job.decoder.device)
+
+
+def _measure_dense(job: Job) -> dict[str, float]:
+    """Perplexity of the dense model, which is a number, or the run is for nothing."""
+    dense, teacher = _measure(job, "dense perplexity", job.teacher), job.teacher
+    for text, value in dense.items():
+        if not math.isfinite(value):
+            named = next(filter(None, map(teacher.not_finite, range(len(teacher)))), None)
+            because = f"{named} holds NaN or infinity" if named else "its weights are finite, and what it makes is not"
+            raise EBFTError(f"the dense model's perplexity on {text} is {value}: {because}; expected a finite one")
+    return dense
 
 
 def _measure(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isfinite, log
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 from unicodedata import category
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -20,6 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ebft.config import ORGANISATION
+from ebft.pruning.pattern import is_far
+from ebft.terminal import Lasting
 
 STAGES = ("dense", "pruned", "recovered")
 
@@ -28,7 +30,7 @@ class Reporter:
     """Talks to the terminal: a live display where there is one, a line a block where there is not (logs, CI)."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stderr, highlight=False)
+        self.console = console or Console(file=cast(IO[str], Lasting(sys.stderr)), highlight=False)
 
     def say(self, sentence: str) -> None:
         """One line."""
@@ -78,7 +80,9 @@ class Reporter:
             for row in zero_shot_rows(summary):
                 table.add_row(*map(Text, row))
             self.console.print(table)
-        self.say(f"sparsity {summary['sparsity']:.2%}, {duration(summary['seconds'])}, {summary['output']}")
+        asked, got = summary["asked_sparsity"], summary["sparsity"]
+        missed = f" ({asked:.2%} was asked for)" if asked is not None and is_far(asked, got) else ""
+        self.say(f"sparsity {got:.2%}{missed}, {duration(summary['seconds'])}, {summary['output']}")
 
 
 def recovered_share(values: dict[str, float]) -> float | None:

@@ -1,19 +1,21 @@
 """``python -m ebft.run``: the command line. Exit code 0, or 2 with one sentence on standard error.
 
 A plan that does not fit says so itself, and gives 2 too. Ctrl-C ends a run with 130 and SIGTERM with 143; either way
-what was finished is kept, as it is after a crash.
+what was finished is kept, as it is after a crash. A second one does not wait for what is being written. That nobody
+reads what the run says does not end it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ebft.command_line import parse_args
 from ebft.config import EBFTConfig
@@ -22,28 +24,30 @@ from ebft.output import SUMMARY, OutputFolder, is_kept
 from ebft.pipeline import run_ebft
 from ebft.plan import make_plan
 from ebft.ranks import SaidByTheFirst
+from ebft.terminal import lasting_output
 
 
+@lasting_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for (default: ``sys.argv``)."""
     logging.getLogger("ebft_kernels").setLevel(logging.ERROR)  # the report says which implementations run
     config: EBFTConfig | None = None
-    try:
-        with _sigterm_interrupts():
+    with _signals_interrupt():
+        try:
             config, planned_on = parse_args(argv)
             if planned_on is not None:
                 plan = make_plan(config, planned_on)
                 print(plan)
                 return 2 if plan.faults else 0
             run_ebft(config=config)
-    except SaidByTheFirst:
-        return 2
-    except EBFTError as error:
-        print(f"ebft: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"ebft: {_what_is_left(config)}", file=sys.stderr)
-        return 143 if isinstance(stop, _Terminated) else 130
+        except SaidByTheFirst:
+            return 2
+        except EBFTError as error:
+            print(f"ebft: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as stop:
+            print(f"ebft: {_what_is_left(config)}", file=sys.stderr)
+            return 143 if isinstance(stop, _Terminated) else 130
     return 0
 
 
@@ -52,20 +56,34 @@ class _Terminated(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does. A commit that it cuts short is as if it had not begun."""
+def _signals_interrupt() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the run in order, and a second one at once. A commit cut short has not begun."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    came: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
-        raise _Terminated
+        came.append(number)
+        if len(came) > 1:
+            _stop_at_once(number)
+        raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}  # in the background a shell turns Ctrl-C off
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():  # once it is interrupted nothing is left to do but to end
+            signal.signal(number, signal.SIG_DFL if came else handler)
+
+
+def _stop_at_once(number: int) -> NoReturn:
+    """End the process as it stands, with a line; what has been committed survives that as it does a crash."""
+    cursor = "\x1b[?25h" if os.isatty(2) else ""  # which the progress display has hidden
+    with contextlib.suppress(OSError):
+        os.write(2, f"{cursor}\nebft: interrupted again, and stopped at once; what was finished is kept\n".encode())
+    os._exit(128 + number)
 
 
 def _what_is_left(config: EBFTConfig | None) -> str:

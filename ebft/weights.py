@@ -7,6 +7,7 @@ into each other is transformers' knowledge, and its own converters do it here, a
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -57,6 +58,17 @@ class Tensors:
 
     def __contains__(self, name: object) -> bool:
         return name in self._where or name in self._zeros
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """From now on these are not there."""
+        for name in names:
+            del self._where[name]
+
+    def with_zeros(self, zeros: Mapping[str, Tensor]) -> Tensors:
+        """The same and ``zeros``, which are in no file."""
+        more = copy.copy(self)
+        more._zeros = {**self._zeros, **zeros}
+        return more
 
     def names(self) -> list[str]:
         """All names, layers and experts in the order of their numbers."""
@@ -131,7 +143,11 @@ class ShardedWeights:
             values.
         tensors: the files.
 
+    Attributes:
+        unused: names of tensors that the model does not take, and that it should not be without.
+
     Raises:
+        EBFTError: weights are stored as integers.
         NotStreamable: names or shapes in the files are not the model's, and no converter makes them so both ways.
         Lacking: parameters are not in the files.
     """
@@ -141,6 +157,8 @@ class ShardedWeights:
     def __init__(self, model: PreTrainedModel, tensors: Tensors) -> None:
         self._model, self._tensors = model, tensors
         self._made_by = _groups(model, tensors)
+        used = {key for group in self._made_by.values() for key in group.keys}
+        self.unused = meant_to_be_used(model, [name for name in tensors.names() if name not in used])
         self._check_shapes()
         self._share()
         self._check_converters()
@@ -195,6 +213,8 @@ class ShardedWeights:
             shape = group.shapes[name]
             if shape.shape != wanted[name].shape:
                 raise NotStreamable(f"{name} is stored as {tuple(shape.shape)}, not {tuple(wanted[name].shape)}")
+            if wanted[name].is_floating_point():
+                check_floats({name: shape})
             if wanted[name].is_floating_point() and shape.dtype not in _FLOATS:
                 raise NotStreamable(f"{name} is stored as {shape.dtype}")
 
@@ -284,7 +304,7 @@ def _groups(model: PreTrainedModel, tensors: Tensors) -> dict[str, _Group]:
         name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
         if name not in wanted and key in wanted:  # a name that only looks as if it had to be changed
             name, pattern = key, None
-        if name in wanted:  # others are of no use to the model, which transformers leaves out too
+        if name in wanted:
             converter = None if pattern is None else by_pattern[pattern]
             group = groups.setdefault(name, _Group(name, converter))
             group.keys.append(key)
@@ -301,6 +321,30 @@ def _groups(model: PreTrainedModel, tensors: Tensors) -> dict[str, _Group]:
     if strange:
         raise NotStreamable(f"transformers makes {min(strange)} of it, which the model does not have")
     return made_by
+
+
+def check_floats(weights: Mapping[str, Tensor]) -> None:
+    """``EBFTError`` if one of them holds integers or truth values, as those of a quantised model do."""
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise EBFTError(f"{name} is stored as {weight.dtype}; expected floating-point weights")
+
+
+# What checkpoints of old versions hold, and models make themselves: tables of positions, and causal masks.
+_MADE_ANEW = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn(\.attention)?\.(masked_)?bias$")
+
+
+def meant_to_be_used(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Of names in a checkpoint that ``model`` has no parameter for, those that transformers would wonder at too.
+
+    It lists for every architecture what may be ignored, such as the layers of multi-token prediction.
+    """
+    ignored = "|".join(f"({pattern})" for pattern in (*_MADE_ANEW, *(model._keys_to_ignore_on_load_unexpected or ())))
+    buffers = {name for name, _ in model.named_buffers()}
+    prefix = f"{model.base_model_prefix}."
+    return [
+        name for name in names if not any(re.search(ignored, said) or said in buffers for said in (name, prefix + name))
+    ]
 
 
 def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -184,14 +184,21 @@ def masked_adamw_step(*args: Any) -> None:
     lists, (grad_scale, *settings, stochastic, seed, param_ids, zero_grads) = args[:9], args[9:]
     for n, number in enumerate(param_ids):
         param, grad, exp_avg, exp_avg_sq, exp_avg_scale, _, master, words, rows = one = [of[n] for of in lists]
-        packed = any(state.numel() for state in (exp_avg_scale, master, rows))
+        packed = any(state.numel() for state in (exp_avg_scale, master))
         plain = param.dtype in (torch.float32, torch.float64) and exp_avg.dtype == param.dtype
         if packed or stochastic or not plain:
             alone: Any = [[tensor] for tensor in one]
             alone += [grad_scale, *settings, stochastic, seed, [number], zero_grads]
             reference.masked_adamw_step(*alone)
             continue
-        _fused_step(param, grad, exp_avg, exp_avg_sq, words, grad_scale, *settings)
+        if rows.numel():  # the step of dense states, spread out for it: another arithmetic would give other bits
+            kept = unpack_mask(words, param.shape[-1])
+            m, v = (torch.zeros_like(param).masked_scatter_(kept, state) for state in (exp_avg, exp_avg_sq))
+            _fused_step(param, grad, m, v, words, grad_scale, *settings)
+            for state, dense in ((exp_avg, m), (exp_avg_sq, v)):
+                state.copy_(dense[kept].view_as(state))
+        else:
+            _fused_step(param, grad, exp_avg, exp_avg_sq, words, grad_scale, *settings)
         if zero_grads:
             grad.zero_()
 

@@ -47,6 +47,11 @@ class Pattern:
         return groups if self.group else f"{self.sparsity:.0%}"
 
 
+def is_far(asked: float, got: float) -> bool:
+    """Whether a pruned share misses what was asked for by more than a tenth of it, or of what was to be kept."""
+    return abs(got - asked) > 0.1 * min(asked, 1 - asked)
+
+
 def mask_of_best(scores: Tensor, pattern: Pattern, *, per_row: bool) -> Tensor:
     """True where a weight is kept: the highest ``scores`` of each group, of each row or of the whole matrix.
 

@@ -265,6 +265,22 @@ def test_every_layout_follows_float32(weights, moments, compact):
     torch.testing.assert_close(norm, exact_norm, rtol=0, atol={"fp32": 1e-6, "bf16": 2e-3, "int8": 2e-2}[moments])
 
 
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("weights", ["fp32", "master", "stochastic"])
+def test_survivors_only_states_change_no_bit(weights, moments):
+    ends = []
+    for compact in (False, True):
+        weight, norm, mask = make_layout_problem(weights)
+        layout = {"weights": weights, "moments": moments, "compact": compact}
+        optimizer = MaskedAdamW([weight, norm], masks={weight: mask}, **layout, **RECIPE)
+        for step in range(5):
+            weight.grad, norm.grad = gradients_of(weight, norm, step)
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+        ends.append([weight, norm, *(optimizer._dense(weight, key) for key in ("exp_avg", "exp_avg_sq"))])
+    assert all(map(torch.equal, *ends))
+
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_int8_moments_on_gradients_from_1e_minus_8_to_1(compact):
     """The steps of the smallest gradients neither vanish nor explode."""

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCABULARY, random_model
+from conftest import FAMILIES, VOCABULARY, random_model, with_effect
 from faults import assert_same
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -165,7 +165,7 @@ def given(tmp_path, tokenizer):
             saved(random_model(family).to(dtype), folder, tokenizer, max_shard_size="40KB")
         usual = {"model": str(folder), "samples": 6, "seqlen": 24, "epochs": 1, "batch_size": 4, "eval": "builtin"}
         usual |= {"eval_seqlen": 64, "output": str(tmp_path / output), "max_shard_size": "40KB"}
-        return EBFTConfig.preset("demo", **(usual | changes))
+        return EBFTConfig.preset("demo", **with_effect(usual, changes))
 
     return make
 

@@ -336,7 +336,7 @@ def test_layerwise_reckons_with_what_the_biases_hold():
     ("settings", "says"),
     [
         ({"structured": True, "pattern": "2:4"}, "--structured prunes whole heads and channels, and --pattern is 2:4"),
-        ({"uniform": True}, "--uniform is about the widths that --structured leaves; expected --structured"),
+        ({"uniform": True}, "--uniform has no effect with --no-structured: it needs --structured"),
         ({"prune": "flap"}, "--prune flap scores whole heads and channels; expected --structured"),
     ],
 )

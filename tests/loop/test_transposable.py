@@ -125,7 +125,7 @@ def first_of_groups(shape, along, keep, group):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"pattern": None}, "--transposable is of N:M masks; expected --pattern with it"),
+        ({"pattern": None}, "--transposable has no effect with no --pattern: it needs --pattern"),
         (
             {"refine": "dsnot"},
             "--transposable holds along the outputs too, which --refine dsnot would not keep so",
