@@ -84,6 +84,7 @@ ORDER = {
         "report_page",
         "weights",
         "checkpoint",
+        "in_memory",
         "output",
         "decoder",
         "biases",
