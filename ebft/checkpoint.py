@@ -135,7 +135,7 @@ def load_model(source: str | None, *, trust_remote_code: bool = False) -> PreTra
     """
     where = _locate(source)
     if "gguf_file" not in where:
-        _check_pickled(source, where["pretrained_model_name_or_path"])
+        _pickled(where["pretrained_model_name_or_path"])
     with _by_libraries(source):
         model, report = AutoModelForCausalLM.from_pretrained(
             **where, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
@@ -170,7 +170,8 @@ def load_tokenizer(source: str | None, *, trust_remote_code: bool = False) -> Pr
 def _open(name: str, config: PretrainedConfig, skeleton: Callable[[torch.dtype], PreTrainedModel]) -> Source:
     """A skeleton and its shards; ``NotStreamable`` where the checkpoint has none, or its names are not understood."""
     with _by_libraries(name):
-        tensors = Tensors(_shards(name, config))
+        shards = _shards(name, config)
+        tensors = Tensors(shards) if shards else Tensors([], _pickled(name))
         floats = [tensor.dtype for tensor in tensors.shapes().values() if tensor.is_floating_point()]
     with _by_libraries(name, config):
         model = skeleton(floats[0] if floats else torch.float32).eval()
@@ -183,6 +184,8 @@ def _open(name: str, config: PretrainedConfig, skeleton: Callable[[torch.dtype],
             weights = ShardedWeights(model, tensors)
     except _CONVERTING_FAILS as error:
         raise NotStreamable(f"transformers' conversion of it cannot be followed ({first_line(error)})") from error
+    if not shards:  # names and shapes are right, at least
+        raise NotStreamable("it is not stored as safetensors")
     with _by_libraries(name):
         if cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False):
             model.generation_config = GenerationConfig.from_pretrained(name)
@@ -190,13 +193,13 @@ def _open(name: str, config: PretrainedConfig, skeleton: Callable[[torch.dtype],
 
 
 def _shards(name: str, config: PretrainedConfig) -> list[Path]:
-    """The safetensors files of a checkpoint; ``NotStreamable`` where it is stored in another way."""
+    """The safetensors files of a checkpoint; none where it has ``.bin`` files, ``NotStreamable`` for anything else."""
 
     if find_adapter_config_file(name) or getattr(config, "transformers_weights", None):
         raise NotStreamable("its weights are not in the usual files alone")
     files = _files(name, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    if not files:
-        raise NotStreamable("it is not stored as safetensors")
+    if not files and not _files(name, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        raise NotStreamable("it has no weights in files of the usual names")
     return files
 
 
@@ -212,23 +215,27 @@ def _files(name: str, whole: str, index: str) -> list[Path]:
     return [Path(file) for file in get_checkpoint_shard_files(name, found)[0]] if found else []
 
 
-def _check_pickled(source: str | None, name: str) -> None:
-    """``EBFTError`` if the weights are in ``.bin`` files that hold anything but tensors by name; nothing is run."""
-    with _by_libraries(source):
-        pickled = (
-            []
-            if _files(name, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-            else _files(name, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-        )
-    for file in pickled:
-        with _by_libraries(source, of_file=file.name):
+def _pickled(name: str) -> dict[str, Tensor]:
+    """What a checkpoint's ``.bin`` files hold where it has no others, without values and without running what they say.
+
+    Raises:
+        EBFTError: one holds anything but tensors by name.
+    """
+    with _by_libraries(name):
+        safe = _files(name, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+        files = [] if safe else _files(name, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        with _by_libraries(name, pickle=file.name):
             held = torch.load(file, map_location="meta", weights_only=True)
-        others = [held] if not isinstance(held, Mapping) else [v for v in held.values() if not isinstance(v, Tensor)]
+        others = [v for v in held.values() if not isinstance(v, Tensor)] if isinstance(held, Mapping) else [held]
         if others:
             raise EBFTError(
-                f"model {_shown(source)} cannot be loaded: {file.name} holds {type(others[0]).__name__}; expected "
-                "tensors by name, as torch.save(model.state_dict()) writes them"
+                f"model {name} cannot be loaded: {file.name} holds {type(others[0]).__name__}; expected tensors by "
+                "name, as torch.save(model.state_dict()) writes them"
             )
+        tensors |= held
+    return tensors
 
 
 def _check_sizes(source: str | None, settings: Any) -> None:
@@ -246,13 +253,17 @@ def _check_sizes(source: str | None, settings: Any) -> None:
 
 def _locate(source: str | None) -> dict[str, str]:
     """Arguments for ``from_pretrained``."""
-    path = _default_gguf() if source is None else Path(source).expanduser()
+    path = _default_gguf() if source is None else Path(source)
+    with contextlib.suppress(RuntimeError):  # no home of such a user: a folder that is not there
+        path = path.expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise EBFTError(f"model {source}: no such file")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
         return {"pretrained_model_name_or_path": str(path)}
+    if path.is_file():
+        raise EBFTError(f"model {source} is a file; expected a hub id, a model folder or a .gguf file")
     if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise EBFTError(f"model {source}: no such folder; expected a hub id, a model folder or a .gguf file")
     return {"pretrained_model_name_or_path": str(source)}
@@ -303,13 +314,13 @@ def _shown(source: str | None) -> str:
 
 @contextlib.contextmanager
 def _by_libraries(
-    source: str | None, config: PretrainedConfig | None = None, what: str = "model", of_file: str | None = None
+    source: str | None, config: PretrainedConfig | None = None, what: str = "model", pickle: str | None = None
 ) -> Iterator[None]:
     """Around calls of transformers, safetensors and the hub, and of nothing else: whatever they raise is one sentence.
 
     Args:
         config: the configuration from which they build a model.
-        of_file: a pickle, of which damage can be the cause of any error.
+        pickle: a file that they unpickle, of which damage can be the cause of any error.
     """
     try:
         with quiet():
@@ -318,8 +329,8 @@ def _by_libraries(
         raise
     except Exception as error:
         fault = _fault(error, config)
-        if of_file:
-            fault = f"cannot be loaded: {of_file} is damaged, or holds more than tensors, which might be code"
+        if pickle:
+            fault = f"cannot be loaded: {pickle} is damaged, or holds more than tensors, which might be code"
         raise EBFTError(f"{what} {_shown(source)} {fault}") from error
 
 
@@ -335,12 +346,11 @@ def _fault(error: Exception, config: PretrainedConfig | None) -> str:
         said = "its weights are stored in other shapes than its config.json gives"
     elif isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         said = f"its config.json does not hold together: {first_line(error.__cause__)}"
-    elif isinstance(error, OSError | ValueError | RuntimeError | ImportError):
+    elif isinstance(error, LookupError | ArithmeticError | TypeError | AttributeError | AssertionError):
+        # not meant to be read by a user
+        said = f"one of its files does not hold what it should ({type(error).__name__}: {first_line(error)})"
+    else:
         said = first_line(error)
-    else:  # what was not meant to be read by a user
-        said = (
-            f"transformers ends with {type(error).__name__}: {first_line(error)}; expected the files of a whole model"
-        )
     return f"cannot be loaded: {said}"
 
 

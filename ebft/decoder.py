@@ -60,6 +60,11 @@ class BlockCall:
         args, kwargs = tree_map_only(Tensor, change, (self.args, self.kwargs))
         return BlockCall(args, kwargs)
 
+    def has_nan(self) -> bool:
+        """Whether an argument has values that are no numbers."""
+        tensors = [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Tensor)]
+        return any(bool(tensor.isnan().any()) for tensor in tensors if not tensor.is_meta)
+
     def equals(self, other: BlockCall) -> bool:
         """Whether all arguments are the same, tensors by value."""
         mine, theirs = (tree_flatten((call.args, call.kwargs)) for call in (self, other))
@@ -151,7 +156,7 @@ class Decoder:
         return _cast_parameters(model, self.device).requires_grad_(False)
 
     def store_block(self, index: int, tensors: Tensors, masks: Mapping[str, PackedMask]) -> None:
-        """Write a block's saved weights into the model in memory, and masks (by full names) where it has such layers."""
+        """Write a block's saved weights into the model in memory; its masked layers take ``masks`` (by full names)."""
         for name, mask in masks.items():
             layer = self.model.get_submodule(name.rpartition(".")[0])
             if isinstance(layer, MaskedLinear):
@@ -267,6 +272,11 @@ class Decoder:
             with self.at_entrance():
                 first, second = (self._record_calls(batch, seqlen, seed, last=len(self) - 1) for seed in (0, 1))
             for name, one, other in zip(self.names, first, second, strict=True):
+                if one.has_nan():
+                    raise EBFTError(
+                        f"{type(self.model).__name__} gives {name} arguments that hold NaN; expected a configuration by "
+                        "which positions can be computed (rope_parameters, head_dim, max_position_embeddings)"
+                    )
                 if not one.equals(other):
                     raise EBFTError(
                         f"{type(self.model).__name__} gives {name} arguments that depend on the tokens; "
@@ -399,7 +409,9 @@ def _without_values(model: PreTrainedModel) -> PreTrainedModel:
     }
     skeleton = copy.deepcopy(model, memo)
     for module in skeleton.modules():
-        if hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):  # compiled, for the model that was copied
+        if hasattr(
+            vars(module).get("forward"), "_torchdynamo_orig_callable"
+        ):  # compiled, for the model that was copied
             del module.forward
         for name, layer in module.named_children():
             if isinstance(layer, MaskedLinear):  # the zeros are in the weight, and other masks will be

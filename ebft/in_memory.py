@@ -63,8 +63,8 @@ def _check_weights(model: PreTrainedModel) -> None:
             raise EBFTError(f"{said} is {parameter.dtype}; expected float weights")
         if parameter.is_inference():
             raise EBFTError(
-                f"{said} was made in torch.inference_mode(), and cannot be written outside of it; expected a model that "
-                "is made outside of it (torch.no_grad() does no harm)"
+                f"{said} was made in torch.inference_mode(), and cannot be written outside of it; expected a model "
+                "that is made outside of it (torch.no_grad() does no harm)"
             )
 
 
@@ -76,7 +76,7 @@ def _check_layers(model: PreTrainedModel) -> None:
             plain = type(model)._from_config(copy.deepcopy(model.config)).state_dict()
     except Exception as error:
         raise EBFTError(f"{kind} cannot be made from its own configuration: {first_line(error)}") from error
-    own = {name: value for name, value in model.state_dict().items()}
+    own = model.state_dict()
     for name in sorted(own.keys() - plain.keys()):
         raise EBFTError(
             f"the model has {name}, which {kind} does not make; expected its own layers: merge adapters "
