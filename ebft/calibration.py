@@ -275,8 +275,8 @@ def check_vocabulary(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, embeddi
     largest = int(tokens.ids.max())
     raise EBFTError(
         f"the tokenizer makes token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) of {tokens.use.source}, "
-        f"and the model has {embeddings} embeddings; expected the model's own tokenizer, or a model that is resized and "
-        f"trained with this one: model.resize_token_embeddings({max(len(tokenizer), largest + 1)})"
+        f"and the model has {embeddings} embeddings; expected the model's own tokenizer, or a model that is resized "
+        f"and trained with this one: model.resize_token_embeddings({max(len(tokenizer), largest + 1)})"
     )
 
 

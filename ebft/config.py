@@ -22,6 +22,7 @@ def _setting(default: Any, help: str, choices: Sequence[str] | None = None, meta
     return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
 
 
+LARGEST = 2**31 - 1  # of whole numbers, but the seed
 RECOVERIES = ("none", "layerwise", "ebft", "lora", "full")  # in the order in which they can follow one another
 
 
@@ -741,6 +742,8 @@ def _typed(name: str, value: Any) -> Any:
             number = int(value) if isinstance(value, str) else value
             if int(number) != number:
                 raise fault
+            if name != "seed" and number > LARGEST:
+                raise EBFTError(f"{flag(name)} is {value}; expected at most {LARGEST}")
             return int(number)
         if kind is float:
             return float(value)

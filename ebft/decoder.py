@@ -274,8 +274,8 @@ class Decoder:
             for name, one, other in zip(self.names, first, second, strict=True):
                 if one.has_nan():
                     raise EBFTError(
-                        f"{type(self.model).__name__} gives {name} arguments that hold NaN; expected a configuration by "
-                        "which positions can be computed (rope_parameters, head_dim, max_position_embeddings)"
+                        f"{type(self.model).__name__} gives {name} arguments that hold NaN; expected a configuration "
+                        "by which positions can be computed (rope_parameters, head_dim, max_position_embeddings)"
                     )
                 if not one.equals(other):
                     raise EBFTError(
