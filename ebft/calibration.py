@@ -203,10 +203,12 @@ def _from_file(file: str, use: str) -> Iterator[str]:
 
         rows = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train", streaming=True)
         for row in rows:
-            if not isinstance(row.get("text"), str):
+            if "text" not in row:
                 raise EBFTError(
                     f"text {file}: a row has the fields {', '.join(row)}; expected a field 'text' of strings"
                 )
+            if not isinstance(row["text"], str):
+                raise EBFTError(f"text {file}: the text of a row is {type(row['text']).__name__}; expected a string")
             yield row["text"]
     except EBFTError:
         raise
