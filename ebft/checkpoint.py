@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,7 +227,8 @@ def _pickled(name: str) -> dict[str, Tensor]:
         files = [] if safe else _files(name, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     tensors: dict[str, Tensor] = {}
     for file in files:
-        with _by_libraries(name, pickle=file.name):
+        with _by_libraries(name, pickle=file.name), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols
             held = torch.load(file, map_location="meta", weights_only=True)
         others = [v for v in held.values() if not isinstance(v, Tensor)] if isinstance(held, Mapping) else [held]
         if others:
@@ -240,10 +242,10 @@ def _pickled(name: str) -> dict[str, Tensor]:
 
 def _check_sizes(source: str | None, settings: Any) -> None:
     """``EBFTError`` for sizes below 1 in what config.json holds, with which some families would be built."""
-    parts = [settings, settings.get("text_config")] if isinstance(settings, Mapping) else []
+    parts: list[Any] = [settings, settings.get("text_config")] if isinstance(settings, Mapping) else []
     for part in parts:
-        for name in _SIZES if isinstance(part, Mapping) else ():
-            size = part.get(name)
+        for name in _SIZES:
+            size = part.get(name) if isinstance(part, Mapping) else None
             if isinstance(size, int) and size < 1:
                 raise EBFTError(
                     f"model {_shown(source)} cannot be loaded: its config.json has {name} {size}; expected a whole "

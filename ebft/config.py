@@ -345,8 +345,8 @@ class EBFTConfig:
 
     def _check_names(self) -> None:
         """Files can have the names that are looked for."""
-        named = {"model": [self.model], "teacher": [self.teacher], "prune": [self.prune]}
-        named |= {"allocation": [self.allocation], "eval": self.eval_texts, "calibration": [*self.calibration_parts]}
+        named: dict[str, list[str | None]] = {"model": [self.model], "teacher": [self.teacher], "prune": [self.prune]}
+        named |= {"allocation": [self.allocation], "eval": [*self.eval_texts], "calibration": [*self.calibration_parts]}
         for setting, names in named.items():
             for name in names:
                 try:
