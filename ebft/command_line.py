@@ -76,7 +76,9 @@ def _add_flag(parser: argparse.ArgumentParser, setting: dataclasses.Field[Any]) 
 def _read_yaml(file: str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(ordinary(Path(file).expanduser(), f"--config {file}").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise EBFTError(f"--config {file} cannot be read: it is nested too deeply") from None
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:  # its constructors raise any
         raise EBFTError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise EBFTError(f"--config {file} holds {type(settings).__name__}; expected settings as 'name: value' lines")

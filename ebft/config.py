@@ -17,6 +17,7 @@ from ebft.errors import EBFTError
 from ebft.pruning.allocation import LAMBDA
 from ebft.pruning.pattern import Pattern
 
+LARGEST = 2**31 - 1  # of whole numbers, but the seed
 RECOVERIES = ("none", "layerwise", "ebft", "lora", "full")  # in the order in which they can follow one another
 
 
@@ -408,6 +409,7 @@ class EBFTConfig:
             if getattr(self, name) < 2:
                 raise EBFTError(f"{flag(name)} is {getattr(self, name)}; expected a whole number of at least 2")
         self.calibration_parts  # noqa: B018  (parses names and shares, so that a wrong one is said now)
+        self._check_names()
         for name in ("warmup", "holdout", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise EBFTError(
@@ -510,6 +512,21 @@ class EBFTConfig:
             return f"no {flag(name)}"
         return f"{flag(name)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
+    def _check_names(self) -> None:
+        """Files can have the names that are looked for."""
+        named: dict[str, list[str | None]] = {"model": [self.model], "teacher": [self.teacher], "prune": [self.prune]}
+        named |= {"allocation": [self.allocation], "eval": [*self.eval_texts], "calibration": [*self.calibration_parts]}
+        for setting, names in named.items():
+            for name in names:
+                try:
+                    Path(name or "").expanduser().exists()
+                except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, no home of such a user
+                    reason = getattr(error, "strerror", None) or error
+                    shown = repr(name if len(str(name)) < 60 else f"{str(name)[:50]}…")
+                    raise EBFTError(
+                        f"{flag(setting)} is {shown}; expected a name that a file can have: {reason}"
+                    ) from None
+
     def _check_allocation(self) -> None:
         if self.allocation == "uniform":
             return
@@ -541,7 +558,7 @@ class EBFTConfig:
             )
         if self.structured:
             raise EBFTError("--schedule prunes single weights, and --structured whole heads and channels; expected one")
-        if self.prune == "zeros" or Path(self.prune).is_file():
+        if self.prune == "zeros" or is_file(self.prune):
             raise EBFTError(f"--schedule needs a criterion that prunes any share, and --prune is {self.prune}")
 
     def _check_recover(self) -> None:
@@ -767,7 +784,7 @@ class EBFTConfig:
     @classmethod
     def preset(cls, name: str, /, **settings: Any) -> EBFTConfig:
         """The preset's settings, with ``settings`` put over them."""
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise EBFTError(f"--preset is {name!r}; expected one of {', '.join(PRESETS)}")
         unknown = sorted(set(settings) - _names())
         if unknown:
@@ -842,6 +859,14 @@ def parse_bytes(text: str, what: str) -> int:
     return int(size)
 
 
+def is_file(name: str) -> bool:
+    """Whether there is a file of that name, which may be too long, or hold what no name can."""
+    try:
+        return Path(name).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home of such a user
+        return False
+
+
 def _listed(names: str) -> list[str]:
     """Names joined by commas, in order, each once."""
     return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
@@ -862,7 +887,7 @@ def _names_and_shares(mixture: str) -> list[tuple[str, float | None]]:
     pieces, found = mixture.split(","), []
     while pieces:
         heads = [(count, _name_and_share(",".join(pieces[:count]))) for count in range(len(pieces), 0, -1)]
-        count, part = next((head for head in heads if Path(head[1][0]).expanduser().is_file()), heads[-1])
+        count, part = next((head for head in heads if is_file(head[1][0])), heads[-1])
         found.append(part)
         pieces = pieces[count:]
     return found
@@ -871,7 +896,7 @@ def _names_and_shares(mixture: str) -> list[tuple[str, float | None]]:
 def _name_and_share(part: str) -> tuple[str, float | None]:
     part = part.strip()
     name, colon, share = part.rpartition(":")
-    if colon and not Path(part).expanduser().is_file():
+    if colon and not is_file(part):
         with contextlib.suppress(ValueError):
             return name.strip(), float(share)
     return part, None
@@ -931,6 +956,8 @@ def _typed(name: str, value: Any) -> Any:
             number = int(value) if isinstance(value, str) else value
             if int(number) != number:
                 raise fault
+            if name != "seed" and number > LARGEST:
+                raise EBFTError(f"{flag(name)} is {value}; expected at most {LARGEST}")
             return int(number)
         if kind is float:
             return float(value)

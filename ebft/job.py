@@ -17,7 +17,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ebft.biases import consumers, with_biases
-from ebft.calibration import Tokens, calibration_tokens, evaluation_tokens, mixture
+from ebft.calibration import Tokens, calibration_tokens, check_vocabulary, evaluation_tokens, mixture
 from ebft.checkpoint import DEFAULT_MODEL, Source, load_model, load_tokenizer, open_model
 from ebft.checks import check_ends, check_lengths, check_masks, check_teacher
 from ebft.config import ORGANISATION, EBFTConfig
@@ -173,6 +173,9 @@ def prepare_job(
                 clock.lap("generation")
             calibration = _calibrate(config, tokenizer, text, generated)
             reporter.say(f"calibration: {calibration.use}")
+        for tokens in (*evaluation.values(), *([calibration] if calibration else [])):
+            for model_of in (decoder, dense):
+                check_vocabulary(tokens, tokenizer, model_of.model.get_input_embeddings().weight.shape[0])
     if config.fused and device.type == "cuda":
         reporter.say(
             f"norms, rotary embedding and SwiGLU: {liger_missing() or 'in liger-kernel where the family is known'}"

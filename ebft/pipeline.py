@@ -24,6 +24,7 @@ from ebft.config import ORGANISATION, EBFTConfig, parse_bytes
 from ebft.decoder import Decoder
 from ebft.errors import EBFTError, MemoryRanOut
 from ebft.evaluate import perplexities
+from ebft.in_memory import given_model
 from ebft.job import Job, name_of, prepare_job, summarise
 from ebft.narrow import as_saved
 from ebft.output import LINES, MASKS, SUMMARY, OutputFolder
@@ -90,8 +91,9 @@ def run_ebft(
     """Prune a model, recover it block by block (arXiv 2402.12419), save it and measure it.
 
     Args:
-        model: what to prune: a hub id, a folder, a GGUF file, or a model in memory, whose blocks then hold the
-            recovered weights at the end; by default ``config.model``.
+        model: what to prune: a hub id, a folder, a GGUF file, or a model in memory (that inside of torch.compile,
+            DataParallel or DDP), whose blocks then hold the recovered weights at the end, and whose ``MaskedLinear``
+            layers their masks; by default ``config.model``.
         config: the settings (default: ``EBFTConfig()``, the published recipe). With ``resume``, an interrupted run is
             gone on with if everything that it depends on is the same (of a criterion of one's own: its name).
         tokenizer: for a model in memory; otherwise the model's own is loaded.
@@ -105,7 +107,8 @@ def run_ebft(
             were finished are kept in ``OUTPUT.partial`` (of a schedule's earlier shares in ``OUTPUT.schedule``).
     """
     config, reporter = config or EBFTConfig(), reporter or Reporter()
-    source = config.model if model is None else model
+    source = given_model(config.model if model is None else model)
+    teacher = None if teacher is None else given_model(teacher)
     if len(config.steps) == 1:
         return _run_once(source, config, tokenizer, teacher, criterion, text, reporter)
     name, dense = name_of(source), None
@@ -201,7 +204,7 @@ def _run(job: Job, given: PreTrainedModel | None) -> RunResult:
     whole_model = {name: _recover_whole(job, name) for name in job.whole_model}
     if not isinstance(decoder.weights, ShardedWeights):  # a model in memory takes the recovered weights
         for index in range(len(decoder)):
-            decoder.store_block(index, out.block(index))
+            decoder.store_block(index, out.block(index), out.block_masks(index))
     _stage(job, "save", lambda: None, partial(_save, job))
     recovered = _stage(job, "recovered_perplexity", lambda: _measure_saved(job))
     zero_shot = _stage(job, "zero_shot", lambda: job.ranks.first(partial(_ask, job))) if job.zero_shot else {}

@@ -131,8 +131,12 @@ class NotStreamable(Exception):
     """Why a checkpoint has to be loaded whole."""
 
 
+class Misshapen(NotStreamable):
+    """What a checkpoint holds in another shape than the model's, so that it cannot be loaded in any way."""
+
+
 class Lacking(Exception):
-    """Names of parameters that a checkpoint lacks."""
+    """Names of parameters that a checkpoint lacks, and of all that it holds."""
 
 
 class ShardedWeights:
@@ -212,7 +216,8 @@ class ShardedWeights:
         for name, group in self._made_by.items():
             shape = group.shapes[name]
             if shape.shape != wanted[name].shape:
-                raise NotStreamable(f"{name} is stored as {tuple(shape.shape)}, not {tuple(wanted[name].shape)}")
+                kind = Misshapen if group.converter is None else NotStreamable
+                raise kind(f"{name} is stored as {tuple(shape.shape)}, not {tuple(wanted[name].shape)}")
             if wanted[name].is_floating_point():
                 check_floats({name: shape})
             if wanted[name].is_floating_point() and shape.dtype not in _FLOATS:
@@ -243,7 +248,7 @@ class ShardedWeights:
         if missing and ignorable:
             raise NotStreamable(f"{missing[0]} is not stored, and has to be made")
         if missing:
-            raise Lacking(*missing)
+            raise Lacking(missing, self._tensors.names())
 
     def _check_converters(self) -> None:
         """Whether what converters make turns back into what was read, in names and shapes."""

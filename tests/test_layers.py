@@ -86,6 +86,7 @@ ORDER = {
         "report_page",
         "weights",
         "checkpoint",
+        "in_memory",
         "output",
         "decoder",
         "biases",
