@@ -8,6 +8,7 @@ from functools import partial
 from html import escape
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -80,7 +81,8 @@ def _section(title: str, note: str, draw: Callable[[Axes], None]) -> str:
     axes.spines[["top", "right"]].set_visible(False)
     draw(axes)
     out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with rc_context({"svg.hashsalt": title}):  # names of what is drawn: the same for the same picture
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
     return f'<h2>{title}</h2><p class="note">{note}</p>{svg[svg.index("<svg") :]}'
 

@@ -1,0 +1,106 @@
+"""All attacks by name, what is made of them, and the table."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+
+from tests.attack import closed_pipes, full_disk, fuzzed, hostile, killed
+from tests.attack.arena import Arena, prepare
+from tests.attack.case import Case, Outcome
+from tests.attack.victim import Fallen
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
+_TABLE = re.compile(r"(?<=<!-- table of attacks -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A kind of attack.
+
+    Attributes:
+        title: what the table calls it.
+        cases: the cases of so many rounds.
+    """
+
+    title: str
+    cases: Callable[[int], Iterable[Case]]
+
+
+ATTACKS = {
+    "kill": Attack("`kill -9` at random moments", killed.cases),
+    "disk": Attack("full disks", full_disk.cases),
+    "pipes": Attack("closed pipes", closed_pipes.cases),
+    "files": Attack("hostile files", hostile.cases),
+    "fuzz": Attack("fuzzed kernels and headers", fuzzed.cases),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    attack: str
+    tried: int
+    survived: int
+    repeat: str
+
+
+def attack(names: Sequence[str], seed: int, rounds: int, jobs: int, only: int | None = None) -> list[Row]:
+    """Make the attacks called ``names``; says what is not survived at once, and the table at the end."""
+    rows = []
+    # The processes of the pool fork the victims: they begin before this one has a thread, and have none themselves.
+    with tempfile.TemporaryDirectory() as scratch, get_context("fork").Pool(jobs) as pool:
+        print(f"seed {seed}", flush=True)
+        arena = prepare(_new(Path(scratch) / "arena"), pool)
+        for name in names:
+            began, outcomes = time.monotonic(), []
+            numbered = [(n, case) for n, case in enumerate(ATTACKS[name].cases(rounds)) if only in (None, n)]
+            made = pool.imap_unordered(partial(_outcome, arena, Path(scratch), name, seed), numbered)
+            for outcome in made:
+                outcomes.append(outcome)
+                if outcome.fault:
+                    repeat = f"python -m tests.attack {name} --seed {seed} --rounds {rounds} --case {outcome.number}"
+                    print(f"NOT SURVIVED: {name}: {outcome.name}: {outcome.fault}\n    {repeat}", flush=True)
+            tried, survived = (sum(getattr(outcome, what) for outcome in outcomes) for what in ("tried", "survived"))
+            print(f"{name}: {survived} of {tried} survived, {time.monotonic() - began:.0f} s", flush=True)
+            repeat = f"python -m tests.attack {name} --seed {seed} --rounds {rounds}"
+            rows.append(Row(ATTACKS[name].title, tried, survived, repeat))
+    print(table(rows))
+    return rows
+
+
+def _outcome(arena: Arena, scratch: Path, name: str, seed: int, numbered: tuple[int, Case]) -> Outcome:
+    number, case = numbered
+    folder = _new(scratch / f"{name}-{number}")
+    try:
+        tried = case.attempt(arena, folder, Random(f"{seed} {name} {number}"))
+    except Fallen as fallen:
+        return Outcome(number, case.name, 1, 0, str(fallen))
+    return Outcome(number, case.name, tried, tried)
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The table, in Markdown."""
+    lines = ["| attack | tried | survived | repeat it with |", "| --- | --- | --- | --- |"]
+    lines += [f"| {row.attack} | {row.tried} | {row.survived} | `{row.repeat}` |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def write_table(rows: Iterable[Row]) -> None:
+    """Put the table into docs/reliability.md, in place of the one that stands there."""
+    text, found = _TABLE.subn(lambda _: table(rows), DOCUMENT.read_text(encoding="utf-8"))
+    assert found == 1, f"{DOCUMENT} has no place for the table"
+    DOCUMENT.write_text(text, encoding="utf-8")
