@@ -62,9 +62,8 @@ def attack(names: Sequence[str], seed: int, rounds: int, jobs: int, only: int | 
         arena = prepare(_new(Path(scratch) / "arena"), pool)
         for name in names:
             began, outcomes = time.monotonic(), []
-            numbered = [(n, case) for n, case in enumerate(ATTACKS[name].cases(rounds)) if only in (None, n)]
-            made = pool.imap_unordered(partial(_outcome, arena, Path(scratch), name, seed), numbered)
-            for outcome in made:
+            numbers = range(len(list(ATTACKS[name].cases(rounds)))) if only is None else [only]
+            for outcome in pool.imap_unordered(partial(_outcome, arena, Path(scratch), name, seed, rounds), numbers):
                 outcomes.append(outcome)
                 if outcome.fault:
                     repeat = f"python -m tests.attack {name} --seed {seed} --rounds {rounds} --case {outcome.number}"
@@ -77,8 +76,8 @@ def attack(names: Sequence[str], seed: int, rounds: int, jobs: int, only: int | 
     return rows
 
 
-def _outcome(arena: Arena, scratch: Path, name: str, seed: int, numbered: tuple[int, Case]) -> Outcome:
-    number, case = numbered
+def _outcome(arena: Arena, scratch: Path, name: str, seed: int, rounds: int, number: int) -> Outcome:
+    case = list(ATTACKS[name].cases(rounds))[number]  # not given: what it calls is made on the spot, and has no name
     folder = _new(scratch / f"{name}-{number}")
     try:
         tried = case.attempt(arena, folder, Random(f"{seed} {name} {number}"))

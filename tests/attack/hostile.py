@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +19,7 @@ import ebft.compress
 from ebft import EBFTError, RunResult, load_compressed
 from tests.attack.arena import Arena, command
 from tests.attack.case import Case
-from tests.attack.corpus import COMPRESSED, MODELS, NUMBERS, OUTPUTS, Hostile, copied
+from tests.attack.corpus import CODE, COMPRESSED, CONFIGURATIONS, MODELS, NUMBERS, OUTPUTS, Hostile, copied
 from tests.attack.trap import Trap
 from tests.attack.victim import Ended, Fallen, finish
 
@@ -29,8 +30,10 @@ _MEMORY = 4 * 2**30  # what a victim may take: sizes of 10^9 are to be refused b
 def cases(rounds: int) -> Iterator[Case]:
     """Every hostile thing, with every command that reads it."""
     for hostile in MODELS:
-        for name, attempt in {"run": _run, "plan": _plan, "compress": _compress}.items():
+        for name, attempt in {"run": _run, "compress": _compress}.items():
             yield Case(f"{name}, {hostile.name}", partial(attempt, hostile))
+    for hostile in (*CODE, *CONFIGURATIONS):  # a plan reads no weights
+        yield Case(f"plan, {hostile.name}", partial(_plan, hostile))
     for hostile in OUTPUTS:
         for name, attempt in {"audit": _audit, "audit against it": _audit_against, "result": _result}.items():
             yield Case(f"{name}, {hostile.name}", partial(attempt, hostile))
@@ -67,10 +70,10 @@ def _run(hostile: Hostile, arena: Arena, folder: Path, random: Random) -> int:
 
 
 def _plan(hostile: Hostile, arena: Arena, folder: Path, random: Random) -> int:
-    """A plan reads the configuration alone; one that does not fit is printed, with exit code 2."""
+    """One that does not fit is printed, with exit code 2."""
     trap = _trap(folder)
     model = copied(arena.model, folder / "model", hostile, trap)
-    ended = _attacked(command(arena.flags_for("--plan", "rtx4090", model=model)), folder)
+    ended = _attacked(command(arena.flags_for("--plan", "--recover", "none", model=model)), folder)
     if trap.sprung() or ended.code not in (0, 2) or "Traceback" in ended.said:
         raise Fallen(f"{'its code ran; ' if trap.sprung() else ''}{ended}")
     return 1
@@ -232,7 +235,7 @@ def _text_called(name: str, arena: Arena, folder: Path, random: Random) -> int:
 
 
 def _model_called(name: str, arena: Arena, folder: Path, random: Random) -> int:
-    (folder / f"{name}").symlink_to(arena.model)
+    shutil.copytree(arena.model, folder / name)
     return _named(arena.flags_for(model=folder / name), arena, folder)
 
 
