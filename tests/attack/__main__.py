@@ -6,11 +6,7 @@ python -m tests.attack kill --seed 7 --case 31
 python -m tests.attack --write             # and put the table into docs/reliability.md
 """
 
-from __future__ import annotations
-
-import argparse
 import os
-import secrets
 import sys
 
 for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
@@ -18,29 +14,7 @@ for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_P
         value  # read when torch and huggingface_hub are imported; a process with threads cannot be forked
     )
 
-from tests.attack.attacks import ATTACKS, attack, write_table  # noqa: E402
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Make the attacks that the command line names (default: ``sys.argv``)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.attack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("attacks", nargs="*", metavar="ATTACK", help=f"some of {', '.join(ATTACKS)} (default: all)")
-    parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="of all that is random")
-    parser.add_argument("--rounds", type=int, default=32, help="runs that are killed, and disks that are full")
-    parser.add_argument("--case", type=int, help="only the one of this number")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/reliability.md")
-    given = parser.parse_args(argv)
-    names = given.attacks or list(ATTACKS)
-    if unknown := set(names) - set(ATTACKS):
-        parser.error(f"there is no attack {min(unknown)!r}; expected some of {', '.join(ATTACKS)}")
-    rows = attack(names, given.seed, given.rounds, given.jobs, given.case)
-    if given.write:
-        write_table(rows)
-    return 0 if all(row.tried == row.survived for row in rows) else 1
-
+from tests.attack.attacks import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(description=__doc__))

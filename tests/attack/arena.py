@@ -78,9 +78,9 @@ class Arena:
 
     def flags_for(self, *more: str, model: Path | None = None) -> list[str]:
         """The command line of a run of a second; a flag in ``more`` beats the usual one."""
-        usual = f"--preset demo --model {model or self.model} --calibration {self.text} --eval {self.text}"
-        usual += " --eval-seqlen 32 --samples 4 --seqlen 16 --batch-size 2 --epochs 1 --device cpu --output out"
-        return [*usual.split(" "), "--overwrite", "--resume", *more]
+        places = ["--model", str(model or self.model), "--calibration", str(self.text), "--eval", str(self.text)]
+        small = "--eval-seqlen 32 --samples 4 --seqlen 16 --batch-size 2 --epochs 1 --device cpu --output out"
+        return ["--preset", "demo", *places, *small.split(), "--overwrite", "--resume", *more]
 
 
 def prepare(folder: Path, pool: Pool) -> Arena:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -51,6 +53,27 @@ class Row:
     tried: int
     survived: int
     repeat: str
+
+
+def main(argv: Sequence[str] | None = None, description: str | None = None) -> int:
+    """Make the attacks that the command line names (default: ``sys.argv``)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.attack", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("attacks", nargs="*", metavar="ATTACK", help=f"some of {', '.join(ATTACKS)} (default: all)")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="of all that is random")
+    parser.add_argument("--rounds", type=int, default=32, help="runs that are killed, and disks that are full")
+    parser.add_argument("--case", type=int, help="only the one of this number")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/reliability.md")
+    given = parser.parse_args(argv)
+    names = given.attacks or list(ATTACKS)
+    if unknown := set(names) - set(ATTACKS):
+        parser.error(f"there is no attack {min(unknown)!r}; expected some of {', '.join(ATTACKS)}")
+    rows = attack(names, given.seed, given.rounds, given.jobs, given.case)
+    if given.write:
+        write_table(rows)
+    return 0 if all(row.tried == row.survived for row in rows) else 1
 
 
 def attack(names: Sequence[str], seed: int, rounds: int, jobs: int, only: int | None = None) -> list[Row]:

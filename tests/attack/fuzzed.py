@@ -1,4 +1,4 @@
-"""Fuzzed kernels and checkpoints: the random tests of native ops and of damaged files, with a new seed and more cases."""
+"""Fuzzed kernels and checkpoints: the random tests of native ops and damaged files, with a new seed and more cases."""
 
 from __future__ import annotations
 
