@@ -8,7 +8,6 @@ from functools import partial
 from html import escape
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -76,6 +75,8 @@ def report_page(summary: dict[str, Any], blocks: list[dict[str, Any]]) -> str:
 
 
 def _section(title: str, note: str, draw: Callable[[Axes], None]) -> str:
+    from matplotlib import rc_context
+
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
