@@ -73,7 +73,7 @@ def _plan(hostile: Hostile, arena: Arena, folder: Path, random: Random) -> int:
     """One that does not fit is printed, with exit code 2."""
     trap = _trap(folder)
     model = copied(arena.model, folder / "model", hostile, trap)
-    ended = _attacked(command(arena.flags_for("--plan", "--recover", "none", model=model)), folder)
+    ended = _attacked(command(arena.flags_for("--plan", model=model)), folder)
     if trap.sprung() or ended.code not in (0, 2) or "Traceback" in ended.said:
         raise Fallen(f"{'its code ran; ' if trap.sprung() else ''}{ended}")
     return 1
