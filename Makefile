@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 OUTPUT ?= ebft-output
 PARALLEL ?= -n 2 --dist loadfile
 
-.PHONY: help demo test test-all lint format build bench sanitize clean
+.PHONY: help demo test test-all lint format build bench sanitize attack clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -39,6 +39,9 @@ bench: $(VENV)/.ready  ## the microbenchmarks
 
 sanitize: $(VENV)/.ready  ## the native tests and hostile inputs under the address and undefined-behaviour sanitizers (minutes)
 	bash tests/native/sanitize.sh $(RUN)
+
+attack: $(VENV)/.ready  ## kill runs, fill disks, close pipes, give it hostile files, fuzz its kernels (under 10 minutes on 2 cores)
+	$(RUN) -m tests.attack
 
 clean:  ## everything that make made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

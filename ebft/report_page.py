@@ -114,12 +114,15 @@ def _of_the_whole(summary: dict[str, Any], name: str) -> _Section:
 
 
 def _section(title: str, note: str, draw: Callable[[Axes], None]) -> _Section:
+    from matplotlib import rc_context
+
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     draw(axes)
     out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with rc_context({"svg.hashsalt": title}):  # names of what is drawn: the same for the same picture
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
     return _Section(title, note, svg[svg.index("<svg") :])
 
