@@ -207,7 +207,12 @@ OF_LISTS = ("dropped", "doubled", "none at all")
 def changed(value, how, number):
     """An argument after a change; as it was where that has no meaning for it."""
     if isinstance(value, torch.Tensor):
-        return CHANGES[how](value, number) if how in CHANGES and (value.numel() or how not in NOT_THERE) else value
+        if how not in CHANGES or (how in NOT_THERE and value.numel() == 0):
+            return value
+        try:
+            return CHANGES[how](value, number)
+        except RuntimeError:  # torch itself cannot make it of a tensor that an earlier change has made vast
+            return value
     if isinstance(value, list) and how in OF_LISTS:
         return {"dropped": value[:-1], "doubled": value + value[-1:], "none at all": []}[how]
     if isinstance(value, list) and value:
