@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 OUTPUT ?= ebft-output
 PARALLEL ?= -n 2 --dist loadfile
 
-.PHONY: help demo test test-all lint format build bench sanitize clean
+.PHONY: help demo test test-all lint format build bench sanitize attack clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -16,9 +16,10 @@ demo: $(VENV)/.ready  ## prune SmolLM2-135M to 60 %, win its quality back, save 
 test: $(VENV)/.ready lint  ## lint, types and the tests (under 15 minutes on 2 cores)
 	$(RUN) -m pytest $(PARALLEL) --benchmark-disable -m "not slow"
 
-test-all: $(VENV)/.ready lint  ## the slow tests too (they need the extra `tasks`, 340 MB)
-	$(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tasks]'
-	$(RUN) -m pytest --benchmark-disable
+test-all: $(VENV)/.ready lint  ## the slow tests and the sanitizers too (they need the extras `tasks` and `compat`, 540 MB)
+	$(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tasks,compat]'
+	EBFT_FUZZ_CASES=5000 $(RUN) -m pytest --benchmark-disable
+	bash tests/native/sanitize.sh $(RUN)
 
 lint: $(VENV)/.ready  ## ruff (lint and format) and mypy
 	$(RUN) -m ruff check .
@@ -36,8 +37,11 @@ bench: $(VENV)/.ready  ## the microbenchmarks
 	@mkdir -p .benchmarks
 	$(RUN) -m pytest benchmarks --size full --benchmark-enable --benchmark-only --benchmark-json .benchmarks/latest.json
 
-sanitize: $(VENV)/.ready  ## the native tests under the address and undefined-behaviour sanitizers (minutes)
+sanitize: $(VENV)/.ready  ## the native tests and hostile inputs under the address and undefined-behaviour sanitizers (minutes)
 	bash tests/native/sanitize.sh $(RUN)
+
+attack: $(VENV)/.ready  ## kill runs, fill disks, close pipes, give it hostile files, fuzz its kernels (under 10 minutes on 2 cores)
+	$(RUN) -m tests.attack
 
 clean:  ## everything that make made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

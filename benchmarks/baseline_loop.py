@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ebft.config.config import EBFTConfig
-from ebft.recovery.task import batch_order
+from ebft.config import EBFTConfig
+from ebft.recovery.samples import batch_order
 
 
 @dataclass

@@ -30,7 +30,7 @@ import ebft
 from benchmarks.machine import write_result
 from ebft import EBFTConfig, run_ebft
 from ebft.compressed.layers import save_compressed
-from ebft.output.report import Reporter
+from ebft.output.terminal import Reporter
 from ebft_kernels import CompressedLinear
 
 CONTENDERS = ("dense float32", "dense bfloat16", "compressed bfloat16", "compressed int8")

@@ -49,7 +49,7 @@ IN_MEMORY = """
 import sys
 from ebft import run_ebft
 from ebft.model.checkpoint import load_model, load_tokenizer
-from ebft.cli.flags import parse_args
+from ebft.cli.app import parse_args
 config, _ = parse_args(sys.argv[1:])
 model = load_model(config.model)
 for parameter in model.parameters():

@@ -13,9 +13,11 @@ import torch
 from transformers import LlamaConfig, MixtralConfig, Qwen3Config
 
 from ebft import EBFTConfig
+from ebft.output.figures import duration
 from ebft.plan.devices import DEVICES, SHARE
-from ebft.plan.planner import AHEAD, CONTEXT, FRAGMENTS, HOST, MASK_BYTES, WORKSPACES, Plan, flags, make_plan
-from ebft.output.report import duration
+from ebft.plan.plan import Plan, flags
+from ebft.plan.planner import AHEAD, CONTEXT, FRAGMENTS, HOST, WORKSPACES, make_plan
+from ebft.pruning.protocol import MASK_BYTES
 
 DOCS = Path(__file__).parent.parent / "docs" / "plans.md"
 SIZES = (4, 8, 16, 24, 80)  # GiB

@@ -22,9 +22,9 @@ from benchmarks.baseline_loop import MultipliedLinear, first_inputs, replace, tu
 from benchmarks.machine import write_result
 from ebft import BlockReconstructor, EBFTConfig
 from ebft.data.calibration import calibration_tokens
+from ebft.data.streams import Streams
 from ebft.model.checkpoint import load_model, load_tokenizer
 from ebft.model.decoder import Decoder
-from ebft.data.streams import Streams
 from ebft_kernels import PackedMask, use_impl
 
 CPU = torch.device("cpu")

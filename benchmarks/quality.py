@@ -32,14 +32,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.machine import result_file, write_result
-from ebft.output.audit import audit
+from ebft.cli.app import parse_args
+from ebft.config import ORGANISATION
 from ebft.data.calibration import evaluation_tokens
-from ebft.model.checkpoint import load_tokenizer, open_model
-from ebft.cli.flags import parse_args
-from ebft.config.config import ORGANISATION
-from ebft.model.decoder import Decoder
 from ebft.errors import EBFTError
 from ebft.evaluation.perplexity import perplexities
+from ebft.model.checkpoint import load_tokenizer, open_model
+from ebft.model.decoder import Decoder
+from ebft.output.audit import audit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _ERRORS = ("relative_error_before", "relative_error_after", "relative_held_out_before", "relative_held_out_after")

@@ -23,10 +23,10 @@ from benchmarks.baseline_loop import run_baseline
 from benchmarks.machine import write_result
 from ebft import EBFTConfig, run_ebft
 from ebft.data.calibration import calibration_tokens, evaluation_tokens
+from ebft.evaluation.perplexity import perplexities
 from ebft.model.checkpoint import load_model, load_tokenizer
 from ebft.model.decoder import Decoder
-from ebft.evaluation.perplexity import perplexities
-from ebft.output.report import Reporter
+from ebft.output.terminal import Reporter
 
 CPU = torch.device("cpu")
 CONTENDERS = ("ebft", "baseline", "baseline-fused-adamw")

@@ -24,8 +24,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.machine import write_result
 from ebft import BlockReconstructor, EBFTConfig
 from ebft.model.decoder import Decoder
-from ebft.plan.planner import flags, make_plan
-from ebft.pruning import InputObserver, make_masker
+from ebft.plan.plan import flags
+from ebft.plan.planner import make_plan
+from ebft.pruning.masker import make_masker
+from ebft.pruning.statistics import InputObserver
 from ebft_kernels import PackedMask
 
 CPU = torch.device("cpu")

@@ -25,8 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.machine import write_result
+from ebft.cli.app import parse_args
 from ebft.data.calibration import builtin_documents
-from ebft.cli.flags import parse_args
 from ebft.plan.planner import make_plan
 
 BLOCKS = 32

@@ -110,9 +110,15 @@ def joined() -> Iterator[Ranks]:
     """The ranks of this run while inside: those of a process group that is there, or that torchrun asks for."""
     if dist.is_available() and dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size())
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+    elif (count := _from_torchrun("WORLD_SIZE", least=1)) > 1 and "RANK" in os.environ:
+        if _from_torchrun("RANK") >= count:
+            raise EBFTError(f"the environment has RANK={os.environ['RANK']}; expected less than WORLD_SIZE, {count}")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # a block may take hours; torchrun notices deaths
+        try:
+            dist.init_process_group(backend, timeout=timedelta(days=1))  # a block may take hours; torchrun sees deaths
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise EBFTError(f"this run's ranks cannot meet, as RANK and WORLD_SIZE ask them to: {reason}") from error
         yield Ranks(dist.get_rank(), dist.get_world_size())
         dist.destroy_process_group()  # not where this rank fails: the others may never come to it
     else:
@@ -121,4 +127,15 @@ def joined() -> Iterator[Ranks]:
 
 def own_device(device: str) -> str:
     """``cuda`` as the GPU that torchrun means this process to take; any other as it is."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+    return f"cuda:{_from_torchrun('LOCAL_RANK')}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def _from_torchrun(name: str, least: int = 0) -> int:
+    """A whole number that torchrun puts into the environment."""
+    value = os.environ.get(name, str(least))
+    if not value.isdecimal() or int(value) < least:
+        raise EBFTError(
+            f"the environment has {name}={value}; expected a whole number of at least {least}, as torchrun sets it (or "
+            "none, for a run of one process)"
+        )
+    return int(value)

@@ -10,7 +10,7 @@ from ebft_kernels.functional import (
     reconstruction_loss_and_gradient,
 )
 from ebft_kernels.mask import PackedMask, load_masks, masks_of, save_masks
-from ebft_kernels.nn import MaskedLinear, mask_linears_
+from ebft_kernels.nn import MaskedLinear, assert_masked, is_masked, mask_linears_, unmask_linears_
 from ebft_kernels.optim import MaskedAdamW
 
 __all__ = [
@@ -19,7 +19,9 @@ __all__ = [
     "MaskedAdamW",
     "MaskedLinear",
     "PackedMask",
+    "assert_masked",
     "explain",
+    "is_masked",
     "load_masks",
     "mask_linears_",
     "masked_adamw_step",
@@ -29,5 +31,6 @@ __all__ = [
     "reconstruction_loss",
     "reconstruction_loss_and_gradient",
     "save_masks",
+    "unmask_linears_",
     "use_impl",
 ]

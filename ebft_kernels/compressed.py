@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ebft_kernels import reference
+from ebft_kernels.functional import is_transformed
 from ebft_kernels.mask import MaskLike, PackedMask, as_packed
 
 _OPS = torch.ops.ebft_kernels
@@ -48,6 +49,11 @@ class CompressedLinear(nn.Module):
         super().__init__()
         if values not in VALUES:
             raise ValueError(f"CompressedLinear got values = {values!r}; expected one of {', '.join(VALUES)}")
+        if in_features < 1 or out_features < 0 or not 0 <= kept <= in_features * out_features:
+            raise ValueError(
+                f"CompressedLinear got {kept} kept weights of {out_features} x {in_features}; expected a matrix of at "
+                "least one input, and 0 to all of its weights"
+            )
         self.in_features, self.out_features = in_features, out_features
         kind, words = VALUES[values], -(-in_features // reference.WORD_BITS)
         groups = -(-in_features // reference.SCALE_GROUP)
@@ -110,18 +116,24 @@ class CompressedLinear(nn.Module):
         return layer.index_()
 
     def index_(self) -> CompressedLinear:
-        """Count where each row's values begin: after the bitmap has been written from outside.
+        """Count where each row's values begin, and check the whole layout: after it has been written from outside.
 
         Raises:
-            ValueError: the bitmap keeps more or fewer weights than there are values.
+            ValueError: shapes, dtypes or the bits beyond a row's end are not those of ``reference.check_compressed``,
+                or the bitmap keeps more or fewer weights than there are values.
         """
-        self.row_offsets = _OPS.row_offsets(self.bitmap)
-        if int(self.row_offsets[-1]) != self.values.numel():
-            raise ValueError(
-                f"CompressedLinear got {self.values.numel()} values for a bitmap that keeps "
-                f"{int(self.row_offsets[-1])}; expected as many"
+        try:
+            self.row_offsets = reference.row_offsets(self.bitmap)
+            reference.check_compressed(
+                self.bitmap, self.values, self.row_offsets, self._float_scales(), self.in_features
             )
+        except ValueError as error:
+            raise ValueError(f"CompressedLinear {error}") from None
         return self
+
+    def _float_scales(self) -> Tensor | None:
+        """As the kernels take them, whatever ``.half()`` and the like made of the layer."""
+        return None if self.scales is None else self.scales.float()
 
     @property
     def mask(self) -> PackedMask:
@@ -130,7 +142,7 @@ class CompressedLinear(nn.Module):
 
     def dense(self) -> Tensor:
         """The weight (N, K) with its zeros; float32 from 8-bit values."""
-        return _OPS.decompress(self.bitmap, self.values, self.row_offsets, self.scales, self.in_features)
+        return _OPS.decompress(self.bitmap, self.values, self.row_offsets, self._float_scales(), self.in_features)
 
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear``: bit for bit what was compressed, unless 8-bit values rounded it."""
@@ -143,10 +155,11 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of (..., in_features), in x's dtype; float32 sums."""
-        if x.numel() <= LARGEST_BATCH * self.in_features:
-            scales = None if self.scales is None else self.scales.float()
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"CompressedLinear got x {tuple(x.shape)}; expected (..., {self.in_features})")
+        if x.numel() <= LARGEST_BATCH * self.in_features and not is_transformed():
             return _OPS.compressed_linear(
-                x, self.bitmap, self.values, self.row_offsets, scales, self.bias, self.in_features
+                x, self.bitmap, self.values, self.row_offsets, self._float_scales(), self.bias, self.in_features
             )
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.dense().to(x.dtype), bias)
@@ -158,13 +171,21 @@ class CompressedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, density and how values are stored."""
         density = self.values.numel() / max(1, self.in_features * self.out_features)
-        kind = next(name for name, dtype in VALUES.items() if dtype == self.values.dtype)
+        kind = next((name for name, dtype in VALUES.items() if dtype == self.values.dtype), self.values.dtype)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"density={density:.3f}, values={kind}"
         )
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if not self.bitmap.is_meta:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        """As any module, and the layout is checked: ``load_state_dict`` says what is wrong with it."""
+        before = len(errors)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if self.bitmap.is_meta or len(errors) > before:
+            return
+        try:
             self.index_()
+        except ValueError as error:
+            errors.append(f"{prefix.rstrip('.') or 'the layer'}: {error}")

@@ -29,7 +29,14 @@ IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
 NATIVE_ON_CUDA = ("compressed_linear", "masked_adamw_step")  # csrc/cuda/
 PRODUCTS = ("masked_linear", "masked_linear_dx", "masked_linear_dw")
 # What is worth a word where it runs in torch on a GPU.
-FUSED = ("masked_adamw_step", "masked_grad_norm", "masked_dw_adamw_step", "reconstruction_loss", "zero_pruned")
+FUSED = (
+    "masked_adamw_step",
+    "masked_grad_norm",
+    "masked_dw_adamw_step",
+    "reconstruction_loss",
+    "zero_pruned",
+    "zero_pruned_",
+)
 MULTIPLY = (*PRODUCTS, "masked_dw_adamw_step")
 TRITON = {  # op -> file of _triton/ that has its launcher
     "pack_mask": "masks",
@@ -38,6 +45,7 @@ TRITON = {  # op -> file of _triton/ that has its launcher
     "is_nm": "masks",
     "row_offsets": "masks",
     "zero_pruned": "masks",
+    "zero_pruned_": "masks",
     **dict.fromkeys(PRODUCTS, "masked_linear"),
     "reconstruction_loss": "loss",
     "masked_grad_norm": "grad_norm",
@@ -194,7 +202,7 @@ def _native_missing(op: str, device: torch.device, dtype: torch.dtype, args: tup
         return f"there is no native kernel for {device.type}"
     if dtype == torch.float64:
         return "the native kernels do not take float64"
-    if op == "masked_adamw_step" and not all(t.is_contiguous() for t in _tensors(args)):
+    if op in ("masked_adamw_step", "zero_pruned_") and not all(t.is_contiguous() for t in _tensors(args)):
         return "the native kernel takes contiguous tensors"
     if (reason := native_reason()) is not None or device.type == "cpu":
         return reason

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ebft_kernels.mask import MaskLike, PackedMask, as_packed
 from ebft_kernels.reference import QUANTIZED_BLOCK
+from ebft_kernels.sharding import beside, is_sharded
 from ebft_kernels.updates import Updater, updater_of
 
 _OPS = torch.ops.ebft_kernels
@@ -19,7 +22,7 @@ _OPS = torch.ops.ebft_kernels
 def masked_linear(
     x: Tensor, weight: Tensor, mask: MaskLike, bias: Tensor | None = None, *, zeroed: bool = False
 ) -> Tensor:
-    """y = x (M * W)^T + b, differentiable in x, weight and bias to any order.
+    """y = x (M * W)^T + b, differentiable in x, weight and bias to any order, by ``torch.func`` too.
 
     The weight's gradient is exactly zero where pruned. Under autocast the operands are cast as ``F.linear``'s are. A
     weight of ``MaskedAdamW(update_in_backward=True)`` gets no gradient: the backward pass updates it.
@@ -44,6 +47,14 @@ def masked_linear(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"masked_linear got bias {tuple(bias.shape)}; expected ({weight.shape[0]},)")
     words = _words(mask, weight, "masked_linear")
+    if is_sharded(weight) or is_transformed():
+        kept = beside(PackedMask(words, weight.shape).dense(), weight)
+        return F.linear(x, torch.where(kept, weight, 0.0), bias)
+    if is_traceable_wrapper_subclass(weight):
+        raise ValueError(
+            f"masked_linear got a weight that is a {type(weight).__name__}; expected a plain tensor: call "
+            "unmask_linears_ on the model before it is quantised"
+        )
     kind = x.device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     master, updater = weight, None if torch.compiler.is_compiling() else updater_of(weight)
@@ -60,6 +71,12 @@ def masked_linear(
     if updater is not None and torch.is_grad_enabled() and master.requires_grad:
         return _UpdatedInBackward.apply(x, master, weight.detach(), words, bias, zeroed, updater)
     return _OPS.masked_linear(x, weight, words, bias, zeroed)
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation is at work, which see through torch's own operations
+    alone."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 class _UpdatedInBackward(torch.autograd.Function):
@@ -138,6 +155,10 @@ def _loss_and_gradient(output: Tensor, target: Tensor, residual: Tensor | None) 
                 f"reconstruction_loss got a {name} {tuple(other.shape)} on {other.device} and an output "
                 f"{tuple(output.shape)} on {output.device}; expected the same of both"
             )
+    if is_transformed():
+        wide = torch.promote_types(output.dtype, torch.float32)
+        difference = output.to(wide) - target.to(wide) - (0.0 if residual is None else residual.to(wide))
+        return difference.square().mean(), difference * (2 / max(1, difference.numel()))
     return _OPS.reconstruction_loss(output, target, residual)
 
 

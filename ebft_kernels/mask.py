@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -14,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ebft_kernels import sharding
 from ebft_kernels.ops import words_in
 
 _OPS = torch.ops.ebft_kernels
@@ -36,6 +39,7 @@ class PackedMask:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", torch.Size(self.shape))
+        object.__setattr__(self, "words", sharding.local(self.words))  # tensor parallelism replicates buffers
         if not self.shape or 0 in self.shape[-1:]:
             raise ValueError(f"PackedMask got shape {tuple(self.shape)}; expected (..., K) with K of at least 1")
         expected = (*self.shape[:-1], words_in(self.shape[-1]))
@@ -130,6 +134,12 @@ class PackedMask:
         words = self.words.to(device, non_blocking=non_blocking)
         return self if words is self.words else PackedMask(words, self.shape)
 
+    def part_of(self, weight: Tensor) -> PackedMask:
+        """The mask of what this process holds of ``weight``, a tensor that this masks; itself unless it is sharded."""
+        if not sharding.is_sharded(weight):
+            return self
+        return PackedMask.from_dense(sharding.part_of(self.dense(), weight))
+
     @torch.no_grad()
     def zero_pruned_(self, weight: Tensor) -> Tensor:
         """Set the pruned entries of ``weight`` (..., K) to exactly +0, in place; gives ``weight``."""
@@ -137,7 +147,9 @@ class PackedMask:
             raise ValueError(
                 f"zero_pruned_ got a weight {tuple(weight.shape)}; expected {tuple(self.shape)}, the mask's shape"
             )
-        return weight.masked_fill_(~self.to(weight.device).dense(), 0.0)
+        held = self.to(weight.device).part_of(weight)
+        sharding.local(weight).masked_fill_(~held.dense(), 0.0)
+        return weight
 
     def __repr__(self) -> str:
         return f"PackedMask(shape={tuple(self.shape)}, device={self.device})"
@@ -186,8 +198,11 @@ def save_masks(masks: nn.Module | Mapping[str, PackedMask | Tensor], path: str |
     """
     named = masks_of(masks) if isinstance(masks, nn.Module) else {name: as_packed(m) for name, m in masks.items()}
     words = {name: mask.words.cpu().contiguous() for name, mask in named.items()}
+    with Path(path).open("ab") as file:  # as the umask says: safetensors makes files for their owner alone
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     # One metadata entry: safetensors writes several in no fixed order, and equal masks shall give equal files.
     save_file(words, path, metadata={"shapes": json.dumps({name: list(mask.shape) for name, mask in named.items()})})
+    Path(path).chmod(mode)
 
 
 def load_masks(path: str | os.PathLike[str]) -> dict[str, PackedMask]:
@@ -197,6 +212,8 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, PackedMask]:
         ValueError: the file is not a safetensors file, or a tensor in it is no mask.
         OSError: it cannot be read.
     """
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise ValueError(f"{path} is no file; expected a safetensors file")
     return dict(_read_masks(path))
 
 

@@ -29,6 +29,7 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
     "is_nm": "(Tensor words, SymInt width, int n, int m) -> Tensor",
     "row_offsets": "(Tensor words) -> Tensor",
     "zero_pruned": "(Tensor tensor, Tensor words) -> Tensor",
+    "zero_pruned_": "(Tensor(a!) tensor, Tensor words) -> ()",
     "masked_linear": "(Tensor x, Tensor weight, Tensor words, Tensor? bias, bool zeroed) -> Tensor",
     "masked_linear_dx": "(Tensor dy, Tensor weight, Tensor words, bool zeroed) -> Tensor",
     "masked_linear_dw": "(Tensor dy, Tensor x, Tensor words) -> Tensor",
@@ -55,7 +56,7 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
 NATIVE = tuple(
     name
     for name in SCHEMAS
-    if not name.startswith(("masked_linear", "masked_dw", "reconstruction_loss", "zero_pruned"))
+    if not name.startswith(("masked_linear", "masked_dw", "reconstruction_loss")) and name != "zero_pruned"
 )
 
 for _name, _schema in SCHEMAS.items():
@@ -132,6 +133,8 @@ def masked_linear_dw(dy: Tensor, x: Tensor, words: Tensor) -> Tensor:
 
 
 def decompress(words: Tensor, values: Tensor, row_offsets: Tensor, scales: Tensor | None, width: int) -> Tensor:
+    if words.device.type == "cpu":  # elsewhere it would wait for the device; the layer's own check has been there
+        reference.check_compressed(words, values, row_offsets, scales, width)
     dense = torch.zeros((words.shape[0], width), dtype=values.dtype, device=values.device)
     dense.masked_scatter_(unpack_mask(words, width), values)
     if scales is None:
@@ -181,14 +184,21 @@ def masked_adamw_step(*args: Any) -> None:
     lists, (grad_scale, *settings, stochastic, seed, param_ids, zero_grads) = args[:9], args[9:]
     for n, number in enumerate(param_ids):
         param, grad, exp_avg, exp_avg_sq, exp_avg_scale, _, master, words, rows = one = [of[n] for of in lists]
-        packed = any(state.numel() for state in (exp_avg_scale, master, rows))
+        packed = any(state.numel() for state in (exp_avg_scale, master))
         plain = param.dtype in (torch.float32, torch.float64) and exp_avg.dtype == param.dtype
         if packed or stochastic or not plain:
             alone: Any = [[tensor] for tensor in one]
             alone += [grad_scale, *settings, stochastic, seed, [number], zero_grads]
             reference.masked_adamw_step(*alone)
             continue
-        _fused_step(param, grad, exp_avg, exp_avg_sq, words, grad_scale, *settings)
+        if rows.numel():  # the step of dense states, spread out for it: another arithmetic would give other bits
+            kept = unpack_mask(words, param.shape[-1])
+            m, v = (torch.zeros_like(param).masked_scatter_(kept, state) for state in (exp_avg, exp_avg_sq))
+            _fused_step(param, grad, m, v, words, grad_scale, *settings)
+            for state, dense in ((exp_avg, m), (exp_avg_sq, v)):
+                state.copy_(dense[kept].view_as(state))
+        else:
+            _fused_step(param, grad, exp_avg, exp_avg_sq, words, grad_scale, *settings)
         if zero_grads:
             grad.zero_()
 
@@ -251,6 +261,13 @@ def zero_pruned(tensor: Tensor, words: Tensor) -> Tensor:
     return (_as_int(tensor) & _kept_bits(words, tensor)).view(tensor.dtype)
 
 
+def zero_pruned_(tensor: Tensor, words: Tensor) -> None:
+    bits = _as_int(tensor)
+    # On a GPU asking would be a synchronisation.
+    if tensor.device.type != "cpu" or (_OPS.pack_mask(bits != 0) & ~words).any():
+        bits.bitwise_and_(_kept_bits(words, tensor))
+
+
 def _kept_bits(words: Tensor, like: Tensor) -> Tensor:
     """Integers as wide as ``like``'s elements: all ones where kept, 0 where pruned."""
     return unpack_mask(words, like.shape[-1]).to(_INTEGERS[like.element_size()]).neg_()
@@ -290,6 +307,7 @@ FAKES = {
     "nm_mask": _fake_words,
     "unpack_mask": lambda words, width: words.new_empty((*words.shape[:-1], width), dtype=torch.bool),
     "zero_pruned": lambda tensor, words: tensor.new_empty(tensor.shape),
+    "zero_pruned_": lambda tensor, words: None,
     "is_nm": lambda words, width, n, m: words.new_empty((), dtype=torch.bool),
     "masked_linear": lambda x, weight, words, bias=None, zeroed=False: x.new_empty((*x.shape[:-1], weight.shape[0])),
     "masked_linear_dx": lambda dy, weight, words, zeroed=False: dy.new_empty((*dy.shape[:-1], weight.shape[1])),

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebft_kernels import updates
+from ebft_kernels import sharding, updates
 from ebft_kernels.functional import masked_adamw_step, masked_dw_adamw_step, masked_grad_norm
-from ebft_kernels.mask import MaskLike, PackedMask, as_packed, masks_of
+from ebft_kernels.mask import MaskLike, PackedMask, as_packed
 from ebft_kernels.reference import dequantize, quantize
-from ebft_kernels.zeroed import known_words, mark_zeroed
 
 WEIGHTS = ("fp32", "master", "stochastic")
 MOMENTS = ("fp32", "bf16", "int8")
@@ -43,6 +42,10 @@ class MaskedAdamW(torch.optim.Optimizer):
     ``GradScaler``. If a backward pass fails half way, the next one fails too, until ``load_state_dict`` brings back a
     whole state. Under ``torch.compile`` gradients are made as usual.
 
+    Sharded parameters (``DTensor``s: FSDP2's ``fully_shard``, tensor parallelism) are taken with states that can be
+    sharded as they are: ``weights`` and ``moments`` in floats, not ``"stochastic"``, ``"int8"`` or ``compact``. The
+    masks are whole on each process.
+
     Args:
         params: parameters or parameter groups.
         lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
@@ -54,6 +57,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: a setting is out of range, or a mask has another shape or belongs to no parameter given.
+            A parameter is sharded, and the layout cannot be; FSDP1 has flattened it.
         TypeError: a parameter's dtype does not go with ``weights``.
         RuntimeError: ``update_in_backward`` among several data-parallel processes.
     """
@@ -90,6 +94,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._weights, self._moments, self._compact = weights, moments, compact
         self._seed, self._zero_grads = seed, zero_grads
         self._in_backward = update_in_backward
+        self._masks: dict[Tensor, PackedMask] = {}  # whole ones, also of sharded parameters
+        self._parts: dict[Tensor, PackedMask] = {}  # of what this process holds
         self._updated: list[Tensor] = []  # in backward, since the last step
         if update_in_backward and (processes := _processes()) > 1:
             raise RuntimeError(
@@ -103,9 +109,14 @@ class MaskedAdamW(torch.optim.Optimizer):
     @classmethod
     def for_module(cls, module: nn.Module, **settings: Any) -> MaskedAdamW:
         """For all parameters of ``module`` that require gradients, with the masks of its ``MaskedLinear`` layers."""
-        params = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        masks = {params[name]: mask for name, mask in masks_of(module).items() if name in params}
-        return cls(params.values(), masks=masks, **settings)
+        params = [p for p in module.parameters() if p.requires_grad]
+        _refuse_flattened(params)
+        masks = {}
+        for layer in module.modules():
+            weight, mask = getattr(layer, "weight", None), getattr(layer, "mask", None)
+            if isinstance(weight, Tensor) and isinstance(mask, PackedMask) and weight.requires_grad:
+                masks[weight] = mask
+        return cls(params, masks=masks, **settings)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer``'s, with the dtypes checked."""
@@ -113,6 +124,13 @@ class MaskedAdamW(torch.optim.Optimizer):
         allowed = {"fp32": [], "master": [torch.bfloat16, torch.float16], "stochastic": [torch.bfloat16]}[self._weights]
         allowed = [torch.float32, *([torch.float64] if self._moments == "fp32" else []), *allowed]
         for param in self.param_groups[-1]["params"]:
+            whole = self._weights == "stochastic" or self._moments == "int8" or self._compact
+            if whole and sharding.is_sharded(param):
+                raise ValueError(
+                    f"MaskedAdamW got a sharded parameter {tuple(param.shape)} with weights={self._weights!r}, "
+                    f"moments={self._moments!r}, compact={self._compact}; expected weights 'fp32' or 'master', moments "
+                    "'fp32' or 'bf16' and compact=False, whose states are sharded as the parameter is"
+                )
             if param.dtype not in allowed:
                 raise TypeError(
                     f"MaskedAdamW got a parameter of {param.dtype}; expected {', '.join(map(str, allowed))} with "
@@ -120,13 +138,11 @@ class MaskedAdamW(torch.optim.Optimizer):
                 )
 
     def mask_of(self, param: Tensor) -> PackedMask | None:
-        """The mask of a parameter, or None."""
-        state = self.state.get(param, {})
-        if "mask" not in state:
-            return None
-        if state["mask"].device != param.device:  # the module has been moved
-            state["mask"] = _same_words(param, state["mask"].to(param.device))
-        return PackedMask(state["mask"], param.shape)
+        """The mask of a parameter, or None; of all of it, if it is sharded."""
+        mask = self._masks.get(param)
+        if mask is not None and mask.device != param.device:  # the module has been moved
+            mask = self._take_mask(param, mask.to(param.device))
+        return mask
 
     @torch.no_grad()
     def set_mask_(self, param: Tensor, mask: MaskLike) -> None:
@@ -139,30 +155,32 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise ValueError(
                 f"MaskedAdamW got a mask for a tensor {tuple(param.shape)} that is not among its parameters"
             )
+        _refuse_flattened([param])
         if packed.shape != param.shape:
             raise ValueError(
                 f"MaskedAdamW got a mask {tuple(packed.shape)}; expected {tuple(param.shape)}, the parameter's shape"
             )
-        state = self.state[param]
+        state = self.state.get(param, {})
         dense = {key: self._dense(param, key) for key in ("master", *_MOMENTS) if key in state}
-        packed.zero_pruned_(param)
-        state["mask"] = packed.words
-        self._enter(param)
-        if self._compact:
+        self._take_mask(param, packed)
+        if self._compact and state:
             state["row_offsets"] = packed.row_offsets()
         for key, value in dense.items():
-            self._store(param, key, packed.zero_pruned_(value))
-        mark_zeroed(param, packed.words)
+            self._store(param, key, self._zero_pruned_(param, value))
+        self._zero_pruned_(param, param)
 
     def second_moment(self, param: Tensor) -> Tensor | None:
         """Of a parameter, in its shape, float32 (float64), 0 where nothing is stored; None before its first step."""
-        return self._dense(param, "exp_avg_sq") if "exp_avg_sq" in self.state.get(param, {}) else None
+        if "exp_avg_sq" not in self.state.get(param, {}):
+            return None
+        return sharding.sharded_as(self._dense(param, "exp_avg_sq"), param)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the next step's gradients so that their L2 norm over all kept entries is at most ``max_norm``.
 
-        The factor stays on the device and goes into the next step; ``.grad`` is not touched.
+        The factor stays on the device and goes into the next step; ``.grad`` is not touched. Of sharded parameters all
+        processes have to call it.
 
         Returns:
             The norm before, a scalar on the gradients' device (no synchronisation).
@@ -175,9 +193,14 @@ class MaskedAdamW(torch.optim.Optimizer):
         with_grad = [p for p in self._params() if p.grad is not None]
         if not with_grad:
             return torch.zeros(())
+        groups: dict[Any, list[Tensor]] = {}  # in the order of the parameters, which is that of all processes
+        for p in with_grad:
+            groups.setdefault((p.dtype, _sharding(p)), []).append(p)
         norms = []
-        for _, alike in _grouped(with_grad, lambda p: str(p.dtype)):
-            norms.append(masked_grad_norm([_contiguous(p.grad) for p in alike], [self.mask_of(p) for p in alike]))
+        for alike in groups.values():
+            held = masked_grad_norm([_gradient(p) for p in alike], [self._held_mask(p) for p in alike])
+            sharded = sharding.is_sharded(alike[0])
+            norms.append(sharding.total(held.square(), alike[0]).sqrt() if sharded else held)
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         self._grad_scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         return norm
@@ -201,14 +224,14 @@ class MaskedAdamW(torch.optim.Optimizer):
             for p in with_grad:
                 self._begin(p)
             for (step, *_), params in _grouped(with_grad, self._goes_with):
-                states = [self.state[p] for p in params]
+                states, grads = [self.state[p] for p in params], [_gradient(p) for p in params]
                 extras: dict[str, Any] = {f"{key}s": _all_stored(states, key, params[0]) for key in _EXTRAS}
                 masked_adamw_step(
-                    params,
-                    [_contiguous(p.grad) for p in params],
-                    [state["exp_avg"] for state in states],
-                    [state["exp_avg_sq"] for state in states],
-                    [self.mask_of(p) for p in params],
+                    [sharding.local(p) for p in params],
+                    grads,
+                    [sharding.local(state["exp_avg"]) for state in states],
+                    [sharding.local(state["exp_avg_sq"]) for state in states],
+                    [self._held_mask(p) for p in params],
                     step=step,
                     grad_scale=self._grad_scale,
                     row_offsets=_all_stored(states, "row_offsets", params[0]),
@@ -219,9 +242,9 @@ class MaskedAdamW(torch.optim.Optimizer):
                     **_settings(group),
                     **extras,
                 )
-                for p in params:
-                    if "mask" in self.state[p]:
-                        mark_zeroed(p, self.state[p]["mask"])
+                for p, used in zip(params, grads, strict=True):
+                    if self._zero_grads and used is not sharding.local(p.grad):  # the step took a copy
+                        p.grad.zero_()
         self._grad_scale = None
         return loss
 
@@ -254,7 +277,6 @@ class MaskedAdamW(torch.optim.Optimizer):
             **_settings(group),
             **{key: _all_stored([state], key, weight)[0] for key in _EXTRAS},
         )
-        mark_zeroed(weight, state["mask"])
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -283,19 +305,51 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         layout = {name: getattr(self, name) for name in _LAYOUT}
-        return {**super().__getstate__(), **layout}
+        return {**super().__getstate__(), **layout, "_masks": self._masks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._updated = []
-        for param in self._params():
-            if "mask" in self.state.get(param, {}):
-                self._enter(param)
+        self._updated, self._parts = [], {}
+        for param in self._masks:
+            self._enter(param)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Optimizer``'s, with the words of the masks among the states."""
+        packed = super().state_dict()
+        numbers = [number for group in packed["param_groups"] for number in group["params"]]
+        for number, param in zip(numbers, self._params(), strict=True):
+            if (mask := self.mask_of(param)) is not None:
+                packed["state"][number] = {**packed["state"].get(number, {}), "mask": mask.words}
+        return packed
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer``'s; a clip factor that no step has used goes with the gradients."""
         super().zero_grad(set_to_none)
         self._grad_scale = None
+
+    # --- masks ----------------------------------------------------------------------------------------------------
+
+    def _take_mask(self, param: Tensor, mask: PackedMask) -> PackedMask:
+        self._masks[param] = mask
+        self._parts.pop(param, None)
+        self._enter(param)
+        return mask
+
+    def _held_mask(self, param: Tensor) -> PackedMask | None:
+        """The mask of what this process holds of a parameter."""
+        mask = self.mask_of(param)
+        if mask is None or not sharding.is_sharded(param):
+            return mask
+        if param not in self._parts:
+            self._parts[param] = mask.part_of(param)
+        return self._parts[param]
+
+    def _zero_pruned_(self, param: Tensor, tensor: Tensor) -> Tensor:
+        """``tensor``, which is of a parameter's shape or what is held of it, with zeros where that is pruned."""
+        mask = self._held_mask(param)
+        if mask is not None:
+            mask.zero_pruned_(sharding.local(tensor))
+        return tensor
 
     # --- states ---------------------------------------------------------------------------------------------------
 
@@ -304,33 +358,38 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _begin(self, param: Tensor) -> None:
         """Count a step; make the states before the first."""
+        mask = self.mask_of(param)
+        if mask is not None:
+            _refuse_flattened([param])
         state = self.state[param]
         if "step" not in state:
-            state["step"] = 0
+            state["step"], held = 0, sharding.local(param)
             for key in _MOMENTS:
-                self._store(param, key, torch.zeros(param.shape, dtype=_wide(param), device=param.device))
+                self._store(param, key, torch.zeros(held.shape, dtype=_wide(param), device=param.device))
             if self._weights == "master" and param.dtype in (torch.bfloat16, torch.float16):
-                self._store(param, "master", param.float())
+                self._store(param, "master", held.float())
+            if mask is not None and self._compact:
+                state["row_offsets"] = mask.row_offsets()
         state["step"] += 1
 
     def _dense(self, param: Tensor, key: str) -> Tensor:
-        """A state as it is meant: float32 (float64) in the parameter's shape, 0 where nothing is stored."""
+        """A state as it is meant: float32 (float64) in the parameter's (local) shape, 0 where nothing is stored."""
         state = self.state[param]
-        stored = state[key].flatten()
+        stored = sharding.local(state[key]).flatten()
         stored = dequantize(stored, state[f"{key}_scale"]) if f"{key}_scale" in state else stored.to(_wide(param))
         mask = self.mask_of(param)
         if mask is None or not self._compact:
-            return stored.view(param.shape).clone()
+            return stored.view(sharding.local(param).shape).clone()
         return torch.zeros(param.shape, dtype=stored.dtype, device=param.device).masked_scatter_(mask.dense(), stored)
 
     def _store(self, param: Tensor, key: str, dense: Tensor) -> None:
-        """Store a state of the parameter's shape in the layout of this optimizer."""
+        """Store a state of the parameter's (local) shape in the layout of this optimizer."""
         state, mask = self.state[param], self.mask_of(param)
         stored = dense[mask.dense()] if self._compact and mask is not None else dense.contiguous()
         if key == "master" or self._moments == "fp32":
-            state[key] = stored
+            state[key] = sharding.sharded_as(stored, param)
         elif self._moments == "bf16":
-            state[key] = stored.to(torch.bfloat16)
+            state[key] = sharding.sharded_as(stored.to(torch.bfloat16), param)
         else:
             codes, state[f"{key}_scale"] = quantize(stored.flatten(), signed=key == "exp_avg")
             state[key] = codes.view(stored.shape)
@@ -340,12 +399,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Take over settings, states and masks; the state of a plain ``torch.optim.AdamW`` is taken too.
 
         A parameter for which ``state_dict`` has no mask keeps the one it has. Pruned weights and moments are zeroed.
+        A sharded parameter takes its part of a whole state.
 
         Raises:
             ValueError: the states have another layout (weights, moments, compact) than this optimizer.
         """
         self._updated = []
-        before = {p: self.mask_of(p) for p in self._params()}
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         super().load_state_dict(
             state_dict
@@ -355,29 +414,32 @@ class MaskedAdamW(torch.optim.Optimizer):
                 k: v.to(param.device, copy=True) if isinstance(v, Tensor) else v
                 for k, v in state_dict["state"].get(number, {}).items()
             }
+            for key in saved.keys() & {*_MOMENTS, "master"}:
+                if sharding.is_sharded(param) and saved[key].shape == param.shape:
+                    held = saved[key] if sharding.is_sharded(saved[key]) else sharding.part_of(saved[key], param)
+                    saved[key] = sharding.sharded_as(sharding.local(held), param)
             if "max_exp_avg_sq" in saved:
                 raise ValueError("MaskedAdamW got a state dict of AMSGrad; expected one of AdamW")
-            words = saved.pop("mask", None)
-            mask = before[param] if words is None else PackedMask(_same_words(param, words), param.shape)
+            if (words := saved.pop("mask", None)) is not None:
+                self._take_mask(param, PackedMask(words, param.shape))
+            mask = self.mask_of(param)
             plain = isinstance(saved.get("step"), Tensor)  # torch's own counts steps in tensors
             if "step" in saved:
                 saved["step"] = int(saved["step"])
-            self.state[param] = state = saved
-            if mask is not None:
-                state["mask"] = mask.words
-                self._enter(param)
-                mask.zero_pruned_(param)
-                mark_zeroed(param, mask.words)
-            if plain and "exp_avg" in state:  # dense, and in whatever dtype
+            self.state.pop(param, None)
+            if saved:
+                self.state[param] = saved
+            self._zero_pruned_(param, param)
+            if plain and "exp_avg" in saved:  # dense, and in whatever dtype
                 for key in _MOMENTS:
-                    dense = state[key].to(_wide(param))
-                    self._store(param, key, dense if mask is None else mask.zero_pruned_(dense))
+                    dense = sharding.local(saved[key]).to(_wide(param))
+                    self._store(param, key, self._zero_pruned_(param, dense))
                 if mask is not None and self._compact:
-                    state["row_offsets"] = mask.row_offsets()
+                    saved["row_offsets"] = mask.row_offsets()
             self._check_layout(param)
 
     def _check_layout(self, param: Tensor) -> None:
-        state = self.state[param]
+        state = self.state.get(param, {})
         if "exp_avg" not in state:
             return
         mask = self.mask_of(param)
@@ -402,7 +464,7 @@ _LAYOUT = ("_weights", "_moments", "_compact", "_seed", "_zero_grads", "_in_back
 def _all_stored(states: list[dict[str, Any]], key: str, like: Tensor) -> list[Tensor]:
     """A state of each parameter, or an empty tensor where this layout has none: one for all, on ``like``'s device."""
     nothing = torch.empty(0, dtype=torch.int64 if key == "row_offsets" else torch.float32, device=like.device)
-    return [state.get(key, nothing) for state in states]
+    return [sharding.local(state.get(key, nothing)) for state in states]
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
@@ -420,16 +482,26 @@ def _wide(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def _same_words(param: Tensor, words: Tensor) -> Tensor:
-    """``words``, or the equal ones that a ``MaskedLinear`` around ``param`` holds: both know of the same zeros then."""
-    known = known_words(param)
-    same = known is not None and known.device == words.device and torch.equal(known, words)
-    return known if same and known is not None else words
+def _gradient(param: Tensor) -> Tensor:
+    """What this process holds of a parameter's gradient."""
+    assert param.grad is not None
+    grad: Any = param.grad
+    if sharding.is_sharded(param) and grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    return sharding.local(grad).contiguous()
 
 
-def _contiguous(grad: Tensor | None) -> Tensor:
-    assert grad is not None
-    return grad.contiguous()
+def _sharding(param: Any) -> tuple[Any, ...]:
+    return (param.device_mesh, param.placements) if sharding.is_sharded(param) else ()
+
+
+def _refuse_flattened(params: list[Tensor]) -> None:
+    for param in params:
+        if getattr(param, "_fsdp_flattened", False):
+            raise ValueError(
+                f"MaskedAdamW got a parameter {tuple(param.shape)} that FullyShardedDataParallel has flattened; "
+                "expected one in its own shape: use torch.distributed.fsdp.fully_shard, or torch.optim.AdamW"
+            )
 
 
 def _grouped(params: list[Tensor], key: Callable[[Tensor], Any]) -> Iterable[tuple[Any, list[Tensor]]]:

@@ -33,9 +33,52 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def unpack_mask(words: Tensor, width: int) -> Tensor:
-    """The inverse of ``pack_mask``: int32 words (..., ceil(K / 32)) -> bool mask (..., K) with K = ``width``."""
+    """The inverse of ``pack_mask``: int32 words (..., ceil(K / 32)) -> bool mask (..., K) with K = ``width``.
+
+    What stands in the tail bits does not matter.
+    """
+    check_words(words, width)
     bits = words.unsqueeze(-1) >> torch.arange(WORD_BITS, dtype=torch.int32, device=words.device) & 1
     return bits.flatten(-2)[..., :width].bool()
+
+
+def check_words(words: Tensor, width: int) -> None:
+    """Words of rows of ``width``: int32 (..., ceil(K / 32)), K at least 1.
+
+    Raises:
+        ValueError: they are not.
+    """
+    expected = -(-width // WORD_BITS)
+    if width < 1 or words.dtype != torch.int32 or words.ndim == 0 or words.shape[-1] != expected:
+        given = f"{words.dtype} {tuple(words.shape)}"
+        raise ValueError(f"got mask words {given} for rows of {width}; expected torch.int32, {expected} a row")
+
+
+def check_kept_rows(words: Tensor, offsets: Tensor, width: int, stored: int) -> None:
+    """The layout of entries that are stored for kept places alone, row after row: what every op that finds them trusts.
+
+    Words as ``check_words`` has them, with tail bits 0; int64 row offsets (rows + 1) that count the bits of the words
+    from 0 on, and end at ``stored``, the number of entries. Contents are read: a sync point on a GPU.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    check_words(words, width)
+    rows = words.shape[:-1].numel()
+    if offsets.dtype != torch.int64 or tuple(offsets.shape) != (rows + 1,):
+        given = f"{offsets.dtype} {tuple(offsets.shape)}"
+        raise ValueError(f"got row offsets {given} for {rows} rows; expected torch.int64 ({rows + 1},)")
+    used = width % WORD_BITS
+    if used and bool((words[..., -1] >> used).any()):
+        raise ValueError(f"got a mask with bits set past the end of a row of {width}")
+    counted = row_offsets(words)
+    if not torch.equal(counted, offsets):
+        row = int((counted != offsets).nonzero()[0])
+        raise ValueError(
+            f"got row offset {int(offsets[row])} at {row}; its mask keeps {int(counted[row])} before there"
+        )
+    if int(counted[-1]) != stored:
+        raise ValueError(f"got {stored} values for a mask that keeps {int(counted[-1])}; expected as many")
 
 
 def topk_mask(scores: Tensor, k: int) -> Tensor:
@@ -74,6 +117,11 @@ def zero_pruned(tensor: Tensor, words: Tensor) -> Tensor:
     return masked_weight(tensor, words).contiguous()
 
 
+def zero_pruned_(tensor: Tensor, words: Tensor) -> None:
+    """Exact zeros where pruned, in place; memory is written only where something else stands."""
+    tensor.copy_(masked_weight(tensor, words))
+
+
 def masked_linear(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x (M * W)^T + b.
 
@@ -105,6 +153,30 @@ def masked_linear_dw(dy: Tensor, x: Tensor, words: Tensor) -> Tensor:
 # A weight (N, K) as mask words (N, ceil(K / 32)) and its kept values, row by row; row_offsets say where a row begins.
 
 SCALE_GROUP = 128  # inputs of a row that share the float32 scale of 8-bit values
+VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float64)  # float64: as all of this file
+
+
+def check_compressed(words: Tensor, values: Tensor, row_offsets: Tensor, scales: Tensor | None, width: int) -> None:
+    """The layout of a compressed weight, whole: that of ``check_kept_rows``, on one device, with values (kept,) of
+    ``VALUES`` and, for int8 alone, float32 scales (N, ceil(K / 128)).
+
+    Raises:
+        ValueError: it is another one.
+    """
+    devices = {t.device for t in (words, values, row_offsets, scales) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"got tensors on {' and '.join(sorted(map(str, devices)))}; expected one device")
+    if words.ndim != 2 or values.ndim != 1 or values.dtype not in VALUES:
+        given = f"words {tuple(words.shape)} and values {values.dtype} {tuple(values.shape)}"
+        raise ValueError(f"got {given}; expected (N, ceil(K / 32)), and (kept,) in float32, bfloat16, float16 or int8")
+    expected = (words.shape[0], -(-width // SCALE_GROUP)) if values.dtype == torch.int8 else None
+    if (None if scales is None else tuple(scales.shape)) != expected or not (
+        scales is None or scales.dtype == torch.float32
+    ):
+        given = "no scales" if scales is None else f"scales {scales.dtype} {tuple(scales.shape)}"
+        wanted = "none" if expected is None else f"torch.float32 {expected}"
+        raise ValueError(f"got {given} with values of {values.dtype}; expected {wanted}")
+    check_kept_rows(words, row_offsets, width, values.numel())
 
 
 def compress(weight: Tensor, words: Tensor, int8: bool) -> tuple[Tensor, Tensor | None]:
@@ -125,6 +197,7 @@ def compress(weight: Tensor, words: Tensor, int8: bool) -> tuple[Tensor, Tensor 
 
 def decompress(words: Tensor, values: Tensor, row_offsets: Tensor, scales: Tensor | None, width: int) -> Tensor:
     """The weight (N, K) with zeros where pruned: in the values' dtype, float32 from 8-bit codes."""
+    check_compressed(words, values, row_offsets, scales, width)
     mask = unpack_mask(words, width)
     dense = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
     dense[mask] = values
@@ -222,6 +295,8 @@ def masked_adamw_step(
     correction = (1 - beta2**step) ** -0.5
     for n, (param, grad, mask) in enumerate(zip(params, grads, words, strict=True)):
         kept = unpack_mask(mask, param.shape[-1]) if mask.numel() else torch.ones_like(param, dtype=torch.bool)
+        if row_offsets[n].numel():
+            check_kept_rows(mask, row_offsets[n], param.shape[-1], exp_avgs[n].numel())
         # In storage order: all places, or kept ones alone.
         places = kept.flatten().nonzero().flatten() if row_offsets[n].numel() else torch.arange(kept.numel())
         places = places.to(param.device)
@@ -303,7 +378,11 @@ def _store_moment(value: Tensor, code: Tensor, scale: Tensor) -> None:
 
 def row_offsets(words: Tensor) -> Tensor:
     """int64 (rows + 1): how many weights a mask of words (..., W) keeps before each row, and in all."""
-    counts = unpack_mask(words, words.shape[-1] * WORD_BITS).sum(-1).flatten()  # tail bits are 0
+    pairs = words.long() & 0xFFFFFFFF  # tail bits are 0
+    pairs = pairs - (pairs >> 1 & 0x55555555)
+    nibbles = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)
+    octets = nibbles + (nibbles >> 4) & 0x0F0F0F0F
+    counts = (octets * 0x01010101 >> 24 & 0xFF).sum(-1).flatten()
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 

@@ -6,6 +6,7 @@ errs in the same dtype, plus a small constant; so a tolerance is never a number 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,6 +46,26 @@ class LinearCase:
     mask: Tensor
     bias: Tensor
     dy: Tensor
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that nobody has written holds NaN (the largest value, in integers): what a kernel forgets to write shows.
+
+    This is torch's own switch, and every ``empty`` obeys it, those inside of C++ kernels too.
+    """
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
 
 
 def make_mask(kind: str, outputs: int, inputs: int, generator: torch.Generator) -> Tensor:

@@ -97,7 +97,7 @@ void check_states(const at::Tensor& param, const at::Tensor& state, const at::Te
   TORCH_CHECK_VALUE(state.numel() == stored, op, " got ", name, " with ", state.numel(), " entries; expected ", stored);
   check_tensor(scale, op, "scales", at::kFloat, param.device());
   const int64_t scales = dtype == code ? (stored + kBlock - 1) / kBlock : 0;
-  TORCH_CHECK_VALUE(scale.numel() == scales, op, " got ", scale.numel(), " scales of ", name, "; expected ", scales);
+  TORCH_CHECK_VALUE(scale.dim() == 1 && scale.numel() == scales, op, " got ", scale.numel(), " scales of ", name, "; expected ", scales);
 }
 
 void masked_adamw_step(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
@@ -110,9 +110,11 @@ void masked_adamw_step(at::TensorList params, at::TensorList grads, at::TensorLi
     TORCH_CHECK_VALUE(list.size() == params.size(), op, " got lists of ", params.size(), " and ", list.size(),
                       " tensors; expected equal lengths");
   TORCH_CHECK_VALUE(param_ids.size() == params.size(), op, " got ", param_ids.size(), " ids for ", params.size(), " parameters");
+  check_settings(op, beta1, beta2, step);
   AdamWSettings a{};
   static_cast<AdamWScalars&>(a) = adamw_scalars(lr, beta1, beta2, eps, weight_decay, step);
   a.scaled = grad_scale.has_value();
+  if (a.scaled) check_scalar(*grad_scale, op, "a gradient scale", at::kCPU);
   a.grad_scale = a.scaled ? grad_scale->item<float>() : 1.0f;
   a.zero_grads = zero_grads;
   a.seed_low = uint32_t(uint64_t(seed));
@@ -123,29 +125,24 @@ void masked_adamw_step(at::TensorList params, at::TensorList grads, at::TensorLi
   for (size_t n = 0; n < params.size(); ++n) {
     const at::Tensor& param = params[n];
     const auto dtype = param.scalar_type();
-    TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, op, " got a parameter of ",
-                      toString(dtype), "; expected float32, bfloat16 or float16");
-    TORCH_CHECK_VALUE(!stochastic || dtype != at::kHalf, op, " got a float16 parameter; stochastic rounding takes bfloat16");
+    check_floats(param, op, "a parameter", at::kCPU);
+    TORCH_CHECK_VALUE(!stochastic || dtype == at::kBFloat16, op, " got a parameter of ", toString(dtype),
+                      "; stochastic rounding takes bfloat16");
     check_tensor(param, op, "a parameter", dtype, at::kCPU);
     check_tensor(grads[n], op, "a gradient", dtype, at::kCPU);
     TORCH_CHECK_VALUE(grads[n].sizes() == param.sizes(), op, " got a gradient ", shape_of(grads[n]), " for a parameter ",
                       shape_of(param), "; expected the same shape");
-    const int64_t width = param.dim() ? param.size(-1) : 1;
-    if (words[n].numel()) check_words(words[n], op, param.numel(), width, at::kCPU);
+    check_tensor(words[n], op, "mask words", at::kInt, at::kCPU);
+    check_tensor(row_offsets[n], op, "row offsets", at::kLong, at::kCPU);
+    if (words[n].numel()) check_words(words[n], op, param.sizes(), at::kCPU);
     int64_t stored = param.numel();
     if (row_offsets[n].numel()) {
-      check_tensor(row_offsets[n], op, "row offsets", at::kLong, at::kCPU);
-      const int64_t rows = width ? param.numel() / width : 0;
-      TORCH_CHECK_VALUE((words[n].numel() || rows == 0) && row_offsets[n].numel() == rows + 1, op, " got ", row_offsets[n].numel(),
-                        " row offsets for ", rows, " rows; expected ", rows + 1, ", and a mask");
-      const int64_t* offsets = row_offsets[n].const_data_ptr<int64_t>();
-      const auto* bits = static_cast<const uint32_t*>(words[n].const_data_ptr());
-      const int64_t stride = words_in(width);
-      TORCH_CHECK_VALUE(offsets[0] == 0, op, " got row offset ", offsets[0], " for row 0; expected 0");
-      at::parallel_for(0, rows, grain_rows(width), [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) check_row(op, offsets, row, bits + row * stride, stride);
+      const KeptRows kept = kept_rows(op, words[n], row_offsets[n], param.sizes(), at::kCPU);
+      stored = exp_avgs[n].numel();
+      check_offsets(op, kept, stored);
+      at::parallel_for(0, kept.rows, grain_rows(kept.width), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) check_row(op, kept, row);
       });
-      stored = offsets[rows];
     }
     check_states(param, exp_avgs[n], exp_avg_scales[n], "first moments", at::kChar, stored);
     check_states(param, exp_avg_sqs[n], exp_avg_sq_scales[n], "second moments", at::kByte, stored);
@@ -192,14 +189,12 @@ at::Tensor masked_grad_norm(at::TensorList grads, at::TensorList words) {
                     " masks; expected as many of both, and at least one");
   double total = 0;
   for (size_t n = 0; n < grads.size(); ++n) {
+    check_floats(grads[n], op, "a gradient", at::kCPU);
+    check_tensor(words[n], op, "mask words", at::kInt, at::kCPU);
+    if (words[n].numel()) check_words(words[n], op, grads[n].sizes(), at::kCPU);
+    if (grads[n].numel() == 0) continue;
     const at::Tensor grad = grads[n].contiguous();
-    const auto dtype = grad.scalar_type();
-    TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, op, " got a gradient of ",
-                      toString(dtype), "; expected float32, bfloat16 or float16");
-    check_tensor(grad, op, "a gradient", dtype, at::kCPU);
     int64_t width = grad.dim() ? grad.size(-1) : 1;
-    if (words[n].numel()) check_words(words[n], op, grad.numel(), width, at::kCPU);
-    if (grad.numel() == 0) continue;
     const auto* mask = words[n].numel() ? static_cast<const uint8_t*>(words[n].const_data_ptr()) : nullptr;
     int64_t rows = grad.numel() / width, last = 0;
     if (!mask) {  // any cut will do

@@ -167,7 +167,7 @@ template <bool Signed> struct Codes {
     I8 fraction = shl<3>(bits_of(to_float(size)) - seti(kOffset));
     fraction = select(fraction, seti(0), equal(size, seti(0)));
     const F8 value = float_of(fraction) * scale;
-    return Signed ? float_of(bits_of(value) | (code & seti(int32_t(0x80000000)))) : value;
+    return Signed ? float_of(bits_of(value) ^ (code & seti(int32_t(0x80000000)))) : value;
   }
 
   // The codes and the scale of the next block, of `count` values.

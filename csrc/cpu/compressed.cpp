@@ -37,68 +37,76 @@ Value value_kind(const at::Tensor& values, const char* op) {
   }
 }
 
-// Everything a kernel relies on, row offsets against the bits included.
-Compressed checked(const char* op, const at::Tensor& words, const at::Tensor& values, const at::Tensor& row_offsets,
-                   const std::optional<at::Tensor>& scales, int64_t width) {
+// A compressed weight as it is given: everything but whether each row's bits fit its offsets, which is seen as the row is read.
+struct Given {
+  KeptRows kept;
+  Compressed w;
+  Value value;
+};
+
+Given checked(const char* op, const at::Tensor& words, const at::Tensor& values, const at::Tensor& row_offsets,
+              const std::optional<at::Tensor>& scales, int64_t width) {
   TORCH_CHECK_VALUE(words.dim() == 2 && width > 0, op, " got words ", shape_of(words), " for rows of ", width,
                     "; expected (N, ceil(K / 32)) with K of at least 1");
   const int64_t rows = words.size(0);
-  check_words(words, op, rows * width, width, at::kCPU);
+  const Value value = value_kind(values, op);
+  const KeptRows kept = kept_rows(op, words, row_offsets, {rows, width}, at::kCPU);
   check_tensor(values, op, "values", values.scalar_type(), at::kCPU);
-  check_tensor(row_offsets, op, "row offsets", at::kLong, at::kCPU);
-  TORCH_CHECK_VALUE(row_offsets.numel() == rows + 1, op, " got ", row_offsets.numel(), " row offsets; expected ", rows + 1);
-  const bool int8 = value_kind(values, op) == Value::kInt8;
+  TORCH_CHECK_VALUE(values.dim() == 1, op, " got values ", shape_of(values), "; expected (kept)");
+  check_offsets(op, kept, values.numel());
+  const bool int8 = value == Value::kInt8;
   TORCH_CHECK_VALUE(int8 == scales.has_value(), op, " got ", int8 ? "int8 values without" : "float values with", " scales");
   Compressed w{};
   if (scales) {
+    w.scale_stride = ceil_div(width, kScaleGroup);
     check_tensor(*scales, op, "scales", at::kFloat, at::kCPU);
-    w.scale_stride = (width + kScaleGroup - 1) / kScaleGroup;
-    TORCH_CHECK_VALUE(scales->numel() == rows * w.scale_stride, op, " got ", scales->numel(), " scales; expected ",
-                      rows * w.scale_stride);
+    TORCH_CHECK_VALUE(scales->sizes() == at::IntArrayRef({rows, w.scale_stride}), op, " got scales ", shape_of(*scales), "; expected (",
+                      rows, ", ", w.scale_stride, ")");
     w.scales = scales->const_data_ptr<float>();
   }
-  w.mask = static_cast<const uint8_t*>(words.const_data_ptr());
-  w.mask_stride = 4 * words_in(width);
+  w.mask = reinterpret_cast<const uint8_t*>(kept.words);
+  w.mask_stride = 4 * kept.stride;
   w.values = values.const_data_ptr();
-  w.row_offsets = row_offsets.const_data_ptr<int64_t>();
+  w.row_offsets = kept.offsets;
   w.width = width;
   w.total = values.numel();
-  TORCH_CHECK_VALUE(w.row_offsets[0] == 0 && w.row_offsets[rows] == w.total, op, " got ", w.total,
-                    " values and row offsets up to ", w.row_offsets[rows], "; expected as many");
-  return w;
+  w.padding = padding_of(width);
+  return {kept, w, value};
 }
 
 at::Tensor compressed_linear(const at::Tensor& x, const at::Tensor& words, const at::Tensor& values, const at::Tensor& row_offsets,
                              const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& bias, int64_t width) {
   const char* op = "compressed_linear";
-  const Compressed w = checked(op, words, values, row_offsets, scales, width);
-  const Value value = value_kind(values, op);
+  const auto [kept, w, value] = checked(op, words, values, row_offsets, scales, width);
+  check_floats(x, op, "x", at::kCPU);
   TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == width, op, " got x ", shape_of(x), "; expected (..., ", width, ")");
-  TORCH_CHECK_VALUE(x.is_floating_point() && x.device() == at::kCPU, op, " got x of ", toString(x.scalar_type()), " on ",
-                    x.device(), "; expected floats on the CPU");
-  const auto* bits = static_cast<const uint32_t*>(words.const_data_ptr());
-  const int64_t stride = words_in(width);
-  const int64_t rows = words.size(0), batch = x.numel() / width, x_stride = (width + kChunkInputs - 1) / kChunkInputs * kChunkInputs;
-  if (bias) TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows, op, " got bias ", shape_of(*bias), "; expected (", rows, ")");
+  const int64_t rows = kept.rows, batch = x.numel() / width;
+  if (bias) {
+    check_floats(*bias, op, "bias", at::kCPU);
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows, op, " got bias ", shape_of(*bias), "; expected (", rows, ")");
+  }
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = rows;
+  if (batch == 0 || rows == 0) return at::empty(sizes, x.options());
 
   const bool dots = value == Value::kBfloat16 && x.scalar_type() == at::kBFloat16 && has_bfloat16_dots();
+  const int64_t x_stride = ceil_div(width, kChunkInputs) * kChunkInputs;  // no more than 32 a word that is there
   const at::Tensor wide = x.reshape({batch, width}).to(at::kFloat).contiguous();
   const at::Tensor arranged = at::empty({batch, x_stride}, wide.options());  // aligned to 64 bytes
   auto* x_rows = arranged.mutable_data_ptr<float>();
   for (int64_t b = 0; b < batch; ++b) EBFT_CALL(arrange, wide.const_data_ptr<float>() + b * width, x_rows + b * x_stride, width, value, dots);
   at::Tensor y = at::empty({batch, rows}, wide.options());
   float* to = y.mutable_data_ptr<float>();
-  at::parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
-    std::vector<char> room(static_cast<size_t>((stride * 32 + kMostOverread) * 4));
+  at::parallel_for(0, rows, kRowGrain, [&, &kept = kept, &w = w, &value = value](int64_t begin, int64_t end) {
+    std::vector<char> room(static_cast<size_t>((kept.stride * 32 + kMostOverread) * 4));
     for (int64_t slab = begin; slab < end; slab += kSlab) {  // its values stay in the cache for all of x
       const int64_t stop = slab + kSlab < end ? slab + kSlab : end;
       if (EBFT_CALL(compressed_rows, w, value, slab, stop, x_rows, x_stride, dots, batch, to, rows, room.data())) continue;
-      for (int64_t row = slab; row < stop; ++row) check_row(op, w.row_offsets, row, bits + row * stride, stride);
+      for (int64_t row = slab; row < stop; ++row) check_row(op, kept, row);  // says which
+      TORCH_CHECK(false, op, " gave up on rows that fit");
     }
   });
   if (bias) y.add_(bias->to(at::kFloat));
-  std::vector<int64_t> sizes = x.sizes().vec();
-  sizes.back() = rows;
   return y.to(x.scalar_type()).reshape(sizes);
 }
 
@@ -111,17 +119,13 @@ template <typename T> void decompress_row(const Compressed& w, int64_t row, cons
 at::Tensor decompress(const at::Tensor& words, const at::Tensor& values, const at::Tensor& row_offsets,
                       const std::optional<at::Tensor>& scales, int64_t width) {
   const char* op = "decompress";
-  const Compressed w = checked(op, words, values, row_offsets, scales, width);
-  const auto* bits = static_cast<const uint32_t*>(words.const_data_ptr());
-  const int64_t stride = words_in(width);
-  const int64_t rows = words.size(0);
-  const Value value = value_kind(values, op);
-  at::Tensor dense = at::empty({rows, width}, values.options().dtype(value == Value::kInt8 ? at::kFloat : values.scalar_type()));
+  const auto [kept, w, value] = checked(op, words, values, row_offsets, scales, width);
+  at::Tensor dense = at::empty({kept.rows, width}, values.options().dtype(value == Value::kInt8 ? at::kFloat : values.scalar_type()));
   void* to = dense.mutable_data_ptr();
-  at::parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, kept.rows, kRowGrain, [&, &kept = kept, &w = w, &value = value](int64_t begin, int64_t end) {
     std::vector<int8_t> codes(static_cast<size_t>(value == Value::kInt8 ? width : 0));
     for (int64_t row = begin; row < end; ++row) {
-      check_row(op, w.row_offsets, row, bits + row * stride, stride);
+      check_row(op, kept, row);  // before its values are read
       if (value == Value::kFloat) {
         decompress_row(w, row, static_cast<const float*>(w.values), static_cast<float*>(to) + row * width);
       } else if (value == Value::kInt8) {

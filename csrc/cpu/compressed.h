@@ -20,6 +20,7 @@ struct Compressed {
   int64_t scale_stride;
   int64_t width;
   int64_t total;               // kept values in all: none may be read past it
+  uint32_t padding;            // bits of a row's last word that are 0
 };
 
 }  // namespace ebft

@@ -180,7 +180,7 @@ inline float sum_of(Wide a) {
 }
 
 // Rows [row, row + Rows) times Batch rows of arranged x; to[b * to_stride + r]. Whether the bits keep as many values as the row offsets
-// say; if not, no more than most_read(w) values have been read from the offset of a row on.
+// say, and none past the width; if not, no more than most_read(w) values have been read from the offset of a row on.
 template <Value V, bool Dots, int Rows, int Batch>
 bool multiply(const Compressed& w, int64_t row, const float* x, int64_t x_stride, float* to, int64_t to_stride) {
   const int64_t* offsets = w.row_offsets + row;
@@ -232,7 +232,11 @@ bool multiply(const Compressed& w, int64_t row, const float* x, int64_t x_stride
   for (int r = 0; r < Rows; ++r)
     for (int b = 0; b < Batch; ++b) to[b * to_stride + r] = sum_of(sum[r][b]);
   bool fits = true;
-  for (int r = 0; r < Rows; ++r) fits &= at[r] == values + offsets[r + 1] * size_of<V>();
+  for (int r = 0; r < Rows; ++r) {
+    uint32_t last;
+    memcpy(&last, mask + (r + 1) * w.mask_stride - sizeof last, sizeof last);
+    fits &= at[r] == values + offsets[r + 1] * size_of<V>() && !(last & w.padding);
+  }
   return fits;
 }
 
@@ -243,7 +247,6 @@ inline int64_t most_read(const Compressed& w) { return w.mask_stride * 8 + kMost
 template <Value V, bool Dots, int Batch>
 bool multiply_last(const Compressed& w, int64_t row, const float* x, int64_t x_stride, float* to, int64_t to_stride, char* room) {
   const int64_t from = w.row_offsets[row], count = w.row_offsets[row + 1] - from, size = size_of<V>();
-  if (from < 0 || count < 0 || count > w.width || from + count > w.total) return false;
   if (count > 0) memcpy(room, static_cast<const char*>(w.values) + from * size, size_t(count * size));
   memset(room + count * size, 0, size_t((most_read(w) - count) * size));
   const int64_t offsets[2] = {0, count};
@@ -264,7 +267,7 @@ bool rows_batch(const Compressed& w, int64_t row0, int64_t row1, const float* x,
   bool fits = true;
   for (int64_t row = row0; row < row1;) {
     bool inside = row + kRows <= row1;
-    for (int r = 0; inside && r < kRows; ++r) inside = w.row_offsets[row + r] >= 0 && w.row_offsets[row + r] <= last;
+    for (int r = 0; inside && r < kRows; ++r) inside = w.row_offsets[row + r] <= last;
     if (inside) {
       fits &= multiply<V, Dots, kRows, Batch>(w, row, x, x_stride, to + row, to_stride);
       row += kRows;
@@ -291,8 +294,8 @@ bool rows_value(const Compressed& w, int64_t row0, int64_t row1, const float* x,
   return fits;
 }
 
-// Rows [row0, row1) of W times `batch` rows of arranged x into `to`; `room` holds most_read(w) values. False, and nothing read past the
-// values, if row offsets and bits do not fit.
+// Rows [row0, row1) of W times `batch` rows of arranged x into `to`; `room` holds most_read(w) values. Row offsets rise from 0 to `total`
+// (check_offsets). False, and nothing read past the values, if the bits do not fit them: then `to` means nothing.
 bool compressed_rows(const Compressed& w, Value value, int64_t row0, int64_t row1, const float* x, int64_t x_stride,
                      bool dots, int64_t batch, float* to, int64_t to_stride, char* room) {
 #if EBFT_AVX512

@@ -37,6 +37,7 @@ at::Tensor pack_mask(const at::Tensor& mask) {
   const char* op = "pack_mask";
   TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool, op, " got a mask of ", toString(mask.scalar_type()), "; expected Bool");
   check_rows(mask, op, "a mask");
+  check_memory(mask, op, "a mask", at::kCPU);
   const at::Tensor dense = mask.contiguous();
   const int64_t width = mask.size(-1), stride = words_in(width), rows = mask.numel() / width;
   at::Tensor words = at::empty(with_last(mask, stride), mask.options().dtype(at::kInt));
@@ -53,6 +54,7 @@ at::Tensor checked_words(const at::Tensor& words, const char* op, int64_t width)
   TORCH_CHECK_VALUE(words.scalar_type() == at::kInt, op, " got words of ", toString(words.scalar_type()), "; expected Int");
   TORCH_CHECK_VALUE(words.dim() > 0 && width > 0 && words.size(-1) == words_in(width), op, " got words ", shape_of(words),
                     " for rows of ", width, "; expected ", words_in(width), " a row");
+  check_memory(words, op, "words", at::kCPU);
   return words.contiguous();
 }
 
@@ -68,15 +70,37 @@ at::Tensor unpack_mask(const at::Tensor& words, int64_t width) {
   return mask;
 }
 
+void zero_pruned_(const at::Tensor& tensor, const at::Tensor& words) {
+  const char* op = "zero_pruned_";
+  check_rows(tensor, op, "a tensor");
+  const int64_t width = tensor.size(-1), stride = words_in(width), rows = tensor.numel() / width, bytes = tensor.element_size();
+  check_tensor(tensor, op, "a tensor", tensor.scalar_type(), at::kCPU);
+  TORCH_CHECK_VALUE(tensor.is_floating_point() && (bytes == 2 || bytes == 4), op, " got a tensor of ",
+                    toString(tensor.scalar_type()), "; expected float32, bfloat16 or float16");
+  check_words(words, op, tensor.sizes(), at::kCPU);
+  const auto* kept = static_cast<const uint32_t*>(words.const_data_ptr());
+  void* values = tensor.mutable_data_ptr();
+  at::parallel_for(0, rows, grain_rows(width), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (bytes == 4) {
+        EBFT_CALL(zero_row_of_4, static_cast<uint32_t*>(values) + row * width, kept + row * stride, width);
+      } else {
+        EBFT_CALL(zero_row_of_2, static_cast<uint16_t*>(values) + row * width, kept + row * stride, width);
+      }
+    }
+  });
+}
+
 at::Tensor row_offsets(const at::Tensor& words) {
   TORCH_CHECK_VALUE(words.scalar_type() == at::kInt && words.dim() > 0 && words.size(-1) > 0, "row_offsets got words ",
                     toString(words.scalar_type()), " ", shape_of(words), "; expected Int (..., W) with W of at least 1");
+  check_memory(words, "row_offsets", "words", at::kCPU);
   const at::Tensor packed = words.contiguous();
   const int64_t stride = words.size(-1), rows = words.numel() / stride;
   at::Tensor offsets = at::empty({rows + 1}, words.options().dtype(at::kLong));
   const auto* from = static_cast<const uint32_t*>(packed.const_data_ptr());
   auto* to = offsets.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, rows, grain_rows(32 * stride), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, rows, grain_rows(stride), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) to[row + 1] = count_bits(from + row * stride, stride);
   });
   to[0] = 0;
@@ -88,8 +112,7 @@ at::Tensor row_offsets(const at::Tensor& words) {
 template <typename Choose>
 at::Tensor choose_rows(const at::Tensor& scores, const char* op, const Choose& choose) {
   const auto dtype = scores.scalar_type();
-  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, op, " got scores of ", toString(dtype),
-                    "; expected float32, bfloat16 or float16");
+  check_floats(scores, op, "scores", at::kCPU);
   check_rows(scores, op, "scores");
   const at::Tensor dense = scores.contiguous();
   const int64_t width = scores.size(-1), stride = words_in(width), rows = scores.numel() / width;
@@ -129,7 +152,7 @@ at::Tensor nm_mask(const at::Tensor& scores, int64_t n, int64_t m) {
   check_rows(scores, "nm_mask", "scores");
   check_nm("nm_mask", n, m, scores.size(-1));
   return choose_rows(scores, "nm_mask", [n, m](const int32_t* keys, uint32_t* words, int64_t width) {
-    EBFT_CALL(nm_row, keys, words, width, int(n), int(m));
+    EBFT_CALL(nm_row, keys, words, width, n, m);
   });
 }
 
@@ -141,7 +164,7 @@ at::Tensor is_nm(const at::Tensor& words, int64_t width, int64_t n, int64_t m) {
   std::atomic<bool> valid{true};
   at::parallel_for(0, rows, grain_rows(width), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end && valid; ++row)
-      if (!EBFT_CALL(is_nm_row, from + row * stride, width, int(n), int(m))) valid = false;
+      if (!EBFT_CALL(is_nm_row, from + row * stride, width, n, m)) valid = false;
   });
   return at::scalar_tensor(valid.load(), at::TensorOptions().dtype(at::kBool));
 }
@@ -151,6 +174,7 @@ at::Tensor is_nm(const at::Tensor& words, int64_t width, int64_t n, int64_t m) {
 TORCH_LIBRARY_IMPL(ebft_kernels, CPU, m) {
   m.impl("pack_mask.native", pack_mask);
   m.impl("unpack_mask.native", unpack_mask);
+  m.impl("zero_pruned_.native", zero_pruned_);
   m.impl("row_offsets.native", row_offsets);
   m.impl("topk_mask.native", topk_mask);
   m.impl("nm_mask.native", nm_mask);

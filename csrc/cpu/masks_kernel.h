@@ -55,6 +55,62 @@ void unpack_row(const uint32_t* words, uint8_t* mask, int64_t width) {
   }
 }
 
+// --- zeros where pruned -----------------------------------------------------------------------------------------------
+// Of values seen as integers of their size. Memory is written only where a pruned place holds something, and words that keep
+// all are not even looked up: as a rule nothing is to be done, and then a weight is read once and stays clean in the caches.
+
+template <typename Bits>
+inline void zero_places(Bits* values, uint32_t word, int count) {
+  for (int i = 0; i < count; ++i)
+    if (!(word >> i & 1) && values[i]) values[i] = 0;
+}
+
+inline void zero_word(uint32_t* values, uint32_t word) {
+#if EBFT_AVX2
+  const __m256i all = _mm256_set1_epi32(int32_t(word));
+  __m256i value[4], kept[4], filled = _mm256_setzero_si256();
+  for (int part = 0; part < 4; ++part) {
+    const __m256i bit = _mm256_sllv_epi32(_mm256_set1_epi32(1 << (8 * part)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    value[part] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values) + part);
+    kept[part] = _mm256_cmpeq_epi32(_mm256_and_si256(all, bit), bit);
+    filled = _mm256_or_si256(filled, _mm256_andnot_si256(kept[part], value[part]));
+  }
+  if (_mm256_testz_si256(filled, filled)) return;
+  for (int part = 0; part < 4; ++part)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values) + part, _mm256_and_si256(kept[part], value[part]));
+#else
+  zero_places(values, word, 32);
+#endif
+}
+
+inline void zero_word(uint16_t* values, uint32_t word) {
+#if EBFT_AVX2
+  const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
+  __m256i value[2], kept[2], filled = _mm256_setzero_si256();
+  for (int half = 0; half < 2; ++half) {
+    value[half] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values) + half);
+    kept[half] = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(int16_t(word >> (16 * half))), bit), bit);
+    filled = _mm256_or_si256(filled, _mm256_andnot_si256(kept[half], value[half]));
+  }
+  if (_mm256_testz_si256(filled, filled)) return;
+  for (int half = 0; half < 2; ++half)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values) + half, _mm256_and_si256(kept[half], value[half]));
+#else
+  zero_places(values, word, 32);
+#endif
+}
+
+template <typename Bits>
+inline void zero_row(Bits* values, const uint32_t* words, int64_t width) {
+  const int64_t whole = width / 32;
+  for (int64_t j = 0; j < whole; ++j)
+    if (~words[j]) zero_word(values + 32 * j, words[j]);
+  if (width % 32) zero_places(values + 32 * whole, words[whole], int(width % 32));
+}
+
+void zero_row_of_4(uint32_t* values, const uint32_t* words, int64_t width) { zero_row(values, words, width); }
+void zero_row_of_2(uint16_t* values, const uint32_t* words, int64_t width) { zero_row(values, words, width); }
+
 // --- scores as integers in the same order -----------------------------------------------------------------------------
 // NaN is the highest, -0 equals +0.
 
@@ -144,39 +200,40 @@ inline uint32_t best_of_4_twice(const int32_t* keys, int n) {
 }
 #endif
 
-void nm_row(const int32_t* keys, uint32_t* words, int64_t width, int n, int m) {
+void nm_row(const int32_t* keys, uint32_t* words, int64_t width, int64_t n, int64_t m) {
   memset(words, 0, size_t((width + 31) / 32) * 4);
   int64_t i = 0;
   if (m == 4) {
 #if EBFT_AVX2
-    for (; i + 8 <= width; i += 8) words[i / 32] |= best_of_4_twice(keys + i, n) << (i & 31);
+    for (; i + 8 <= width; i += 8) words[i / 32] |= best_of_4_twice(keys + i, int(n)) << (i & 31);
 #endif
-    for (; i < width; i += 4) words[i / 32] |= best_of_4(keys + i, n) << (i & 31);
+    for (; i < width; i += 4) words[i / 32] |= best_of_4(keys + i, int(n)) << (i & 31);
     return;
   }
   for (; i < width; i += m) {
-    for (int a = 0; a < m; ++a) {
+    for (int64_t a = 0; a < m; ++a) {
       const int32_t key = keys[i + a];
-      int before = 0;
-      for (int b = 0; b < a; ++b) before += keys[i + b] >= key;
-      for (int b = a + 1; b < m; ++b) before += keys[i + b] > key;
+      int64_t before = 0;
+      for (int64_t b = 0; b < a; ++b) before += keys[i + b] >= key;
+      for (int64_t b = a + 1; b < m; ++b) before += keys[i + b] > key;
       if (before < n) words[(i + a) / 32] |= 1u << ((i + a) & 31);
     }
   }
 }
 
-bool is_nm_row(const uint32_t* words, int64_t width, int n, int m) {
+bool is_nm_row(const uint32_t* words, int64_t width, int64_t n, int64_t m) {
   if (m == 4) {  // four bits a group: counts in nibbles, and a carry into the top bit where one is above n
     uint32_t over = 0, add = 0x11111111u * uint32_t(7 - n);
     for (int64_t j = 0; j < (width + 31) / 32; ++j) {
-      uint32_t pairs = words[j] - (words[j] >> 1 & 0x55555555u);
+      const uint32_t word = 32 * j + 32 <= width ? words[j] : words[j] & ((1u << (width & 31)) - 1);  // padding counts for nothing
+      uint32_t pairs = word - (word >> 1 & 0x55555555u);
       uint32_t counts = (pairs & 0x33333333u) + (pairs >> 2 & 0x33333333u);
       over |= (counts + add) & 0x88888888u;
     }
     return over == 0;
   }
   for (int64_t i = 0; i < width; i += m) {
-    int count = 0;
+    int64_t count = 0;
     for (int64_t b = i; b < i + m; ++b) count += int(words[b / 32] >> (b & 31) & 1);
     if (count > n) return false;
   }

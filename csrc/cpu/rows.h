@@ -1,4 +1,4 @@
-// Rows of a mask and where their kept entries begin.
+// Rows of kept entries on the CPU: do offsets and bits say the same? Without that, memory would be overrun.
 #pragma once
 
 #include "checks.h"
@@ -6,11 +6,26 @@
 
 namespace ebft {
 
-// A row's bits and its offsets say the same: without that, memory would be overrun.
-inline void check_row(const char* op, const int64_t* row_offsets, int64_t row, const uint32_t* words, int64_t count) {
-  const int64_t kept = count_bits(words, count);
-  TORCH_CHECK_VALUE(row_offsets[row + 1] - row_offsets[row] == kept, op, " got row offsets that give row ", row, " ",
-                    row_offsets[row + 1] - row_offsets[row], " values; its mask keeps ", kept);
+// Offsets rise from 0 to `total`, by no more than a row's width: nothing that follows them leaves the entries, whatever the bits say.
+inline void check_offsets(const char* op, const KeptRows& kept, int64_t total) {
+  const int64_t* offsets = kept.offsets;
+  TORCH_CHECK_VALUE(offsets[0] == 0 && offsets[kept.rows] == total, op, " got row offsets from ", offsets[0], " to ",
+                    offsets[kept.rows], " for ", total, " values; expected 0 to as many");
+  uint64_t longest = 0;  // unsigned, so that a step back is a long one
+  for (int64_t row = 0; row < kept.rows; ++row) {
+    const uint64_t count = uint64_t(offsets[row + 1]) - uint64_t(offsets[row]);
+    longest = count > longest ? count : longest;
+  }
+  TORCH_CHECK_VALUE(longest <= uint64_t(kept.width), op, " got row offsets that give a row fewer than 0 or more than its ", kept.width,
+                    " values");
+}
+
+// A row keeps as many as its offsets say, and no bit past its end.
+inline void check_row(const char* op, const KeptRows& kept, int64_t row) {
+  const int64_t count = count_bits(kept.row(row), kept.stride), given = kept.offsets[row + 1] - kept.offsets[row];
+  TORCH_CHECK_VALUE(!(kept.row(row)[kept.stride - 1] & padding_of(kept.width)), op, " got a mask with bits set past the end of row ",
+                    row, " of ", kept.width);
+  TORCH_CHECK_VALUE(count == given, op, " got row offsets that give row ", row, " ", given, " values; its mask keeps ", count);
 }
 
 }  // namespace ebft

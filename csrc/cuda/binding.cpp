@@ -1,5 +1,6 @@
 // ebft_kernels on CUDA: what an op is given, checked, to the device code. Built only where torch has CUDA; the one file of this folder
-// that includes torch. Values are not read back: that row offsets fit the bits is the caller's word (CompressedLinear counts them).
+// that includes torch. Contents are not read back: the kernels bound every address by the number of stored entries themselves, and
+// where offsets and bits disagree the result is NaN (compressed_gemv.cu, compact_adamw.cu).
 
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -34,29 +35,30 @@ at::Tensor compressed_linear(const at::Tensor& x, const at::Tensor& words, const
   TORCH_CHECK_VALUE(!scales, op, " got 8-bit values on CUDA; expected float32, float16 or bfloat16");
   TORCH_CHECK_VALUE(words.dim() == 2 && width > 0, op, " got words ", shape_of(words), " for rows of ", width,
                     "; expected (N, ceil(K / 32)) with K of at least 1");
-  const int64_t rows = words.size(0);
-  check_words(words, op, rows * width, width, device);
+  const KeptRows kept = kept_rows(op, words, row_offsets, {words.size(0), width}, device);
+  const int64_t rows = kept.rows;
   check_tensor(values, op, "values", values.scalar_type(), device);
+  TORCH_CHECK_VALUE(values.dim() == 1, op, " got values ", shape_of(values), "; expected (kept)");
   TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(values.const_data_ptr()) % 16 == 0, op, " got values that are not aligned to 16 bytes");
-  check_tensor(row_offsets, op, "row offsets", at::kLong, device);
-  TORCH_CHECK_VALUE(row_offsets.numel() == rows + 1, op, " got ", row_offsets.numel(), " row offsets; expected ", rows + 1);
+  check_floats(x, op, "x", device);
   TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == width, op, " got x ", shape_of(x), "; expected (..., ", width, ")");
 
   const c10::cuda::CUDAGuard guard(device);
   const int64_t batch = x.numel() / width;
   const at::Tensor rows_of_x = x.contiguous();
-  const at::Tensor one_bias = bias ? bias->to(x.scalar_type()).contiguous() : at::Tensor();
   if (bias) {
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows && bias->device() == device, op, " got bias ", shape_of(*bias), " on ",
-                      bias->device(), "; expected (", rows, ") on ", device);
+    check_floats(*bias, op, "bias", device);
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == rows, op, " got bias ", shape_of(*bias), "; expected (", rows, ")");
   }
+  const at::Tensor one_bias = bias ? bias->to(x.scalar_type()).contiguous() : at::Tensor();
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = rows;
   at::Tensor y = at::empty(sizes, x.options());
   cuda::CompressedGemv a{};
-  a.words = static_cast<const uint32_t*>(words.const_data_ptr());
+  a.words = kept.words;
   a.values = values.const_data_ptr();
-  a.row_offsets = row_offsets.const_data_ptr<int64_t>();
+  a.row_offsets = kept.offsets;
+  a.total = values.numel();
   a.bias = bias ? one_bias.const_data_ptr() : nullptr;
   a.n = rows;
   a.k = width;
@@ -82,6 +84,7 @@ void masked_adamw_step(at::TensorList params, at::TensorList grads, at::TensorLi
   for (at::TensorList list : {grads, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, masters, words, row_offsets})
     TORCH_CHECK_VALUE(list.size() == params.size(), op, " got lists of ", params.size(), " and ", list.size(),
                       " tensors; expected equal lengths");
+  check_settings(op, beta1, beta2, step);
   for (size_t n = 0; n < params.size(); ++n) {
     const at::Tensor& param = params[n];
     const c10::Device device = param.device();
@@ -89,11 +92,9 @@ void masked_adamw_step(at::TensorList params, at::TensorList grads, at::TensorLi
     check_tensor(grads[n], op, "a gradient", param.scalar_type(), device);
     TORCH_CHECK_VALUE(grads[n].sizes() == param.sizes(), op, " got a gradient ", shape_of(grads[n]), " for a parameter ",
                       shape_of(param), "; expected the same shape");
-    const int64_t width = param.dim() ? param.size(-1) : 1, rows = width ? param.numel() / width : 0;
-    check_words(words[n], op, param.numel(), width, device);
-    check_tensor(row_offsets[n], op, "row offsets", at::kLong, device);
-    TORCH_CHECK_VALUE(row_offsets[n].numel() == rows + 1, op, " got ", row_offsets[n].numel(), " row offsets for ", rows,
-                      " rows; expected ", rows + 1);
+    kept_rows(op, words[n], row_offsets[n], param.sizes(), device);
+    kind_of(param, op, "a parameter");
+    if (grad_scale) check_scalar(*grad_scale, op, "a gradient scale", device);
     check_tensor(exp_avgs[n], op, "first moments", at::kFloat, device);
     check_tensor(exp_avg_sqs[n], op, "second moments", at::kFloat, device);
     TORCH_CHECK_VALUE(exp_avgs[n].numel() == exp_avg_sqs[n].numel(), op, " got ", exp_avgs[n].numel(), " first and ",
@@ -116,6 +117,7 @@ void masked_adamw_step(at::TensorList params, at::TensorList grads, at::TensorLi
     a.master = masters[n].numel() ? masters[n].mutable_data_ptr<float>() : nullptr;
     a.words = static_cast<const uint32_t*>(words[n].const_data_ptr());
     a.row_offsets = row_offsets[n].const_data_ptr<int64_t>();
+    a.stored = exp_avgs[n].numel();
     a.grad_scale = grad_scale ? grad_scale->const_data_ptr<float>() : nullptr;
     a.width = param.dim() ? param.size(-1) : 1;
     a.rows = param.numel() / a.width;

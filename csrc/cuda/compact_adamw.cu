@@ -10,6 +10,9 @@
 //
 // Bytes a place: parameter read and written, gradient read, and 16 bytes of states (24 with a master) for the kept share.
 
+#include <climits>
+#include <cmath>
+
 #include "cuda/launch.h"
 #include "cuda/warp.cuh"
 
@@ -51,6 +54,10 @@ __global__ void __launch_bounds__(32 * kWarps) adamw_kernel(const CompactAdamW a
     float w = 0;
     if (word >> lane & 1) {
       const int64_t entry = base + before + __popc(word & ((1u << lane) - 1));
+      if (entry < 0 || entry >= a.stored) {  // the offsets are not those of this mask
+        param[place] = from_float<T>(NAN);
+        continue;
+      }
       const float g = to_float(grad[place]) * scale;
       float m = a.exp_avg[entry], v = a.exp_avg_sq[entry];
       w = a.master ? a.master[entry] : to_float(param[place]);
@@ -70,8 +77,9 @@ __global__ void __launch_bounds__(32 * kWarps) adamw_kernel(const CompactAdamW a
 template <typename T> cudaError_t launch(const CompactAdamW& a, cudaStream_t stream) {
   if (a.rows < 1 || a.width < 1) return cudaErrorInvalidValue;
   const int64_t stretches = (a.width + kStretch - 1) / kStretch, jobs = a.rows * stretches;
-  const auto blocks = static_cast<unsigned>((jobs + kWarps - 1) / kWarps);
-  adamw_kernel<T><<<blocks, 32 * kWarps, 0, stream>>>(a, (a.width + 31) / 32, stretches);
+  const int64_t blocks = (jobs + kWarps - 1) / kWarps;
+  if (blocks > INT_MAX) return cudaErrorInvalidValue;
+  adamw_kernel<T><<<static_cast<unsigned>(blocks), 32 * kWarps, 0, stream>>>(a, (a.width + 31) / 32, stretches);
   return cudaGetLastError();
 }
 

@@ -10,9 +10,12 @@
 // and then every lane walks over the set bits of its own word, multiplies and adds in float32. x lies in shared memory with a gap
 // after every 32 inputs, so that the lanes, 32 inputs apart, read from different banks.
 //
+// No address depends on what the tensors hold: offsets outside of the values are taken for 0, and no load passes the last value.
+//
 // Bytes: K / 8 of mask and density K of values a row, read once; 2 K density FLOPs a row of x. Memory-bound.
 
-#include <algorithm>
+#include <climits>
+#include <cmath>
 
 #include "cuda/launch.h"
 #include "cuda/warp.cuh"
@@ -27,7 +30,8 @@ constexpr int kPadded = kChunk + 32;  // with a gap after every 32
 template <typename Value, typename X, int Batch>
 __global__ void __launch_bounds__(32 * kWarps)
     gemv_kernel(const uint32_t* __restrict__ words, const Value* __restrict__ values, const int64_t* __restrict__ row_offsets,
-                const X* __restrict__ x, const X* __restrict__ bias, X* __restrict__ y, int64_t n, int64_t k, int64_t words_in_row) {
+                const X* __restrict__ x, const X* __restrict__ bias, X* __restrict__ y, int64_t n, int64_t k, int64_t words_in_row,
+                int64_t total) {
   constexpr int kPerLoad = 16 / sizeof(Value);
   __shared__ float x_tile[Batch][kPadded];
   __shared__ alignas(16) Value tile[kWarps][kChunk + 2 * kPerLoad];
@@ -36,7 +40,9 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int64_t row = int64_t(blockIdx.x) * kWarps + warp;
   const bool alive = row < n;
   int64_t at = alive ? row_offsets[row] : 0;  // the next value of this row
-  const int64_t end = alive ? row_offsets[row + 1] : 0, total = row_offsets[n];
+  int64_t end = alive ? row_offsets[row + 1] : 0;
+  bool fits = at >= 0 && at <= end && end <= total;  // as far as seen: a row that does not fit becomes NaN
+  if (!fits) at = end = 0;
   float sum[Batch];
 #pragma unroll
   for (int b = 0; b < Batch; ++b) sum[b] = 0;
@@ -50,6 +56,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     }
     const int64_t word_number = first / 32 + lane;
     uint32_t word = alive && word_number < words_in_row ? words[row * words_in_row + word_number] : 0;
+    if (word_number == words_in_row - 1 && k % 32 && word >> (k % 32)) word = 0, fits = false;  // bits past the end
     int count;
     const int before = exclusive_sum(__popc(word), lane, &count);
 
@@ -78,11 +85,12 @@ __global__ void __launch_bounds__(32 * kWarps)
     __syncwarp();
   }
 
+  fits = __all_sync(kFull, fits && at == end);
 #pragma unroll
   for (int b = 0; b < Batch; ++b) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) sum[b] += __shfl_down_sync(kFull, sum[b], step);
-    if (lane == 0 && alive) y[b * n + row] = from_float<X>(sum[b] + (bias ? to_float(bias[row]) : 0.0f));
+    if (lane == 0 && alive) y[b * n + row] = from_float<X>(fits ? sum[b] + (bias ? to_float(bias[row]) : 0.0f) : NAN);
   }
 }
 
@@ -90,11 +98,11 @@ template <typename Value, typename X, int Batch> void launch(const CompressedGem
   const auto blocks = static_cast<unsigned>((a.n + kWarps - 1) / kWarps);
   gemv_kernel<Value, X, Batch><<<blocks, 32 * kWarps, 0, stream>>>(
       a.words, static_cast<const Value*>(a.values), a.row_offsets, static_cast<const X*>(a.x), static_cast<const X*>(a.bias),
-      static_cast<X*>(a.y), a.n, a.k, (a.k + 31) / 32);
+      static_cast<X*>(a.y), a.n, a.k, (a.k + 31) / 32, a.total);
 }
 
 template <typename Value, typename X> cudaError_t launch_batch(CompressedGemv a, cudaStream_t stream) {
-  if (a.batch < 1 || a.batch > 8 || a.n < 1 || a.k < 1) return cudaErrorInvalidValue;
+  if (a.batch < 1 || a.batch > 8 || a.n < 1 || a.n > int64_t(INT_MAX) * kWarps || a.k < 1) return cudaErrorInvalidValue;
   constexpr int kMost = sizeof(Value) == 4 ? 4 : 8;  // rows of x that fit 48 KiB of shared memory beside the values
   while (a.batch > 0) {                              // powers of two, so that few kernels are compiled
     const int step = a.batch >= kMost ? kMost : a.batch >= 4 ? 4 : a.batch >= 2 ? 2 : 1;

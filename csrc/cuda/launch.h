@@ -22,6 +22,7 @@ struct CompressedGemv {
   const void* bias;            // (N) or null
   void* y;                     // (batch, N)
   int64_t n, k;
+  int64_t total;               // values in all: none is read past them, and a row whose offsets and bits disagree gives NaN
   int batch;
   Kind value_kind, x_kind;     // bias and y are of x's kind
 };
@@ -39,6 +40,7 @@ struct CompactAdamW {
   const int64_t* row_offsets;  // (rows + 1)
   const float* grad_scale;     // on the device, or null
   int64_t rows, width;
+  int64_t stored;              // kept entries in all: none is touched past them, and a weight whose entry lies outside becomes NaN
   AdamWScalars scalars;
   bool zero_grads;
   Kind kind;

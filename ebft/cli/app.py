@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cyclopts import App
 from cyclopts.exceptions import CycloptsError
 
-from ebft.cli.terminal import lasting_output
 from ebft.errors import EBFTError
+from ebft.output.lasting import lasting_output
 from ebft.version import __version__
+
+if TYPE_CHECKING:
+    from ebft.config import EBFTConfig
 
 COMMANDS = {
     "run": "prune a model, win its quality back, save it and measure it",
@@ -48,6 +52,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
+def parse_args(argv: Sequence[str]) -> tuple[EBFTConfig, str | None]:
+    """The settings that a command line of ``ebft run`` asks for; and where only its plan is wanted, on which device.
+
+    Raises:
+        EBFTError: there is no such run.
+    """
+    from ebft.cli.flags import config_of
+
+    tokens = ["run", *argv]
+    try:
+        _, bound, *_ = _app(tokens, everything=False).parse_args(
+            _with_device(tokens), exit_on_error=False, print_error=False
+        )
+    except CycloptsError as error:
+        raise EBFTError(_sentence(error)) from None
+    given = {name: value for name, value in bound.arguments.items() if value is not None}
+    plan, _, _ = (given.pop(name, None) for name in ("plan", "quiet", "json"))
+    return config_of(**given), plan
+
+
 def _app(tokens: list[str], everything: bool) -> App:
     """The application; settings are only looked up for a command that has them."""
     app = App(
@@ -65,7 +89,8 @@ def _app(tokens: list[str], everything: bool) -> App:
 
             app.command(with_settings(getattr(run, name), everything=everything), name=name, help=said)
         elif name not in WITH_SETTINGS:
-            app.command(f"ebft.cli.{'evaluate' if name == 'eval' else name}:{name.replace('eval', 'evaluate')}", name=name, help=said)
+            inside = "evaluate" if name == "eval" else name
+            app.command(f"ebft.cli.{inside}:{inside}", name=name, help=said)
         else:
             app.command(f"ebft.cli.run:{name}", name=name, help=said)
     app.register_install_completion_command()

@@ -12,12 +12,16 @@ def evaluate(
     model: Annotated[str, Parameter(help="hub id, folder or .gguf file", metavar="MODEL")],
     /,
     *,
-    against: Annotated[str | None, Parameter(help="another model, that the divergence is from", metavar="DENSE")] = None,
+    against: Annotated[
+        str | None, Parameter(help="another model, that the divergence is from", metavar="DENSE")
+    ] = None,
     eval: Annotated[
         str, Parameter(help="texts: wikitext2, c4, builtin, or files; none for none", metavar="NAME_OR_FILE,…")
     ] = "wikitext2",
     eval_seqlen: Annotated[int, Parameter(help="tokens in a window", metavar="N")] = 2048,
-    eval_tokens: Annotated[int | None, Parameter(help="tokens of each text at most (default: all)", metavar="N")] = None,
+    eval_tokens: Annotated[
+        int | None, Parameter(help="tokens of each text at most (default: all)", metavar="N")
+    ] = None,
     eval_tasks: Annotated[
         str, Parameter(help="zero-shot tasks of lm-evaluation-harness, or local:TEXT", metavar="NAME,…")
     ] = "",

@@ -1,4 +1,4 @@
-"""The flags of ``ebft run``, made from the sections of the settings and from all methods; and YAML files of settings."""
+"""The flags of ``ebft run``, made from the sections of the settings and from all methods; and YAML files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from cyclopts import Group, Parameter
 
 from ebft.config import PRESETS, SECTIONS, EBFTConfig, flag, flat_name
 from ebft.errors import EBFTError
+from ebft.files import ordinary
 from ebft.registry import ALL, nearest
 
 TITLES = {
@@ -46,7 +47,12 @@ def with_settings(command: Callable[..., Any], *, everything: bool) -> Callable[
         command: also has keyword arguments of its own, with annotations that cyclopts knows.
         everything: the help shows all settings, and not the basic ones alone.
     """
-    own = [p for p in inspect.signature(command).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    kinds = get_type_hints(command, include_extras=True)
+    own = [
+        p.replace(annotation=kinds[p.name])
+        for p in inspect.signature(command).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
     settings = []
     for place, (title, fields) in enumerate(groups()):
         group = Group(title, sort_key=place + 1)
@@ -120,9 +126,11 @@ def read_yaml(file: str) -> dict[str, Any]:
     import yaml
 
     try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise EBFTError(f"--config {file} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        settings = yaml.safe_load(ordinary(Path(file).expanduser(), f"--config {file}").read_text(encoding="utf-8"))
+    except RecursionError:
+        raise EBFTError(f"--config {file} cannot be read: it is nested too deeply") from None
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:  # its constructors raise any
+        raise EBFTError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise EBFTError(f"--config {file} holds {type(settings).__name__}; expected settings as 'name: value' lines")
     flat: dict[str, Any] = {}
@@ -137,6 +145,10 @@ def read_yaml(file: str) -> dict[str, Any]:
             )
         names = {field.name: flat_name(field) for field in dataclasses.fields(SECTIONS[name])}
         flat |= {names.get(key := str(of).replace("-", "_"), key): given for of, given in value.items()}
+    if flat.get("trust_remote_code"):
+        raise EBFTError(
+            f"--config {file} has trust_remote_code; expected --trust-remote-code on the command line itself"
+        )
     return flat
 
 

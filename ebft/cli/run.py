@@ -33,7 +33,7 @@ _Preset = Annotated[
 _File = Annotated[str | None, Parameter(help="settings from a YAML file, over the preset's", metavar="FILE.yaml")]
 _Device = Annotated[
     str | None,
-    Parameter(help="print what the run would need, here or on a GPU by name, and stop", metavar="|".join((HERE, *DEVICES))),
+    Parameter(help="print what the run would need, here or on a GPU, and stop", metavar="|".join((HERE, *DEVICES))),
 ]
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ebft.errors import EBFTError
-from ebft.model.checkpoint import load_model, load_tokenizer
+from ebft.model.checkpoint import first_line, load_config, load_model, load_tokenizer
 from ebft.model.decoder import find_blocks
 from ebft.model.matrices import find_matrices
 from ebft.model.weights import make_buffers_real
@@ -30,6 +30,14 @@ from ebft_kernels import CompressedLinear
 
 INDEX = "compressed.json"
 FORMAT = 1
+_GENERATION = "generation_config.json"
+# What transformers raises over files whose contents make no sense.
+_BUILDING_FAILS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError, ImportError)
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "I32": torch.int32}
+_DTYPES |= {"I64": torch.int64, "BOOL": torch.bool}  # buffers
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_KINDS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8"}
+_FIELDS = {"in_features": int, "out_features": int, "kept": int, "bias": bool, "values": str}
 
 
 def compress_model(model: PreTrainedModel, values: str | None = None) -> dict[str, dict[str, Any]]:
@@ -102,44 +110,153 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
     ordinary ones where nothing is left to leave out.
 
     Raises:
-        EBFTError: the folder is none, or is torn.
+        EBFTError: the folder is none, or something in it is damaged; the sentence names the file.
     """
     folder = Path(folder).expanduser()
+    layers, heads = _read_index(folder / INDEX)
+    config = load_config(str(folder))
+    files = [_Shard(file) for file in sorted(folder.glob("*.safetensors"))]
+    stored = {name: shard for shard in files for name in shard.entries}
+    twice = [name for shard in files for name in shard.entries if stored[name] is not shard]
+    if twice:
+        raise EBFTError(f"{folder} is damaged: {twice[0]} is in two of its files")
+    if getattr(config.get_text_config(), "num_hidden_layers", 0) > len(stored):
+        raise EBFTError(f"{folder / 'config.json'} has more layers than there are tensors in {folder}")
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise EBFTError(f"{folder} is no compressed model: {' '.join(str(error).split())}") from None
-    if index.get("format") != FORMAT:
-        raise EBFTError(f"{folder} is compressed in format {index.get('format')}; expected {FORMAT}")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        for name, layer in index["layers"].items():
-            kinds = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8"}
-            sizes = (layer["in_features"], layer["out_features"])
-            if layer["values"] == "dense":
-                _replace(model, name, nn.Linear(*sizes, layer["bias"]))
-            else:
-                _replace(model, name, CompressedLinear(*sizes, layer["kept"], layer["bias"], kinds[layer["values"]]))
-        for name, counts in index.get("heads", {}).items():
-            for count in HEAD_COUNTS:
-                if count in counts:
-                    setattr(model.get_submodule(name), count, int(counts[count]))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except _BUILDING_FAILS as error:
+        raise EBFTError(f"{folder / 'config.json'} describes no model that can be built: {first_line(error)}") from None
+    narrow = _put_layers(model, layers, folder / INDEX)
+    _tell_heads(model, heads, folder / INDEX)
     make_buffers_real(model, but=CompressedLinear)
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    _, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    expected = model.state_dict()
+    for name, shard in stored.items():
+        shard.check(name, expected.get(name), INDEX)
+    try:
+        model.load_state_dict({name: shard.tensor(name) for name, shard in stored.items()}, strict=False, assign=True)
+    except RuntimeError as error:  # the parts of a layer do not fit together: torch says which layer in the last line
+        raise EBFTError(f"{folder} is damaged: {str(error).splitlines()[-1].strip()}") from None
     model.tie_weights()
     lacking = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-    if lacking or unexpected:
-        raise EBFTError(
-            f"{folder} does not fit its {INDEX}: {(lacking or unexpected)[0]} is "
-            f"{'missing' if lacking else 'not expected'}"
-        )
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if lacking:
+        raise EBFTError(f"{folder} does not fit its {INDEX}: {lacking[0]} is missing")
+    if (folder / _GENERATION).is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except _BUILDING_FAILS as error:
+            raise EBFTError(f"{folder / _GENERATION} cannot be read: {first_line(error)}") from None
+    if narrow:
+        _try_out(model.eval(), folder / INDEX)
     return model.eval()
+
+
+def _read_index(file: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, int]]]:
+    """The layers and the numbers of heads that ``compressed.json`` lists, each of the right type."""
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise EBFTError(f"{file.parent} is no compressed model: {' '.join(str(error).split())}") from None
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        given = index.get("format") if isinstance(index, dict) else type(index).__name__
+        raise EBFTError(f"{file} has format {given!r}; expected {FORMAT}")
+    layers: Any = index.get("layers")
+    heads: Any = index.get("heads", {})
+    for key, value in (("layers", layers), ("heads", heads)):
+        if not isinstance(value, dict) or not all(isinstance(of_one, dict) for of_one in value.values()):
+            raise EBFTError(f"{file} is damaged: its {key} are not an object of objects")
+    for name, layer in layers.items():
+        for field, kind in _FIELDS.items():
+            if type(layer.get(field)) is not kind:
+                raise EBFTError(
+                    f"{file} is damaged: {field} of {name} is {layer.get(field)!r}; expected {kind.__name__}"
+                )
+        if layer["values"] not in ("dense", *_KINDS):
+            raise EBFTError(
+                f"{file} is damaged: values of {name} are {layer['values']!r}; expected dense, {', '.join(_KINDS)}"
+            )
+    for name, counts in heads.items():
+        for count, number in counts.items():
+            if count not in HEAD_COUNTS or type(number) is not int or number < 1:
+                raise EBFTError(f"{file} is damaged: {name} is told {count} = {number!r}; expected a number of heads")
+    return layers, heads
+
+
+def _put_layers(model: PreTrainedModel, layers: dict[str, dict[str, Any]], file: Path) -> bool:
+    """Layers without values, on the meta device, in place of the model's own. Are any smaller than those?"""
+    narrow, modules = False, dict(model.named_modules())
+    for name, layer in layers.items():
+        own = modules.get(name)
+        if not isinstance(own, nn.Linear | Conv1D):
+            raise EBFTError(f"{file} is damaged: the model has no linear layer {name}")
+        sizes, most = (layer["in_features"], layer["out_features"]), tuple(own.weight.shape)
+        most = most if isinstance(own, Conv1D) else most[::-1]
+        if not all(1 <= size <= limit for size, limit in zip(sizes, most, strict=True)):
+            raise EBFTError(f"{file} is damaged: {name} has {sizes} inputs and outputs; expected at most {most}")
+        narrow = narrow or sizes != most
+        try:
+            with torch.device("meta"):
+                if layer["values"] == "dense":
+                    _replace(model, name, nn.Linear(*sizes, layer["bias"]))
+                else:
+                    kind = _KINDS[layer["values"]]
+                    _replace(model, name, CompressedLinear(*sizes, layer["kept"], layer["bias"], kind))
+        except ValueError as error:
+            raise EBFTError(f"{file} is damaged: {name}: {error}") from None
+    return narrow
+
+
+def _tell_heads(model: PreTrainedModel, heads: dict[str, dict[str, int]], file: Path) -> None:
+    modules = dict(model.named_modules())
+    for name, counts in heads.items():
+        for count, number in counts.items():
+            if type(getattr(modules.get(name), count, None)) is not int:
+                raise EBFTError(f"{file} is damaged: the model has no {name} with {count}")
+            setattr(modules[name], count, number)
+
+
+def _try_out(model: PreTrainedModel, file: Path) -> None:
+    """Widths that no configuration says may not fit each other: two tokens tell."""
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 2, dtype=torch.long))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise EBFTError(f"{file} is damaged: its layers do not fit each other ({first_line(error)})") from None
+
+
+class _Shard:
+    """A safetensors file: what its header says, and its tensors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise EBFTError(f"{path} is not a file")
+        try:
+            self._file = safe_open(path, framework="pt")
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise EBFTError(f"{path} cannot be read: {first_line(error)}") from None
+        self.entries = {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in slices.items()}
+
+    def check(self, name: str, wanted: Tensor | None, index: str) -> None:
+        """What the header says of a tensor, against what the model takes under this name."""
+        if wanted is None:
+            raise EBFTError(f"{self.path} does not fit its {index}: {name} is not expected")
+        kind, shape = self.entries[name]
+        exactly = name.endswith((".values", ".scales")) or not wanted.is_floating_point()
+        dtypes = (wanted.dtype,) if exactly else _FLOATS
+        if _DTYPES.get(kind) not in dtypes or shape != tuple(wanted.shape):
+            raise EBFTError(
+                f"{self.path} is damaged: {name} is {kind} {shape}; expected "
+                f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} {tuple(wanted.shape)}"
+            )
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the file, every value of it a number."""
+        tensor: Tensor = self._file.get_tensor(name)
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise EBFTError(f"{self.path} is damaged: {name} holds NaN or infinity")
+        return tensor
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

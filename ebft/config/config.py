@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ebft.config.fields import flag, flat_name
+from ebft.config.fields import Needs, check_name, flag, flat_name, is_file
 from ebft.config.presets import IF_UNIFORM, PRESETS
 from ebft.config.sections import SECTIONS, Data, Evaluate, Model, Output, Prune, Recover, Runtime
 from ebft.errors import EBFTError
@@ -55,9 +55,79 @@ class EBFTConfig:
         object.__setattr__(self, "methods", tuple(made.values()))
         if self.recover.holdout and self.data.samples < 2:
             raise EBFTError(f"--holdout is {self.recover.holdout:g} of 1 sequence; expected --samples 2 or more")
+        self._check_names()
         for method in self.chosen:
             if hasattr(method, "check"):
                 method.check(self)
+
+    def _check_names(self) -> None:
+        """Files can have the names that are looked for."""
+        named: dict[str, Iterable[str | None]] = {
+            "--model": [self.model.source],
+            "--teacher": [self.model.teacher],
+            "--prune": [self.prune.criterion],
+            "--allocation": [self.prune.allocation],
+            "--eval": self.evaluate.texts,
+            "--calibration": self.data.parts,
+        }
+        for said, names in named.items():
+            for name in names:
+                check_name(said, name or "")
+
+    def _check_effects(self, given: Mapping[str, Any]) -> None:
+        """``EBFTError`` if one of the settings that were given changes nothing, as the others are."""
+        fields = {flat_name(f): f for kind in self._kinds() for f in dataclasses.fields(kind)}
+        idle = [name for name, field in fields.items() if name in given and not self.has_effect(name)]
+        if not idle:
+            return
+        needs: Needs = fields[idle[0]].metadata["needs"]
+        alike = [name for name in idle if fields[name].metadata["needs"] is needs]
+        has, they_need = ("has", "it needs") if len(alike) == 1 else ("have", "they need")
+        said = {name: said_of(name, value) for name, value in self.flat().items()}
+        raise EBFTError(
+            f"{' '.join(said[name] for name in alike)} {has} no effect with "
+            f"{' '.join(said.get(name, flag(name)) for name in needs.of)}: {they_need} {needs.said}"
+        )
+
+    def has_effect(self, name: str) -> bool:
+        """Whether the results, or what a run asks of the machine, can depend on this setting, as the others are."""
+        fields = (f for kind in self._kinds() for f in dataclasses.fields(kind))
+        needs: Needs | None = next(f for f in fields if flat_name(f) == name).metadata["needs"]
+        return needs is None or needs.met(self)
+
+    def _kinds(self) -> list[type]:
+        """Of all settings that there are: the sections, and those of the chosen methods."""
+        return [*SECTIONS.values(), *(type(settings) for settings in self.methods)]
+
+    # --- what follows from them -------------------------------------------------------------------------------------
+
+    @property
+    def by_criterion(self) -> bool:
+        """Whether pruning chooses, and takes neither zeros nor masks that are there already."""
+        return self.prune.criterion in criteria
+
+    @property
+    def looks_at_activations(self) -> bool:
+        """Whether pruning wants statistics of what flows through the model."""
+        if self.prune.refine != "none" or (self.by_criterion and self.prune.allocation == "owl"):
+            return True
+        if not self.by_criterion:
+            return False
+        criterion = criteria[self.prune.criterion]
+        if self.prune.structured:
+            return not self.prune.uniform or bool(criterion.units_need)
+        return bool(criterion.needs)
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether anything is done with the calibration text."""
+        return self.looks_at_activations or bool(self.recover.names)
+
+    @property
+    def asked_sparsity(self) -> float | None:
+        """The share of all weights that is to be pruned; None where masks or a file of shares say it."""
+        says = self.by_criterion and self.prune.allocation in ("uniform", "owl")
+        return self.prune.mask_pattern.sparsity if says else None
 
     # --- the methods ------------------------------------------------------------------------------------------------
 
@@ -85,11 +155,15 @@ class EBFTConfig:
     @classmethod
     def of(cls, _defaults: Mapping[str, Any] | None = None, /, **settings: Any) -> EBFTConfig:
         """From flat names; of ``_defaults`` those that belong to no chosen method do not count."""
+        defaults = _defaults or {}
         unknown = sorted(settings.keys() - all_flat_names())
         if unknown:
             close = nearest(unknown[0], all_flat_names()) or f"; expected one of {', '.join(sorted(all_flat_names()))}"
             raise EBFTError(f"there is no setting {unknown[0]!r}{close}")
-        values = {**(_defaults or {}), **settings}
+        values = {**defaults, **settings}
+        if values.get("schedule") and "sparsity" not in settings:
+            shares = values["schedule"]
+            values["sparsity"] = (shares.split(",") if isinstance(shares, str) else shares)[-1]
         sections = {
             name: section(
                 **{f.name: values[flat_name(f)] for f in dataclasses.fields(section) if flat_name(f) in values}
@@ -103,9 +177,14 @@ class EBFTConfig:
             made.append(method.Settings(**{fields[name]: values[name] for name in fields if name in values}))
             taken |= fields.keys()
         for name in sorted(settings.keys() - taken):
-            owners = [method for registry in ALL for method in registry if name in _flat_names_of(method.Settings)]
-            raise EBFTError(f"{flag(name)} is {_of_another(owners, sections['prune'], sections['recover'])}")
-        return cls(**sections, methods=tuple(made))
+            if not _is_usual(name, settings[name], defaults):
+                owners = [method for registry in ALL for method in registry if name in _flat_names_of(method.Settings)]
+                raise EBFTError(f"{flag(name)} is {_of_another(owners, sections['prune'], sections['recover'])}")
+        config = cls(**sections, methods=tuple(made))
+        flat = config.flat()
+        given = {n: flat[n] for n in settings if n in flat and not _is_usual(n, flat[n], defaults)}
+        config._check_effects(given)
+        return config
 
     @classmethod
     def preset(cls, name: str, /, **settings: Any) -> EBFTConfig:
@@ -114,7 +193,10 @@ class EBFTConfig:
 
     def replace(self, **settings: Any) -> EBFTConfig:
         """The same with some of the settings changed, by flat names."""
-        return EBFTConfig.of(self.flat(), **settings)
+        flat = self.flat()
+        if "sparsity" not in settings and "schedule" in settings:
+            del flat["sparsity"]
+        return EBFTConfig.of(flat, **settings)
 
     def flat(self) -> dict[str, Any]:
         """Flat name -> value: plain ones, for JSON, YAML and the model card; of the methods, those that are chosen."""
@@ -132,6 +214,7 @@ class EBFTConfig:
         between = [
             self.replace(
                 schedule=shares[: place + 1],
+                sparsity=share,
                 output=str(folder / f"{share:g}"),
                 overwrite=self.output.overwrite or not self.output.resume,  # an interrupted run's, which starts over
             )
@@ -161,7 +244,7 @@ def _chosen(prune: Prune, recover: Recover, made: Iterable[Any]) -> Iterator[Any
     """
     if prune.criterion in criteria:
         yield criteria[prune.criterion]
-    elif prune.criterion != "zeros" and not Path(prune.criterion).expanduser().is_file():
+    elif prune.criterion != "zeros" and not is_file(prune.criterion):
         raise EBFTError(
             f"--prune is {prune.criterion!r}; expected {', '.join(criteria.names())}, zeros or an existing file of "
             f"masks{nearest(prune.criterion, criteria.names())}"
@@ -201,6 +284,29 @@ def _of_another(owners: list[Any], prune: Prune, recover: Recover) -> str:
     chosen = {"--prune": prune.criterion, "--refine": prune.refine, "--recover": recover.method}.get(registry.flag)
     given = f"and {registry.flag} is {chosen}" if chosen else f"which --recover {recover.method} does not use"
     return f"a setting of {registry.flag} {names}, {given}; expected {registry.flag} {first.name}, or no such setting"
+
+
+def _is_usual(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:
+    """Whether a setting has a value that it has where nobody gives one: then it need not have been meant."""
+    if name in defaults:
+        usual = [defaults[name]]
+    else:
+        kinds = [*SECTIONS.values(), *(method.Settings for registry in ALL for method in registry)]
+        usual = [f.default for kind in kinds for f in dataclasses.fields(kind) if flat_name(f) == name]
+    return _plain(value) in map(_plain, usual)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def said_of(name: str, value: Any) -> str:
+    """A setting as it is said on the command line."""
+    if isinstance(value, bool):
+        return flag(name) if value else flag(f"no_{name}")
+    if value is None or value in ("", [], ()):
+        return f"no {flag(name)}"
+    return f"{flag(name)} {','.join(map(str, value)) if isinstance(value, list | tuple) else value}"
 
 
 def _owners_of(settings: type) -> list[Any]:

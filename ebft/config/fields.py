@@ -14,7 +14,7 @@ from typing import Any
 
 from ebft.errors import EBFTError
 
-_DIGITS = 4300  # of a whole number in text: Python's own limit
+LARGEST = 2**31 - 1  # of whole numbers that have no bound of their own
 
 
 def setting(
@@ -171,12 +171,29 @@ def _str(value: Any) -> str:
 
 
 def _int(value: Any) -> int:
-    if isinstance(value, bool) or value is None or (isinstance(value, str) and len(value) > _DIGITS):
+    if isinstance(value, bool) or value is None or (isinstance(value, str) and len(value) > 100):
         raise TypeError
     number = int(value) if isinstance(value, str) else value
     if int(number) != number:
         raise ValueError
     return int(number)
+
+
+def is_file(name: str) -> bool:
+    """Whether there is a file of that name, which may be too long, or hold what no name can."""
+    try:
+        return Path(name).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home of such a user
+        return False
+
+
+def check_name(said: str, name: str) -> None:
+    """``EBFTError`` if no file can have the name that is to be looked for; ``said``: what the setting is called."""
+    try:
+        Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, no home of such a user
+        reason = getattr(error, "strerror", None) or error
+        raise EBFTError(f"{said} is {_short(name)}; expected a name that a file can have: {reason}") from None
 
 
 def _float(value: Any) -> float:

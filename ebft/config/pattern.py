@@ -41,3 +41,8 @@ class Pattern:
     def __str__(self) -> str:
         groups = f"{self.keep}:{self.group}{' transposable' if self.transposable else ''}"
         return groups if self.group else f"{self.sparsity:.0%}"
+
+
+def is_far(asked: float, got: float) -> bool:
+    """Whether a pruned share misses what was asked for by more than a tenth of it, or of what was to be kept."""
+    return abs(got - asked) > 0.1 * min(asked, 1 - asked)

@@ -12,9 +12,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ebft.config.fields import check_fields, parse_bytes, setting
+from ebft.config.fields import Needs, check_fields, is_file, parse_bytes, setting
 from ebft.config.pattern import Pattern
 from ebft.errors import EBFTError
+
+# What a setting needs to have an effect: one that is given without it would be ignored in silence, and is refused.
+_LOOKS = Needs("a --prune that looks at activations", ("prune",), lambda c: c.looks_at_activations)
+_TEXT = Needs(f"a recovery, or {_LOOKS.said}", ("recover", "prune"), lambda c: c.uses_text)
+_ANY = Needs("a recovery", ("recover",), lambda c: bool(c.recover.names))
+_WINDOWS = Needs(
+    "calibration text other than self",
+    ("calibration", "recover", "prune"),
+    lambda c: c.uses_text and [*c.data.parts] != ["self"],
+)
+_WALK = Needs(
+    f"a recovery of blocks, or {_LOOKS.said}",
+    ("recover", "prune"),
+    lambda c: c.looks_at_activations or bool(c.block_recoveries),
+)
+_STREAMS = Needs(
+    f"a recovery, {_LOOKS.said}, or --eval",
+    ("recover", "prune", "eval"),
+    lambda c: c.uses_text or bool(c.evaluate.texts),
+)
+_TEACHER = Needs(
+    "a recovery of blocks, --eval, or --calibration self",
+    ("recover", "eval", "calibration"),
+    lambda c: bool(c.block_recoveries or c.evaluate.texts) or "self" in c.data.parts,
+)
+_CRITERION = Needs("a criterion", ("prune",), lambda c: c.by_criterion)
+_SHARE = Needs(
+    "a criterion, and neither --pattern nor --schedule",
+    ("prune", "pattern", "schedule"),
+    lambda c: (
+        c.by_criterion and not c.prune.pattern and c.prune.sparsity in (c.prune.schedule or (c.prune.sparsity,))[-1:]
+    ),
+)
+_STRUCTURED = Needs("--structured", ("structured",), lambda c: c.prune.structured)
+_PATTERN = Needs("--pattern", ("pattern",), lambda c: c.prune.pattern is not None)
+_MIX = Needs("--input mix", ("input",), lambda c: c.recover.input == "mix")
+_EVAL = Needs("--eval", ("eval",), lambda c: bool(c.evaluate.texts))
+_TASKS = Needs("--eval-tasks", ("eval_tasks",), lambda c: bool(c.evaluate.tasks))
 
 
 @dataclass(frozen=True)
@@ -24,8 +62,13 @@ class Model:
     source: str | None = setting(
         None, "hub id, folder or .gguf file (default: the SmolLM2-135M-Instruct wheel)", flag="model", basic=True
     )
-    teacher: str | None = setting(None, "dense model whose blocks are the targets (default: the model as loaded)")
+    teacher: str | None = setting(
+        None, "dense model whose blocks are the targets (default: the model as loaded)", needs=_TEACHER
+    )
     trust_remote_code: bool = setting(False, "let transformers run code that comes with the model")
+    ignore_unused: bool = setting(
+        False, "leave out tensors of the checkpoint that the model, as its config.json has it, does not take"
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -43,17 +86,24 @@ class Prune:
         basic=True,
     )
     sparsity: float = setting(
-        0.7, "share of each matrix's weights that is pruned, between 0 and 1", above=0, below=1, basic=True
+        0.7,
+        "share of each matrix's weights that is pruned, between 0 and 1",
+        above=0,
+        below=1,
+        basic=True,
+        needs=_SHARE,
     )
     pattern: str | None = setting(
         None, "keep N of every M consecutive inputs, in place of --sparsity", metavar="N:M", basic=True
     )
-    transposable: bool = setting(False, "--pattern holds along the outputs too, within M x M tiles")
+    transposable: bool = setting(False, "--pattern holds along the outputs too, within M x M tiles", needs=_PATTERN)
     structured: bool = setting(
         False, "prune whole heads (KV groups) and MLP channels; --sparsity is then the share of the blocks' parameters"
     )
     uniform: bool = setting(
-        False, "the same widths in every layer, and smaller matrices in the output (--structured by a criterion)"
+        False,
+        "the same widths in every layer, and smaller matrices in the output (--structured by a criterion)",
+        needs=_STRUCTURED,
     )
     schedule: tuple[float, ...] | None = setting(
         None,
@@ -65,6 +115,7 @@ class Prune:
         "uniform",
         "pruned share of each block: uniform, owl (blocks with outliers keep more), or a JSON file, name -> share",
         metavar="uniform|owl|FILE",
+        needs=_CRITERION,
     )
     refine: str = setting("none", "what is done to the masks of --prune: nothing, or a refinement", metavar="NAME")
     statistics: str = setting(
@@ -72,6 +123,7 @@ class Prune:
         "masks go by what flows into the dense block as it makes the targets, or by the block's own inputs (one more "
         "pass where --target is dense-stream)",
         choices=("target", "input"),
+        needs=_LOOKS,
     )
 
     def __post_init__(self) -> None:
@@ -116,9 +168,8 @@ class Prune:
             )
         if self.structured:
             raise EBFTError("--schedule prunes single weights, and --structured whole heads and channels; expected one")
-        if self.criterion == "zeros" or Path(self.criterion).is_file():
+        if self.criterion == "zeros" or is_file(self.criterion):
             raise EBFTError(f"--schedule needs a criterion that prunes any share, and --prune is {self.criterion}")
-        object.__setattr__(self, "sparsity", shares[-1])
 
     def _check_allocation(self) -> None:
         if self.allocation == "uniform":
@@ -147,29 +198,34 @@ class Recover:
         "sparse-stream",
         "targets: the dense block applied to the block's input, or the dense model's own hidden states",
         choices=("sparse-stream", "dense-stream"),
+        needs=_WALK,
     )
     input: str = setting(
         "sparse-stream",
         "inputs: hidden states of the tuned sparse blocks before, or of the dense model, or of each for some samples",
         choices=("sparse-stream", "dense-stream", "mix"),
+        needs=_WALK,
     )
     mix: float = setting(
         0.5,
         "share of the samples that --input mix takes from the dense model, others block by block",
         at_least=0,
         at_most=1,
+        needs=_MIX,
     )
-    batch_size: int = setting(8, "sequences in a step", at_least=1)
+    batch_size: int = setting(8, "sequences in a step", at_least=1, needs=_TEXT)
     micro_batch: int | None = setting(
         None,
         "sequences that go through the block at once; a step sums their gradients (default: the batch size)",
         at_least=1,
+        needs=_ANY,
     )
     holdout: float = setting(
         0.0,
         "validation split: share of the sequences that no block is tuned on; the weights that do best on them are kept",
         at_least=0,
         below=1,
+        needs=_ANY,
     )
 
     def __post_init__(self) -> None:
@@ -203,14 +259,16 @@ class Data:
         "them with their shares of the sequences, such as c4:0.75,self:0.25, or of equal ones",
         metavar="NAME_OR_FILE[:SHARE],…",
         basic=True,
+        needs=_TEXT,
     )
     windows: str = setting(
         "random-window",
         "one random window of each random document, or documents packed end to end (self is whole sequences)",
         choices=("random-window", "packed"),
+        needs=_WINDOWS,
     )
-    samples: int = setting(256, "calibration sequences", at_least=1, basic=True)
-    seqlen: int = setting(1024, "tokens in a calibration sequence", at_least=2, basic=True)
+    samples: int = setting(256, "calibration sequences", at_least=1, basic=True, needs=_TEXT)
+    seqlen: int = setting(1024, "tokens in a calibration sequence", at_least=2, basic=True, needs=_TEXT)
 
     def __post_init__(self) -> None:
         given: Any = self.calibration
@@ -249,9 +307,13 @@ class Evaluate:
         metavar="NAME_OR_FILE,…",
         basic=True,
     )
-    seqlen: int = setting(2048, "tokens in an evaluation window", flag="eval_seqlen", at_least=2)
+    seqlen: int = setting(2048, "tokens in an evaluation window", flag="eval_seqlen", at_least=2, needs=_EVAL)
     tokens: int | None = setting(
-        None, "tokens of each text that are measured at most (default: all)", flag="eval_tokens", at_least=2
+        None,
+        "tokens of each text that are measured at most (default: all)",
+        flag="eval_tokens",
+        at_least=2,
+        needs=_EVAL,
     )
     tasks: tuple[str, ...] = setting(
         (),
@@ -260,7 +322,11 @@ class Evaluate:
         metavar="NAME,…",
     )
     limit: int | None = setting(
-        None, "questions of each of --eval-tasks that are asked (default: all)", flag="eval_limit", at_least=1
+        None,
+        "questions of each of --eval-tasks that are asked (default: all)",
+        flag="eval_limit",
+        at_least=1,
+        needs=_TASKS,
     )
 
     def __post_init__(self) -> None:
@@ -277,7 +343,9 @@ class Runtime:
     dtype: str = setting(
         "auto", "compute type of the matrix products", choices=("auto", "float32", "bfloat16", "float16")
     )
-    seed: int = setting(0, "seed of the calibration sample and the batch order", at_least=0, at_most=2**63 - 1)
+    seed: int = setting(
+        0, "seed of the calibration sample and the batch order", at_least=0, at_most=2**63 - 1, needs=_TEXT
+    )
     fused: bool = setting(False, "demand fused kernels for mask and optimizer; fail where there are none", basic=True)
     gpu_memory: str | None = setting(
         None,
@@ -292,9 +360,10 @@ class Runtime:
         "auto",
         "where hidden states are kept; auto: host, or as --gpu-memory and --host-memory make it",
         choices=("auto", "device", "host", "disk"),
+        needs=_STREAMS,
     )
     stream_dtype: str = setting(
-        "float32", "type in which hidden states are kept for calibration", choices=("float32", "bfloat16")
+        "float32", "type in which hidden states are kept for calibration", choices=("float32", "bfloat16"), needs=_TEXT
     )
 
     def __post_init__(self) -> None:
@@ -319,7 +388,7 @@ class Output:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not Path(self.folder).expanduser().name:
+        if not Path(self.folder).name:
             raise EBFTError(f"--output is {self.folder!r}; expected the path of a folder that has a name")
         parse_bytes(self.max_shard_size, "--max-shard-size")
 
@@ -350,7 +419,7 @@ def _names_and_shares(mixture: str) -> list[tuple[str, float | None]]:
     pieces, found = mixture.split(","), []
     while pieces:
         heads = [(count, _name_and_share(",".join(pieces[:count]))) for count in range(len(pieces), 0, -1)]
-        count, part = next((head for head in heads if Path(head[1][0]).expanduser().is_file()), heads[-1])
+        count, part = next((head for head in heads if is_file(head[1][0])), heads[-1])
         found.append(part)
         pieces = pieces[count:]
     return found
@@ -359,7 +428,7 @@ def _names_and_shares(mixture: str) -> list[tuple[str, float | None]]:
 def _name_and_share(part: str) -> tuple[str, float | None]:
     part = part.strip()
     name, colon, share = part.rpartition(":")
-    if colon and not Path(part).expanduser().is_file():
+    if colon and not is_file(part):
         with contextlib.suppress(ValueError):
             return name.strip(), float(share)
     return part, None

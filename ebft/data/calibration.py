@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ebft.config import apportion
+from ebft.config.sections import apportion
 from ebft.errors import EBFTError
 
 HUB_TEXTS: dict[str, dict[str, Any]] = {
@@ -123,9 +123,7 @@ def mixture(parts: Sequence[Tokens], groups: Sequence[Tensor]) -> Tokens:
     return Tokens(ids, replace(used, parts=uses))
 
 
-def evaluation_tokens(
-    text: str, tokenizer: PreTrainedTokenizerBase, *, seqlen: int, most: int | None = None
-) -> Tokens:
+def evaluation_tokens(text: str, tokenizer: PreTrainedTokenizerBase, *, seqlen: int, most: int | None = None) -> Tokens:
     """The whole text joined with blank lines, tokenised once, cut into windows; the last partial one is dropped.
 
     Args:
@@ -205,17 +203,24 @@ def _from_file(file: str, use: str) -> Iterator[str]:
         if kinds[path.suffix] is None:
             yield path.read_text(encoding="utf-8")
             return
+        if not path.stat().st_size:
+            return
         import datasets
 
         rows = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train", streaming=True)
         for row in rows:
-            if not isinstance(row.get("text"), str):
+            if "text" not in row:
                 raise EBFTError(
                     f"text {file}: a row has the fields {', '.join(row)}; expected a field 'text' of strings"
                 )
+            if not isinstance(row["text"], str):
+                raise EBFTError(f"text {file}: the text of a row is {type(row['text']).__name__}; expected a string")
             yield row["text"]
-    except (OSError, ValueError) as error:
-        raise EBFTError(f"text {file} cannot be read: {' '.join(str(error).split())}") from None
+    except EBFTError:
+        raise
+    except Exception as error:  # datasets' readers raise anything for a file that is damaged
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise EBFTError(f"text {file} cannot be read: {reason}") from error
 
 
 def _random_windows(
@@ -271,8 +276,24 @@ def _packed_windows(
     return torch.tensor(ids[:needed]).reshape(samples, seqlen), used, first
 
 
+def check_vocabulary(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+    """``EBFTError`` if a token has no embedding in a model that has ``embeddings`` of them."""
+    if not tokens.ids.numel() or int(tokens.ids.max()) < embeddings:
+        return
+    largest = int(tokens.ids.max())
+    raise EBFTError(
+        f"the tokenizer makes token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) of {tokens.use.source}, "
+        f"and the model has {embeddings} embeddings; expected the model's own tokenizer, or a model that is resized "
+        f"and trained with this one: model.resize_token_embeddings({max(len(tokenizer), largest + 1)})"
+    )
+
+
 def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, verbose=False)["input_ids"])
+    try:
+        return list(tokenizer(text, verbose=False)["input_ids"])
+    except Exception as error:  # a tokenizer is a library's, or the user's
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise EBFTError(f"the tokenizer cannot turn a text into tokens ({said})") from error
 
 
 def use_of(source: str, windows: str, documents: int, ids: Tensor, first: str) -> TextUse:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from ebft.model.fused import fuse_glue_
 from ebft.model.matrices import Matrix, find_matrices
 from ebft.model.stand_ins import shapes_only, without_values
 from ebft.model.weights import ModelWeights, Tensors, Weights, put
+from ebft_kernels import MaskedLinear, PackedMask
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -58,6 +59,11 @@ class BlockCall:
         """The same call with every tensor in it changed."""
         args, kwargs = tree_map_only(Tensor, change, (self.args, self.kwargs))
         return BlockCall(args, kwargs)
+
+    def has_nan(self) -> bool:
+        """Whether an argument has values that are no numbers."""
+        tensors = [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Tensor)]
+        return any(bool(tensor.isnan().any()) for tensor in tensors if not tensor.is_meta)
 
     def equals(self, other: BlockCall) -> bool:
         """Whether all arguments are the same, tensors by value."""
@@ -141,6 +147,19 @@ class Decoder:
         """A copy of block ``index`` as it is stored."""
         return self._filled(index, self._read(index))
 
+    def not_finite(self, index: int | None = None) -> str | None:
+        """The first stored tensor that holds NaN or infinity, of block ``index``; by default outside of the blocks."""
+        of_blocks = tuple(f"{name}." for name in self.names)
+        within = of_blocks if index is None else of_blocks[index]
+        stored = self._skeleton.state_dict()  # with the buffers that are stored too
+        for name, tensor in [*self._skeleton.named_parameters(), *self._skeleton.named_buffers()]:
+            if name not in stored or name.startswith(within) == (index is None):
+                continue
+            value = self.weights.read([name])[name] if tensor.is_meta else tensor
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                return name
+        return None
+
     def whole(self, block_at: Callable[[int], Tensors]) -> PreTrainedModel:
         """The whole model to work on, with blocks as they were saved: on the device, float32, as ``working_block``."""
         model = _without_values(self._skeleton)
@@ -149,8 +168,12 @@ class Decoder:
         put(model, self.weights.read(dict.fromkeys(self._entrance + self._exit)))
         return _cast_parameters(model, self.device).requires_grad_(False)
 
-    def store_block(self, index: int, tensors: Tensors) -> None:
-        """Write a block's saved weights into the model in memory."""
+    def store_block(self, index: int, tensors: Tensors, masks: Mapping[str, PackedMask]) -> None:
+        """Write a block's saved weights into the model in memory; its masked layers take ``masks`` (by full names)."""
+        for name, mask in masks.items():
+            layer = self.model.get_submodule(name.rpartition(".")[0])
+            if isinstance(layer, MaskedLinear):
+                layer.set_mask_(mask)
         with torch.no_grad():
             for name, parameter in self._stored_blocks[index].named_parameters():
                 parameter.copy_(tensors[f"{self.names[index]}.{name}"])
@@ -195,7 +218,7 @@ class Decoder:
 
         with self.at_entrance() as device:
             self._run_skeleton(ids.to(device), record)
-        return hidden[0].float()
+        return hidden[0].detach().float()  # a model with gradient checkpointing may ask for gradients of embeddings
 
     @torch.no_grad()
     def exit(self, ids: Tensor, hidden: Tensor) -> Tensor:
@@ -262,6 +285,11 @@ class Decoder:
             with self.at_entrance():
                 first, second = (self._record_calls(batch, seqlen, seed, last=len(self) - 1) for seed in (0, 1))
             for name, one, other in zip(self.names, first, second, strict=True):
+                if one.has_nan():
+                    raise EBFTError(
+                        f"{type(self.model).__name__} gives {name} arguments that hold NaN; expected a configuration "
+                        "by which positions can be computed (rope_parameters, head_dim, max_position_embeddings)"
+                    )
                 if not one.equals(other):
                     raise EBFTError(
                         f"{type(self.model).__name__} gives {name} arguments that depend on the tokens; "
@@ -353,7 +381,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     """Path and modules of the model's blocks: the ``ModuleList`` with one entry a layer and the most parameters."""
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = {path: list(module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    stacks = {path: blocks for path, blocks in lists.items() if len(blocks) == layers}
+    stacks = {path: blocks for path, blocks in lists.items() if blocks and len(blocks) == layers}
     if not stacks or model.config.is_encoder_decoder or model.get_output_embeddings() is None:
         raise EBFTError(f"{type(model).__name__} is not a decoder with a stack of blocks and a language-model head")
     path = max(stacks, key=lambda path: sum(p.numel() for block in stacks[path] for p in block.parameters()))
@@ -392,7 +420,22 @@ def _without_values(model: PreTrainedModel) -> PreTrainedModel:
         id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         for parameter in model.parameters()
     }
-    return copy.deepcopy(model, memo)
+    skeleton = copy.deepcopy(model, memo)
+    for module in skeleton.modules():
+        if hasattr(
+            vars(module).get("forward"), "_torchdynamo_orig_callable"
+        ):  # compiled, for the model that was copied
+            del module.forward
+        for name, layer in module.named_children():
+            if isinstance(layer, MaskedLinear):  # the zeros are in the weight, and other masks will be
+                setattr(module, name, _unmasked(layer))
+    return skeleton
+
+
+def _unmasked(layer: MaskedLinear) -> nn.Linear:
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    plain.weight, plain.bias = layer.weight, layer.bias
+    return plain.train(layer.training)
 
 
 def _shared_configs(block: nn.Module) -> dict[int, Any]:

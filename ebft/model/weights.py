@@ -7,13 +7,15 @@ into each other is transformers' knowledge, and its own converters do it here, a
 from __future__ import annotations
 
 import copy
-import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import xxhash
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,8 +29,8 @@ from transformers.core_model_loading import (
 )
 
 from ebft.errors import EBFTError
+from ebft.files import checksum, ordinary
 
-_SAMPLES, _SAMPLE = 256, 4096  # of a shard: how many places are looked at for its fingerprint, and bytes at each
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -43,7 +45,10 @@ class Tensors:
         self.files, self._zeros = list(files), dict(zeros or {})
         self._where: dict[str, Any] = {}
         for file in self.files:
-            opened = safe_open(file, framework="pt")
+            opened = safe_open(ordinary(file, str(file)), framework="pt")
+            twice = self._where.keys() & set(opened.keys())
+            if twice:
+                raise EBFTError(f"{file} holds {min(twice)}, which another file of the same model holds too")
             self._where |= dict.fromkeys(opened.keys(), opened)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -53,6 +58,17 @@ class Tensors:
 
     def __contains__(self, name: object) -> bool:
         return name in self._where or name in self._zeros
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """From now on these are not there."""
+        for name in names:
+            del self._where[name]
+
+    def with_zeros(self, zeros: Mapping[str, Tensor]) -> Tensors:
+        """The same and ``zeros``, which are in no file."""
+        more = copy.copy(self)
+        more._zeros = {**self._zeros, **zeros}
+        return more
 
     def names(self) -> list[str]:
         """All names, layers and experts in the order of their numbers."""
@@ -78,8 +94,9 @@ class Weights(Protocol):
     def as_stored(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters (whole blocks) under the checkpoint's names and in its shapes."""
 
+    @property
     def fingerprint(self) -> str:
-        """A digest of names, shapes, dtypes and of a sample of the values."""
+        """A digest of names, shapes, dtypes and all of the values."""
 
 
 class ModelWeights:
@@ -99,14 +116,14 @@ class ModelWeights:
         """The same: its names are the module's."""
         return dict(named)
 
+    @property
     def fingerprint(self) -> str:
-        """Of some 4096 values of every parameter."""
-        digest = hashlib.sha256()
-        for name, parameter in self._model.named_parameters():
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 4096)].contiguous().view(torch.uint8)
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-            digest.update(sample.cpu().numpy().tobytes())
+        """Of the parameters and buffers as they are now."""
+        digest = xxhash.xxh3_128()
+        for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
+            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(values.numpy())
         return digest.hexdigest()
 
 
@@ -114,8 +131,12 @@ class NotStreamable(Exception):
     """Why a checkpoint has to be loaded whole."""
 
 
+class Misshapen(NotStreamable):
+    """What a checkpoint holds in another shape than the model's, so that it cannot be loaded in any way."""
+
+
 class Lacking(Exception):
-    """Names of parameters that a checkpoint lacks."""
+    """Names of parameters that a checkpoint lacks, and of all that it holds."""
 
 
 class ShardedWeights:
@@ -126,7 +147,11 @@ class ShardedWeights:
             values.
         tensors: the files.
 
+    Attributes:
+        unused: names of tensors that the model does not take, and that it should not be without.
+
     Raises:
+        EBFTError: weights are stored as integers.
         NotStreamable: names or shapes in the files are not the model's, and no converter makes them so both ways.
         Lacking: parameters are not in the files.
     """
@@ -136,6 +161,8 @@ class ShardedWeights:
     def __init__(self, model: PreTrainedModel, tensors: Tensors) -> None:
         self._model, self._tensors = model, tensors
         self._made_by = _groups(model, tensors)
+        used = {key for group in self._made_by.values() for key in group.keys}
+        self.unused = meant_to_be_used(model, [name for name in tensors.names() if name not in used])
         self._check_shapes()
         self._share()
         self._check_converters()
@@ -173,18 +200,10 @@ class ShardedWeights:
             stored |= parts
         return stored
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Of every file's size, header, and 4 KiB at 256 places."""
-        digest = hashlib.sha256()
-        for file in self._tensors.files:
-            size = file.stat().st_size
-            with file.open("rb") as opened:
-                header = int.from_bytes(opened.read(8), "little")
-                digest.update(f"{size} {header}\n".encode() + opened.read(header))
-                for place in range(_SAMPLES):
-                    opened.seek(max(0, size - _SAMPLE) * place // (_SAMPLES - 1))
-                    digest.update(opened.read(_SAMPLE))
-        return digest.hexdigest()
+        """Of every byte of the files, read once. Their sizes and times would not do: a copy can keep both."""
+        return checksum(self._tensors.files)
 
     # --- checks -------------------------------------------------------------------------------------------------
 
@@ -197,7 +216,10 @@ class ShardedWeights:
         for name, group in self._made_by.items():
             shape = group.shapes[name]
             if shape.shape != wanted[name].shape:
-                raise NotStreamable(f"{name} is stored as {tuple(shape.shape)}, not {tuple(wanted[name].shape)}")
+                kind = Misshapen if group.converter is None else NotStreamable
+                raise kind(f"{name} is stored as {tuple(shape.shape)}, not {tuple(wanted[name].shape)}")
+            if wanted[name].is_floating_point():
+                check_floats({name: shape})
             if wanted[name].is_floating_point() and shape.dtype not in _FLOATS:
                 raise NotStreamable(f"{name} is stored as {shape.dtype}")
 
@@ -226,7 +248,7 @@ class ShardedWeights:
         if missing and ignorable:
             raise NotStreamable(f"{missing[0]} is not stored, and has to be made")
         if missing:
-            raise Lacking(*missing)
+            raise Lacking(missing, self._tensors.names())
 
     def _check_converters(self) -> None:
         """Whether what converters make turns back into what was read, in names and shapes."""
@@ -287,7 +309,7 @@ def _groups(model: PreTrainedModel, tensors: Tensors) -> dict[str, _Group]:
         name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
         if name not in wanted and key in wanted:  # a name that only looks as if it had to be changed
             name, pattern = key, None
-        if name in wanted:  # others are of no use to the model, which transformers leaves out too
+        if name in wanted:
             converter = None if pattern is None else by_pattern[pattern]
             group = groups.setdefault(name, _Group(name, converter))
             group.keys.append(key)
@@ -304,6 +326,30 @@ def _groups(model: PreTrainedModel, tensors: Tensors) -> dict[str, _Group]:
     if strange:
         raise NotStreamable(f"transformers makes {min(strange)} of it, which the model does not have")
     return made_by
+
+
+def check_floats(weights: Mapping[str, Tensor]) -> None:
+    """``EBFTError`` if one of them holds integers or truth values, as those of a quantised model do."""
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise EBFTError(f"{name} is stored as {weight.dtype}; expected floating-point weights")
+
+
+# What checkpoints of old versions hold, and models make themselves: tables of positions, and causal masks.
+_MADE_ANEW = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn(\.attention)?\.(masked_)?bias$")
+
+
+def meant_to_be_used(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Of names in a checkpoint that ``model`` has no parameter for, those that transformers would wonder at too.
+
+    It lists for every architecture what may be ignored, such as the layers of multi-token prediction.
+    """
+    ignored = "|".join(f"({pattern})" for pattern in (*_MADE_ANEW, *(model._keys_to_ignore_on_load_unexpected or ())))
+    buffers = {name for name, _ in model.named_buffers()}
+    prefix = f"{model.base_model_prefix}."
+    return [
+        name for name in names if not any(re.search(ignored, said) or said in buffers for said in (name, prefix + name))
+    ]
 
 
 def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

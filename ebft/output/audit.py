@@ -1,4 +1,4 @@
-"""``python -m ebft.audit OUT``: does a finished folder hold what a run promises? Exit code 0; 1: faults; 2: bad input.
+"""Does a finished folder hold what a run promises?
 
 Tensors are looked at one after another as they lie in the files. Only a checkpoint that cannot be streamed (GGUF,
 ``.bin``) is loaded whole, which is noted.
@@ -6,10 +6,7 @@ Tensors are looked at one after another as they lie in the files. Only a checkpo
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ebft.config.pattern import Pattern
 from ebft.errors import EBFTError
+from ebft.files import check_model_folder, indexed_files, ordinary
 from ebft.model.checkpoint import DEFAULT_MODEL, Source, load_model, open_model
 from ebft.model.decoder import find_blocks
 from ebft.model.matrices import Matrix, find_matrices, router_paths
@@ -46,12 +44,13 @@ class Audit:
     notes: list[str] = field(default_factory=list)
 
 
-def audit(output: str, against: str | None = None) -> Audit:
+def audit(output: str, against: str | None = None, *, trust_remote_code: bool = False) -> Audit:
     """Look through the folder that a run has made.
 
     Args:
         output: the folder.
         against: hub id, folder or GGUF file of the model that was pruned; what no recovery may change is compared.
+        trust_remote_code: let transformers run code that comes with either. Nothing in the folder can allow it.
 
     Raises:
         EBFTError: ``output`` is no run's folder, or ``against`` is not the model that it was made from.
@@ -59,14 +58,15 @@ def audit(output: str, against: str | None = None) -> Audit:
     folder = Path(output).expanduser()
     if not (folder / SUMMARY).is_file() or not (folder / "config.json").is_file():
         raise EBFTError(f"{output} holds no {SUMMARY} and config.json; expected the folder of a finished run")
+    check_model_folder(folder)
     try:
         settings = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["config"]
         transposable = bool(settings.get("transposable"))
         pattern = Pattern.parse(settings["pattern"], transposable=transposable) if settings["pattern"] else None
-        recovered, trust = settings["recover"] != "none", bool(settings["trust_remote_code"])
+        recovered = settings["recover"] != "none"
         structured, uniform = bool(settings.get("structured")), bool(settings.get("uniform"))
         updated = settings["prune"] in criteria and criteria[settings["prune"]].updates_weights
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EBFTError(f"{folder / SUMMARY} is not what a run writes: {type(error).__name__} {error}") from None
     found = Audit()
     files = _Files(folder, found.faults)
@@ -75,9 +75,9 @@ def audit(output: str, against: str | None = None) -> Audit:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             found.faults.append(f"{name} holds NaN or infinity")
     try:
-        model = open_model(str(folder), trust_remote_code=trust, say=found.notes.append)
+        model = open_model(str(folder), trust_remote_code=trust_remote_code, say=found.notes.append)
         if files.size <= LOADED:
-            load_model(str(folder), trust_remote_code=trust)
+            load_model(str(folder), trust_remote_code=trust_remote_code)
         else:
             found.notes.append("too large to be loaded whole to see whether it can be: names and shapes were compared")
     except EBFTError as error:
@@ -89,32 +89,10 @@ def audit(output: str, against: str | None = None) -> Audit:
         return found
     _check_masks(found, model, masks, pattern)
     if against is not None:
-        dense = open_model(
-            None if against == DEFAULT_MODEL else against, trust_remote_code=trust, say=found.notes.append
-        )
+        named = None if against == DEFAULT_MODEL else against
+        dense = open_model(named, trust_remote_code=trust_remote_code, ignore_unused=True, say=found.notes.append)
         _compare(found, model, dense, masks, recovered, structured, uniform, updated)
     return found
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for (default: ``sys.argv``)."""
-    parser = argparse.ArgumentParser(prog="python -m ebft.audit", description=__doc__.splitlines()[0])
-    parser.add_argument("output", metavar="OUT", help="the folder of a finished run")
-    parser.add_argument("--against", metavar="DENSE", help="the model that was pruned: hub id, folder or .gguf file")
-    given = parser.parse_args(argv)
-    try:
-        found = audit(given.output, given.against)
-    except EBFTError as error:
-        print(f"ebft: {error}", file=sys.stderr)
-        return 2
-    for name, share in found.layers.items():
-        print(f"{share:8.2%}  {name}")
-    for note in found.notes:
-        print(f"note: {note}")
-    for fault in found.faults:
-        print(f"fault: {fault}")
-    print(f"{given.output}: {f'{len(found.faults)} faults' if found.faults else 'sound'}")
-    return 1 if found.faults else 0
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -136,8 +114,8 @@ class _Files:
         self.size = 0
         for name in names:
             try:
-                opened = safe_open(folder / name, framework="pt")
-            except (OSError, SafetensorError) as error:
+                opened = safe_open(ordinary(folder / name, name), framework="pt")
+            except (OSError, SafetensorError, EBFTError) as error:
                 faults.append(f"{name} cannot be read: {error}")
                 continue
             held = set(opened.keys())
@@ -162,10 +140,9 @@ class _Files:
 
 def _index(file: Path, faults: list[str]) -> dict[str, str]:
     try:
-        listed = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        return {str(tensor): str(name) for tensor, name in listed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        faults.append(f"{file.name} is no index: {type(error).__name__} {error}")
+        return indexed_files(file)
+    except EBFTError as error:
+        faults.append(str(error))
         return {}
 
 
@@ -290,7 +267,3 @@ def _compare(
             before = masks[name].zero_pruned_(before.clone())
         if not torch.equal(_bits(ours), _bits(before)):
             found.faults.append(f"{name} is not what it was, and nothing should have changed it")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

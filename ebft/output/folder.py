@@ -8,14 +8,15 @@ checksums. A record that is not whole, or whose files are not, counts as absent,
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ebft.errors import EBFTError
+from ebft.files import checksum
 from ebft.model.checkpoint import first_line, quiet
 from ebft.model.weights import Tensors
 from ebft_kernels import PackedMask, load_masks, save_masks
@@ -35,15 +37,16 @@ SUMMARY, MASKS, LINES = "ebft_summary.json", "masks.safetensors", "blocks.jsonl"
 _BLOCKS, _COMMITS, _STREAMS, _TEXT = "blocks", "commits", "streams", "text"  # what only the run itself needs
 _WORKING = ".ebft-working"  # is there from a run's first moment to its last, and says what the run was begun with
 _REPLACED = ".replaced"  # an earlier run's output, for the moment that the new one takes its place
-_AT_ONCE = 2**24  # bytes of a file that a thread makes a checksum of
+_OWN = (_STREAMS, _BLOCKS, _COMMITS, _TEXT, _REPLACED, _WORKING)  # in the order that they are removed in
 
 
 class OutputFolder:
     """The folder that a run or ``ebft.compress`` writes.
 
-    Making one checks that ``OUT`` can be had. Entering it begins, in place of what an earlier run left in
-    ``OUT.partial``, or with ``resume`` goes on with that. A run that fails leaves ``OUT.partial`` if it had committed a
-    part. Only ``commit`` touches ``OUT``.
+    Making one decides whether ``OUT`` can be had; a link is followed, and what it leads to is made. Entering it begins,
+    in place of what an earlier run left in ``OUT.partial``, or with ``resume`` goes on with that. A run that fails
+    leaves ``OUT.partial`` if it had committed a part. Only ``commit`` touches ``OUT``, and never where it holds a file
+    that no run made.
 
     Attributes:
         fingerprint: what the run depends on, by heading and name; an interrupted one is gone on with only if all of it
@@ -58,7 +61,7 @@ class OutputFolder:
     """
 
     def __init__(self, path: str, *, overwrite: bool, made_by: str = SUMMARY, resume: bool = False) -> None:
-        self.final, self.path = Path(path).expanduser(), self.partial(path)
+        self.final, self.path = _followed(path), self.partial(path)
         self.fingerprint: dict[str, dict[str, Any]] = {}
         self.resumed = False
         self.notes: list[str] = []
@@ -66,6 +69,7 @@ class OutputFolder:
         self._resume, self._made_by = resume, made_by
         self._accepted: set[str] = set()
         self._opened = contextlib.ExitStack()
+        self._check_place(path)
         with self.writing():
             if (self.path / _REPLACED).is_dir() and not self.final.exists():  # a commit that was cut short: undo it
                 (self.path / _REPLACED).rename(self.final)
@@ -79,17 +83,16 @@ class OutputFolder:
                     )
                 if ours and not overwrite and not self.finished:
                     raise EBFTError(f"--output {path} holds an earlier run; give --overwrite to replace it")
+                if ours and not self.finished:
+                    self._check_strangers()
             strange = self.path.exists() and not (self.path / _WORKING).is_file()
-            if strange and {entry.name for entry in self.path.iterdir()} - _NEW:
+            if self.path.is_symlink() or (strange and {entry.name for entry in self.path.iterdir()} - _NEW):
                 raise EBFTError(f"{self.path} is in the way and no run made it; choose another --output")
-            parent = next(folder for folder in self.path.absolute().parents if folder.exists())
-            if not parent.is_dir() or not os.access(parent, os.W_OK):
-                raise EBFTError(f"--output {path} cannot be written: {parent} is no folder that one can write to")
 
     @staticmethod
     def partial(path: str) -> Path:
         """Where a run works whose output is ``path``."""
-        final = Path(path).expanduser()
+        final = _followed(path)
         return final.with_name(final.name + ".partial")
 
     @property
@@ -99,6 +102,7 @@ class OutputFolder:
 
     def __enter__(self) -> OutputFolder:
         with self.writing(), contextlib.ExitStack() as opened:
+            self._check_strangers()
             if (self.path / _WORKING).is_file():
                 self._keep_others_out(opened)
             if self._resume and (self.path / _WORKING).is_file():
@@ -315,16 +319,28 @@ class OutputFolder:
     def write_text(self, name: str, content: str) -> None:
         """A text file beside the model."""
         with self.writing():
-            (self.path / name).write_text(content, encoding="utf-8")
+            # A name on Linux need not be text: what cannot be stored is shown as an escape, as JSON has it too.
+            (self.path / name).write_text(content, encoding="utf-8", errors="backslashreplace")
 
     def append_line(self, name: str, line: dict[str, Any]) -> None:
         """One JSON object, one line."""
         with self.writing(), (self.path / name).open("a", encoding="utf-8") as out:
             out.write(json.dumps(_finite(line), allow_nan=False) + "\n")
 
-    def commit(self) -> None:
-        """Make the finished folder the output, in place of an earlier run's."""
+    def commit(self) -> list[str]:
+        """Make the finished folder the output, in place of an earlier run's; gives its files, which ``made_by`` lists.
+
+        They all have the permissions that a file made now has: safetensors makes some for their owner alone.
+        """
         with self.writing():
+            self._check_strangers()
+            listed = [name for name in _files(self.path) if Path(name).parts[0] not in _OWN]
+            made = json.loads((self.path / self._made_by).read_text(encoding="utf-8"))
+            self.write_json(self._made_by, made | {"files": listed})
+            mode = self._mode_of_new_files()
+            for file in (self.path / name for name in listed):
+                if stat.S_IMODE(file.stat().st_mode) != mode:
+                    file.chmod(mode)
             for file in self.path.iterdir():
                 _sync(file)
             _sync(self.path)
@@ -338,6 +354,7 @@ class OutputFolder:
                 raise
             _sync(self.final.absolute().parent)
             self._tidy()
+        return listed
 
     # --- beginning and end ------------------------------------------------------------------------------------
 
@@ -352,6 +369,54 @@ class OutputFolder:
             ) from None
         except OSError:
             pass  # a file system that knows no locks
+
+    def _check_place(self, path: str) -> None:
+        """Decide before any work whether both folders can be made, and one renamed to the other."""
+        parent = next(folder for folder in self.path.absolute().parents if os.path.lexists(folder))
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise EBFTError(f"--output {path} cannot be written: {parent} is no folder that one can write to")
+        missing = self.path.absolute().relative_to(parent).parts
+        with self.writing():
+            longest = os.pathconf(parent, "PC_NAME_MAX")
+            for name in missing:
+                if 0 < longest < len(os.fsencode(name)):
+                    raise EBFTError(
+                        f"--output makes {_short(name)}, a name of {len(os.fsencode(name))} bytes; expected at most "
+                        f"{longest}"
+                    )
+            if _is_mount(self.final):
+                raise EBFTError(f"--output {path} is a mount point, which no run can replace; choose a folder in it")
+            probe = parent / missing[0]
+            if not os.path.lexists(probe):
+                probe.mkdir()
+                probe.rmdir()
+
+    def _check_strangers(self) -> None:
+        """``EBFTError`` if replacing ``OUT`` would delete a file that its run did not make."""
+        if not (self.final / self._made_by).is_file():
+            return
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            listed = json.loads((self.final / self._made_by).read_text(encoding="utf-8")).get("files")
+            if isinstance(listed, list):
+                strangers = [name for name in _files(self.final) if name not in listed and name != _WORKING]
+                if strangers:
+                    others = f" and {len(strangers) - 1} others" if len(strangers) > 1 else ""
+                    raise EBFTError(
+                        f"--overwrite would delete {strangers[0]}{others} in {self.final}, which no run made; move "
+                        "what is to be kept, or choose another --output"
+                    )
+                return
+        raise EBFTError(
+            f"--overwrite: {self.final / self._made_by} does not list the files that its run made; remove the folder, "
+            "or choose another --output"
+        )
+
+    def _mode_of_new_files(self) -> int:
+        probe = self.path / _TEMPORARY
+        probe.touch()
+        mode = stat.S_IMODE(probe.stat().st_mode)
+        probe.unlink()
+        return mode
 
     def _begin(self) -> None:
         """An empty folder that says what the run depends on."""
@@ -381,7 +446,7 @@ class OutputFolder:
 
     def _tidy(self) -> None:
         """Take from the output what only the run needed; the marker last, so that this can be gone on with."""
-        for folder in (_STREAMS, _BLOCKS, _COMMITS, _TEXT, _REPLACED):
+        for folder in _OWN[:-1]:
             if (self.final / folder).exists():
                 shutil.rmtree(self.final / folder)
         (self.final / _WORKING).unlink()
@@ -396,25 +461,45 @@ class OutputFolder:
         return self.path / _BLOCKS / f"{index:05d}.masks.safetensors"
 
 
+def _followed(path: str) -> Path:
+    """The folder that a path means: of a link, whether or not anything is there, what it leads to."""
+    try:
+        final = Path(path).expanduser()
+        final = Path(os.path.realpath(final)) if os.path.islink(final) else final  # noqa: PTH114  (Path's raises)
+        possible = b"\0" not in os.fsencode(final) and not os.path.islink(final)  # noqa: PTH114  (a link to itself)
+    except (RuntimeError, UnicodeEncodeError):  # nobody has that home, no file system that letter
+        possible = False
+    if not possible:
+        raise EBFTError(f"--output is {path!r}; expected a path that can be")
+    return final
+
+
+def _is_mount(folder: Path) -> bool:
+    """Whether something is mounted there, be it a part of the same file system, which ``Path.is_mount`` overlooks."""
+    if folder.is_mount():
+        return True
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:  # not on Linux
+        return False
+    return os.fsencode(os.path.realpath(folder)).replace(b" ", b"\\040") in {line.split()[4] for line in mounts}
+
+
+def _files(folder: Path) -> list[str]:
+    """All files and links in a folder and those inside it, by their paths in it."""
+    return sorted(
+        str(Path(place, name).relative_to(folder))
+        for place, folders, names in os.walk(folder)
+        for name in (*names, *(inside for inside in folders if Path(place, inside).is_symlink()))
+    )
+
+
 def is_kept(partial: Path) -> bool:
     """Whether ``OUT.partial`` holds anything that can be gone on with."""
     return any(partial.glob(f"{_COMMITS}/*.json"))
 
 
 # --- files that are whole or not there ------------------------------------------------------------------------------
-
-
-def checksum(file: Path) -> str:
-    """SHA-256 over the SHA-256 of every 16 MiB of a file, which several threads make."""
-
-    def part(start: int) -> bytes:
-        with file.open("rb") as opened:
-            opened.seek(start)
-            return hashlib.sha256(opened.read(_AT_ONCE)).digest()
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        parts = threads.map(part, range(0, file.stat().st_size, _AT_ONCE))
-        return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _write(file: Path, content: str) -> None:
@@ -431,6 +516,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems cannot sync a folder
+            raise
     finally:
         os.close(descriptor)
 

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from html import escape
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ebft.output.report import STAGES, duration, number, plain_merge, won_back, zero_shot_rows
+from ebft.output.figures import duration, perplexity_table, plain_merge, zero_shot_rows
 
-_STYLE = """
+_PAGE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string("""\
+{% macro table(headings, rows) %}
+<table>
+{% if headings %}
+<tr>{% for heading in headings %}<th>{{ heading }}</th>{% endfor %}</tr>
+{% endif %}
+{% for row in rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+{% endmacro %}
+{% macro section(part) %}
+<h2>{{ part.title }}</h2><p class="note">{{ part.note }}</p>{{ part.svg | safe }}
+{% endmacro %}
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<title>ebft: {{ summary.model }}</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a2330 }
 table { border-collapse: collapse; margin: 1rem 0 }
 th, td { padding: .3rem .9rem; border-bottom: 1px solid #d5dbe3; text-align: right }
@@ -22,67 +39,93 @@ th:first-child, td:first-child { text-align: left }
 h2 { margin-top: 2.5rem; font-size: 1.15rem }
 svg { width: 100%; height: auto }
 p.note { color: #566274; font-size: .9rem }
-"""
+</style></head>
+<body>
+<h1>{{ summary.model }}</h1>
+<p>{{ summary.recipe }}; sparsity {{ "{:.2%}".format(summary.sparsity) }}; {{ duration(summary.seconds) }} in all.</p>
+{% if figures %}
+{{ table(headings, figures) }}
+{% endif %}
+{% if zero_shot %}
+{{ table(["zero-shot", "questions", "metric", "recovered", "standard error"], zero_shot) }}
+{% endif %}
+{% for part in curves %}{{ section(part) }}{% else %}<p>No recovery was asked for.</p>{% endfor %}
+
+{{ section(sparsity) }}
+{% if notes %}
+<h2>Notes</h2><ul>{% for name, note in notes %}<li>{{ name }}: {{ note }}</li>{% endfor %}</ul>
+{% endif %}
+<h2>Settings</h2>
+{{ table([], settings) }}
+<p class="note">Text: {{ summary.calibration }}. Versions: {{ summary.versions }}.</p>
+</body></html>
+""")
+
+
+@dataclass(frozen=True)
+class _Section:
+    title: str
+    note: str
+    svg: str  # matplotlib escapes what it writes
 
 
 def report_page(summary: dict[str, Any], blocks: list[dict[str, Any]]) -> str:
     """The page for a finished run: its summary and its ``blocks.jsonl`` lines."""
-    figures = _rows([[text, *(number(v[s]) for s in STAGES), won_back(v)] for text, v in summary["perplexity"].items()])
-    settings = _rows([[name, str(value)] for name, value in summary["config"].items() if value is not None])
-    asked = _rows(zero_shot_rows(summary))
-    heads = "<th>zero-shot</th><th>questions</th><th>metric</th><th>recovered</th><th>standard error</th>"
-    wholes = [name for name in ("lora", "full") if name in summary]
-    noted = [(block["name"], block["notes"]) for block in blocks] + [(name, summary[name]["notes"]) for name in wholes]
-    notes = "".join(f"<li>{escape(name)}: {escape(note)}</li>" for name, of_it in noted for note in of_it)
+    wholes, (headings, figures) = summary["whole_model"], perplexity_table(summary)
+    noted = [(block["name"], block["notes"]) for block in blocks] + [(name, of["notes"]) for name, of in wholes.items()]
+    return _PAGE.render(
+        summary=summary,
+        headings=headings,
+        figures=figures,
+        zero_shot=zero_shot_rows(summary),
+        curves=[*_of_blocks(blocks), *(_of_the_whole(summary, name) for name in wholes)],
+        sparsity=_section("Sparsity per layer", "Pruned share of each matrix.", partial(_sparsity, blocks=blocks)),
+        notes=[(name, note) for name, notes in noted for note in notes],
+        settings=[[name, value] for name, value in summary["config"].items() if value is not None],
+        duration=duration,
+    )
+
+
+def _of_blocks(blocks: list[dict[str, Any]]) -> list[_Section]:
     tuned = [block for block in blocks if block["losses"]]
-    curves = (
+    if not tuned:
+        return []
+    return [
         _section(
             "Reconstruction error, block by block",
             "Mean squared error against the targets, relative to how far these are from the block's inputs.",
-            lambda axes: _errors(axes, tuned),
-        )
-        + _section(
+            partial(_errors, blocks=tuned),
+        ),
+        _section(
             "Loss within each block",
             "Each line is one block, from first (dark) to last (light); losses are relative to the block's first ones.",
-            lambda axes: _losses(axes, tuned),
-        )
-        if tuned
-        else ""
-    )
-    for name in wholes:
-        held_out = [summary[name][f"held_out_{when}"] for when in ("before", "after")]
-        note = f"Of the whole model, nats a token, before each step.{plain_merge(summary) if name == 'lora' else ''}"
-        if held_out[0] is not None:
-            note += f" On held-out sequences: {held_out[0]:.3f} before, {held_out[1]:.3f} after."
-        losses = summary[name]["losses"]
-        curves += _section(f"Language-model loss ({name})", note, partial(_language_model_losses, losses=losses))
-    curves = curves or "<p>No recovery was asked for.</p>"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<title>ebft: {escape(summary["model"])}</title><style>{_STYLE}</style></head>
-<body>
-<h1>{escape(summary["model"])}</h1>
-<p>{escape(summary["recipe"])}; sparsity {summary["sparsity"]:.2%}; {duration(summary["seconds"])} in all.</p>
-<table><tr><th>perplexity</th><th>dense</th><th>pruned</th><th>recovered</th><th>won back</th></tr>{figures}</table>
-{f"<table><tr>{heads}</tr>{asked}</table>" if asked else ""}
-{curves}
-{_section("Sparsity per layer", "Pruned share of each matrix.", lambda axes: _sparsity(axes, blocks))}
-{f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""}
-<h2>Settings</h2><table>{settings}</table>
-<p class="note">Text: {escape(str(summary["calibration"]))}. Versions: {escape(str(summary["versions"]))}.</p>
-</body></html>
-"""
+            partial(_losses, blocks=tuned),
+        ),
+    ]
 
 
-def _section(title: str, note: str, draw: Callable[[Axes], None]) -> str:
+def _of_the_whole(summary: dict[str, Any], name: str) -> _Section:
+    before, after = (summary["whole_model"][name][f"held_out_{when}"] for when in ("before", "after"))
+    merged = plain_merge(summary) if "plain_merge" in summary["whole_model"][name] else ""
+    note = f"Of the whole model, nats a token, before each step.{merged}"
+    if before is not None:
+        note += f" On held-out sequences: {before:.3f} before, {after:.3f} after."
+    draw = partial(_language_model_losses, losses=summary["whole_model"][name]["losses"])
+    return _section(f"Language-model loss ({name})", note, draw)
+
+
+def _section(title: str, note: str, draw: Callable[[Axes], None]) -> _Section:
+    from matplotlib import rc_context
+
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     draw(axes)
     out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with rc_context({"svg.hashsalt": title}):  # names of what is drawn: the same for the same picture
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
-    return f'<h2>{title}</h2><p class="note">{note}</p>{svg[svg.index("<svg") :]}'
+    return _Section(title, note, svg[svg.index("<svg") :])
 
 
 def _errors(axes: Axes, blocks: list[dict[str, Any]]) -> None:
@@ -118,10 +161,6 @@ def _sparsity(axes: Axes, blocks: list[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for block in blocks for name in block["matrices"]))
     grid = [[block["matrices"].get(name, float("nan")) for block in blocks] for name in names]
     image = axes.imshow(grid, aspect="auto", cmap="Blues", norm=Normalize(0, 1), interpolation="nearest")
-    axes.set_yticks(range(len(names)), [name.removesuffix(".weight") for name in names], fontsize=8)
+    axes.set_yticks(range(len(names)), [name.removesuffix(".weight") for name in names], fontsize=8, parse_math=False)
     axes.set(xlabel="block")
     axes.figure.colorbar(image, ax=axes)
-
-
-def _rows(rows: list[list[str]]) -> str:
-    return "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)

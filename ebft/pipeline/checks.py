@@ -19,6 +19,12 @@ from ebft.pruning.pattern import mask_of_best
 from ebft.pruning.structured.units import bias_name, find_units, removed_by
 
 
+def check_ends(decoder: Decoder, called: str) -> None:
+    """``EBFTError`` for NaN or infinity in what is in no block, so that no block's outputs would show it."""
+    if name := decoder.not_finite():
+        raise EBFTError(f"{called}: {name} holds NaN or infinity; expected finite weights")
+
+
 def check_teacher(decoder: Decoder, teacher: Decoder) -> None:
     """``EBFTError`` if ``teacher`` is not the model that ``decoder``'s was made of.
 

@@ -17,21 +17,22 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ebft.config import ORGANISATION, EBFTConfig
-from ebft.data.calibration import Tokens, calibration_tokens, evaluation_tokens, mixture
+from ebft.data.calibration import Tokens, calibration_tokens, check_vocabulary, evaluation_tokens, mixture
 from ebft.data.generation import SELF, Generated, generate
 from ebft.data.streams import Store
 from ebft.distributed import Ranks
 from ebft.errors import EBFTError
 from ebft.evaluation.zero_shot import ZeroShot
+from ebft.files import checksum
 from ebft.model.checkpoint import DEFAULT_MODEL, Source, load_model, load_tokenizer, open_model
 from ebft.model.decoder import Decoder
 from ebft.model.device import choose_device
 from ebft.model.fused import liger_missing
 from ebft.model.lengths import check_lengths
-from ebft.model.weights import ModelWeights
-from ebft.output.folder import OutputFolder, checksum
-from ebft.output.report import Reporter
-from ebft.pipeline.checks import check_masks, check_teacher
+from ebft.model.weights import ModelWeights, check_floats
+from ebft.output.folder import OutputFolder
+from ebft.output.terminal import Reporter
+from ebft.pipeline.checks import check_ends, check_masks, check_teacher
 from ebft.pruning.masker import Function, Masker, make_masker
 from ebft.pruning.protocol import Criterion
 from ebft.pruning.structured.biases import consumers, with_biases
@@ -39,7 +40,7 @@ from ebft.recovery.protocol import Place, WholeModelRecovery
 from ebft.recovery.samples import Split
 from ebft.recovery.task import Chain, make_recoveries
 from ebft.registry import criteria
-from ebft.version import __version__
+from ebft.version import __version__, code_digest
 from ebft_kernels import explain
 
 FUSED_OPS = ("masked_adamw_step", "masked_grad_norm")  # the products run on zeroed weights, without masks
@@ -127,11 +128,13 @@ def prepare_job(
     check_lengths(config, student.model.config)
     fuse_glue = config.runtime.fused and device.type == "cuda" and liger_missing() is None
     decoder = Decoder(student.model, device, compute, fuse_glue, student.weights)
+    check_ends(decoder, f"model {name_of(source)}")
     dense = decoder
     if teacher is not None or config.model.teacher is not None:
         opened = _with_biases_of(student.model, _open(config, teacher or config.model.teacher, reporter))
         dense = Decoder(opened.model, device, compute, fuse_glue, opened.weights)
         check_teacher(decoder, dense)
+        check_ends(dense, "--teacher")
     check_masks(config, masker, decoder, dense)
 
     needs_calibration = recovers or bool(masker.needs) or masker.surveyor is not None
@@ -144,7 +147,10 @@ def prepare_job(
         zero_shot = ranks.first(partial(ZeroShot.prepare, list(config.evaluate.tasks), config.evaluate.limit))
     evaluation, calibration, generated = {}, None, None
     if tokenizer is not None:
-        evaluation = {t: evaluation_tokens(t, tokenizer, seqlen=config.evaluate.seqlen, most=config.evaluate.tokens) for t in config.evaluate.texts}
+        evaluation = {
+            t: evaluation_tokens(t, tokenizer, seqlen=config.evaluate.seqlen, most=config.evaluate.tokens)
+            for t in config.evaluate.texts
+        }
         if needs_calibration:
             if text is None and SELF in config.data.parts:
                 clock.lap("load")
@@ -152,12 +158,19 @@ def prepare_job(
                 named = config.model.teacher or (source if isinstance(source, str) else None)
 
                 def load() -> PreTrainedModel:
-                    return whole or load_model(named, trust_remote_code=config.model.trust_remote_code)
+                    return whole or load_model(
+                        named,
+                        trust_remote_code=config.model.trust_remote_code,
+                        ignore_unused=config.model.ignore_unused,
+                    )
 
                 generated = ranks.first(partial(_write_text, config, dense, load, tokenizer, output, reporter))
                 clock.lap("generation")
             calibration = _calibrate(config, tokenizer, text, generated)
             reporter.say(f"calibration: {calibration.use}")
+        for tokens in (*evaluation.values(), *([calibration] if calibration else [])):
+            for model_of in (decoder, dense):
+                check_vocabulary(tokens, tokenizer, model_of.model.get_input_embeddings().weight.shape[0])
     if config.runtime.fused and device.type == "cuda":
         reporter.say(
             f"norms, rotary embedding and SwiGLU: {liger_missing() or 'in liger-kernel where the family is known'}"
@@ -174,7 +187,9 @@ def prepare_job(
     store = _choose_store(config, device, output)
     store.owner = f".rank-{ranks.rank}" if ranks.count > 1 else ""
     reporter.say(f"hidden states: {store.kind}")
-    output.fingerprint = _fingerprint(config, decoder, dense, masker, calibration, evaluation, zero_shot)
+    output.fingerprint = ranks.first(
+        partial(_fingerprint, config, decoder, dense, masker, calibration, evaluation, zero_shot)
+    )
     clock.lap("load")
     return Job(
         config=config,
@@ -210,9 +225,15 @@ def name_of(source: str | PreTrainedModel | None) -> str:
 
 def _open(config: EBFTConfig, source: str | PreTrainedModel | None, reporter: Reporter) -> Source:
     if isinstance(source, PreTrainedModel):
+        check_floats(dict(source.named_parameters()))
         opened = Source(source, ModelWeights(source))
     else:
-        opened = open_model(source, trust_remote_code=config.model.trust_remote_code, say=reporter.say)
+        opened = open_model(
+            source,
+            trust_remote_code=config.model.trust_remote_code,
+            ignore_unused=config.model.ignore_unused,
+            say=reporter.say,
+        )
     return with_biases(opened, consumers(opened.model), reporter.say) if _fills_biases(config) else opened
 
 
@@ -265,14 +286,8 @@ def _write_text(
     reporter: Reporter,
 ) -> Generated:
     """Text by the dense model, or what an interrupted run has kept of the same; ``load`` gives the model whole."""
-    samples = config.data.parts[SELF]
-    depends_on = [
-        teacher.weights.fingerprint(),
-        _settings_of(teacher.model),
-        samples,
-        config.data.seqlen,
-        config.runtime.seed,
-    ]
+    samples, seqlen, seed = config.data.parts[SELF], config.data.seqlen, config.runtime.seed
+    depends_on = [teacher.weights.fingerprint, _settings_of(teacher.model), samples, seqlen, seed]
     made_from = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     ids = output.generated(made_from)
     if ids is None:
@@ -309,8 +324,8 @@ def _fingerprint(
     """Everything that the results depend on, by heading and name; not where things are."""
     named = ORGANISATION | {"model", "teacher", "calibration", "device"}  # what these name is looked at itself
     return {
-        "model": {"weights": decoder.weights.fingerprint(), "configuration": _settings_of(decoder.model)},
-        "teacher": {"weights": teacher.weights.fingerprint(), "configuration": _settings_of(teacher.model)},
+        "model": {"weights": decoder.weights.fingerprint, "configuration": _settings_of(decoder.model)},
+        "teacher": {"weights": teacher.weights.fingerprint, "configuration": _settings_of(teacher.model)},
         "text": {
             "calibration": calibration.use.sha256 if calibration else None,
             **{name: tokens.use.sha256 for name, tokens in evaluation.items()},
@@ -353,7 +368,8 @@ def summarise(
         "seconds": job.clock.total(),
         "stage_seconds": job.clock.laps,
         "sparsity": sparsity,
-        **whole_model,
+        "asked_sparsity": config.asked_sparsity,
+        "whole_model": whole_model,
         "calibration": job.calibration.use.to_dict() if job.calibration else None,
         "evaluation": {name: tokens.use.to_dict() for name, tokens in job.eval_tokens.items()},
         "implementations": implementations(job.decoder),
@@ -370,6 +386,7 @@ def implementations(decoder: Decoder) -> dict[str, str]:
 def _versions(decoder: Decoder) -> dict[str, Any]:
     return {
         "ebft": __version__,
+        "code": code_digest(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": _device_name(decoder.device),

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -17,20 +18,23 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ebft.config import ORGANISATION, EBFTConfig, parse_bytes
+from ebft.config import ORGANISATION, EBFTConfig
+from ebft.config.fields import parse_bytes
 from ebft.data.streams import Store
 from ebft.distributed import joined
 from ebft.errors import EBFTError, MemoryRanOut
 from ebft.evaluation.perplexity import perplexities
 from ebft.model.checkpoint import load_model, open_saved, quiet
 from ebft.model.decoder import Decoder
+from ebft.model.in_memory import given_model
 from ebft.model.weights import ShardedWeights
+from ebft.output.card import model_card
 from ebft.output.folder import LINES, MASKS, SUMMARY, OutputFolder
 from ebft.output.page import report_page
-from ebft.output.report import Reporter, model_card
+from ebft.output.terminal import Reporter
 from ebft.pipeline.prepare import Job, name_of, prepare_job, summarise
 from ebft.pipeline.survey import survey
-from ebft.pipeline.walk import apply_masks, begin_peak_memory, not_finite, peak_memory, say_notes, walk
+from ebft.pipeline.walk import apply_masks, begin_peak_memory, check_weights, peak_memory, say_notes, walk
 from ebft.plan.planner import fit_to_budget
 from ebft.pruning.masker import Function
 from ebft.pruning.protocol import Criterion
@@ -56,12 +60,14 @@ class RunResult:
     summary: dict[str, Any]
     blocks: list[dict[str, Any]]
     _given: PreTrainedModel | None = field(default=None, repr=False)
+    _trust_remote_code: bool = field(default=False, repr=False)
 
     @classmethod
-    def read(cls, output: Path) -> RunResult:
-        """What an earlier run left in ``output``."""
+    def read(cls, output: Path, *, trust_remote_code: bool = False) -> RunResult:
+        """What an earlier run left in ``output``; ``trust_remote_code``: ``model`` may run code that lies there."""
         lines = (output / LINES).read_text(encoding="utf-8").splitlines()
-        return cls(output, json.loads((output / SUMMARY).read_text(encoding="utf-8")), list(map(json.loads, lines)))
+        summary, blocks = json.loads((output / SUMMARY).read_text(encoding="utf-8")), list(map(json.loads, lines))
+        return cls(output, summary, blocks, _trust_remote_code=trust_remote_code)
 
     @cached_property
     def masks(self) -> dict[str, PackedMask]:
@@ -71,8 +77,7 @@ class RunResult:
     @cached_property
     def model(self) -> PreTrainedModel:
         """See above."""
-        trust = self.summary["config"]["trust_remote_code"]
-        return self._given or load_model(str(self.output.absolute()), trust_remote_code=trust)
+        return self._given or load_model(str(self.output.absolute()), trust_remote_code=self._trust_remote_code)
 
 
 def run_ebft(
@@ -88,8 +93,9 @@ def run_ebft(
     """Prune a model, recover it block by block (arXiv 2402.12419), save it and measure it.
 
     Args:
-        model: what to prune: a hub id, a folder, a GGUF file, or a model in memory, whose blocks then hold the
-            recovered weights at the end; by default ``config.model.source``.
+        model: what to prune: a hub id, a folder, a GGUF file, or a model in memory (that inside of torch.compile,
+            DataParallel or DDP), whose blocks then hold the recovered weights at the end, and whose ``MaskedLinear``
+            layers their masks; by default ``config.model.source``.
         config: the settings (default: ``EBFTConfig()``, the published recipe). With ``resume``, an interrupted run is
             gone on with if everything that it depends on is the same (of a criterion of one's own: its name).
         tokenizer: for a model in memory; otherwise the model's own is loaded.
@@ -103,7 +109,8 @@ def run_ebft(
             were finished are kept in ``OUTPUT.partial`` (of a schedule's earlier shares in ``OUTPUT.schedule``).
     """
     config, reporter = config or EBFTConfig(), reporter or Reporter()
-    source = config.model.source if model is None else model
+    source = given_model(config.model.source if model is None else model)
+    teacher = None if teacher is None else given_model(teacher)
     if len(config.steps) == 1:
         return _run_once(source, config, tokenizer, teacher, criterion, text, reporter)
     name, dense = name_of(source), None
@@ -171,7 +178,7 @@ def _running_out_said(output: OutputFolder) -> Iterator[None]:
 
 def _finished(config: EBFTConfig, output: OutputFolder, reporter: Reporter) -> RunResult | None:
     """``--resume`` after the end: the finished run, if it is this one; None if it is another that may be replaced."""
-    result = RunResult.read(output.final)
+    result = RunResult.read(output.final, trust_remote_code=config.model.trust_remote_code)
     before, now = (
         {name: value for name, value in settings.items() if name not in ORGANISATION}
         for settings in (result.summary["config"], config.flat())
@@ -194,33 +201,37 @@ def _run(job: Job, given: PreTrainedModel | None) -> RunResult:
 
     if text := job.generated:
         _stage(job, "generated", lambda: None, partial(out.write_generated, text.tokens.ids, text.made_from))
-    dense = _stage(job, "dense_perplexity", lambda: _measure(job, "dense perplexity", job.teacher))
+    dense = _stage(job, "dense_perplexity", partial(_measure_dense, job))
     if surveyor := job.masker.surveyor:
         surveyor.take(_stage(job, "survey", partial(survey, job, surveyor)))
     lines = walk(job)
-    pruned = _stage(job, "pruned_perplexity", lambda: _measure(job, "pruned perplexity", decoder, _pruned(job)))
+    stages = {"dense": dense}
+    recovers = job.recovery is not None or bool(job.whole_model)
+    if recovers:
+        pruned = partial(_measure, job, "pruned perplexity", decoder, _pruned(job))
+        stages["pruned"] = _stage(job, "pruned_perplexity", pruned)
     whole_model = {name: _recover_whole(job, name) for name in job.whole_model}
     if not isinstance(decoder.weights, ShardedWeights):  # a model in memory takes the recovered weights
         for index in range(len(decoder)):
-            decoder.store_block(index, out.block(index))
+            decoder.store_block(index, out.block(index), out.block_masks(index))
     _stage(job, "save", lambda: None, partial(_save, job))
-    recovered = _stage(job, "recovered_perplexity", lambda: _measure_saved(job))
+    last = "recovered" if recovers else "pruned"  # nothing has come between: the saved files are the pruned model
+    stages[last] = _stage(job, f"{last}_perplexity", partial(_measure_saved, job, f"{last} perplexity"))
     zero_shot = _stage(job, "zero_shot", lambda: job.ranks.first(partial(_ask, job))) if job.zero_shot else {}
 
     kept = sum(line["kept_weights"] for line in lines)
     sparsity = 1 - kept / sum(line["prunable_weights"] for line in lines)
-    stages = {"dense": dense, "pruned": pruned, "recovered": recovered}
     summary = summarise(job, sparsity, stages, whole_model, zero_shot)
 
-    def commit() -> None:
+    def commit() -> list[str]:
         out.write_json(SUMMARY, summary)
         out.write_text("README.md", model_card(summary))
         out.write_text("report.html", report_page(summary, lines))
-        out.commit()
+        return out.commit()
 
-    job.ranks.first(commit)
+    summary["files"] = job.ranks.first(commit)
     job.reporter.table(summary)
-    return RunResult(out.final, summary, lines, given)
+    return RunResult(out.final, summary, lines, given, job.config.model.trust_remote_code)
 
 
 def _stage(job: Job, name: str, make: Callable[[], Any], write: Callable[[], list[Path]] = list) -> Any:
@@ -294,8 +305,7 @@ def _recover_whole(job: Job, name: str) -> dict[str, Any]:
         files = []
         for index, block in enumerate(recovered.values()):
             weights = decoder.round_as_stored(index, block)
-            if not all(torch.isfinite(weight).all() for weight in weights.values()):
-                raise not_finite(job, index, f"its weights hold NaN or infinity after --recover {name}")
+            check_weights(job, index, weights, f" after --recover {name}")
             files.append(out.rewrite_block(index, decoder.weights.as_stored(weights), name))
         return files
 
@@ -341,14 +351,16 @@ def _save(job: Job) -> list[Path]:
     return files + out.save_masks(masks)
 
 
-def _measure_saved(job: Job) -> dict[str, float]:
+def _measure_saved(job: Job, what: str) -> dict[str, float]:
     """Perplexity of the saved files."""
     if not job.eval_tokens:
         return {}
     saved, decoder = open_saved(type(job.decoder.model), job.output.path), job.decoder
-    return _measure(
-        job, "recovered perplexity", Decoder(saved.model, decoder.device, decoder.compute, weights=saved.weights)
-    )
+    recovered = _measure(job, what, Decoder(saved.model, decoder.device, decoder.compute, weights=saved.weights))
+    for text, value in recovered.items():
+        if math.isnan(value):
+            raise EBFTError(f"the saved model's perplexity on {text} is nan; what was finished is in {job.output.path}")
+    return recovered
 
 
 def _ask(job: Job) -> dict[str, dict[str, float]]:
@@ -360,6 +372,17 @@ def _ask(job: Job) -> dict[str, dict[str, float]]:
     with quiet():
         model = kind.from_pretrained(folder, dtype="auto").eval()
     return job.zero_shot.measure(model, job.tokenizer, job.decoder.device)
+
+
+def _measure_dense(job: Job) -> dict[str, float]:
+    """Perplexity of the dense model, which is a number, or the run is for nothing."""
+    dense, teacher = _measure(job, "dense perplexity", job.teacher), job.teacher
+    for text, value in dense.items():
+        if not math.isfinite(value):
+            named = next(filter(None, map(teacher.not_finite, range(len(teacher)))), None)
+            because = f"{named} holds NaN or infinity" if named else "its weights are finite, and what it makes is not"
+            raise EBFTError(f"the dense model's perplexity on {text} is {value}: {because}; expected a finite one")
+    return dense
 
 
 def _measure(

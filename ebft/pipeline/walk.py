@@ -60,8 +60,7 @@ def walk(job: Job) -> list[dict[str, Any]]:
                 result = _recover(job, streams, index, block, masks, statistics, lines, advance)
 
             weights = decoder.round_as_stored(index, block)  # the stream goes through the block as it is saved
-            if not all(torch.isfinite(weight).all() for weight in weights.values()):
-                raise not_finite(job, index, "its weights hold NaN or infinity")
+            check_weights(job, index, weights)
             if streams:
                 streams.sparse_pass(partial(decoder.run_block, index, block))
                 _check_finite(job, index, streams.inputs, "the next block's inputs")
@@ -247,7 +246,7 @@ def _recover(
     )
     result = job.recovery.recover(task)
     if not math.isfinite(result.error_after):
-        raise not_finite(job, index, "its outputs are NaN or infinity, or too large for a mean square")
+        raise _not_finite(job, index, "its outputs are NaN or infinity, or too large for a mean square")
     masks.masks.update(result.masks)
     return result
 
@@ -271,10 +270,18 @@ def _following(job: Job, streams: Streams, index: int) -> Following:
 
 def _check_finite(job: Job, index: int, stream: Stream, what: str) -> None:
     if not job.sharing.all(stream.is_finite()):
-        raise not_finite(job, index, f"{what} hold NaN or infinity")
+        named = job.teacher.not_finite(index)
+        raise _not_finite(job, index, f"{what} hold NaN or infinity{f', as {named} does' if named else ''}")
 
 
-def not_finite(job: Job, index: int, what: str) -> EBFTError:
+def check_weights(job: Job, index: int, weights: Mapping[str, Tensor], when: str = "") -> None:
+    """``EBFTError`` if what would be saved of a block, by full names, holds NaN or infinity."""
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise _not_finite(job, index, f"{name} holds NaN or infinity{when}")
+
+
+def _not_finite(job: Job, index: int, what: str) -> EBFTError:
     """The error that says so of ``what`` in a block, and what was kept."""
     kept = f"; the {index} finished blocks are kept in {job.output.path}" if index else ""
     return EBFTError(f"block {index} ({job.decoder.names[index]}): {what}{kept}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ebft.config import EBFTConfig
-from ebft.output.report import duration
+from ebft.output.figures import duration
 
 
 @dataclass(frozen=True)

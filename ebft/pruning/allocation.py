@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from ebft.config.pattern import Pattern
 from ebft.errors import EBFTError
+from ebft.files import ordinary
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ebft.model.matrices import Matrix
     from ebft.pruning.statistics import Statistics
-
 OUTLIER = 5.0  # M: times the mean
 LAMBDA = 0.08  # both are the paper's choices
 
@@ -66,7 +66,7 @@ def make_allocation(allocation: str, pattern: Pattern) -> Allocation:
     if allocation in ("uniform", "owl"):
         return Allocation(pattern, {}, "" if allocation == "uniform" else "OWL")
     try:
-        shares = json.loads(Path(allocation).read_text(encoding="utf-8"))
+        shares = json.loads(ordinary(Path(allocation), f"--allocation {allocation}").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EBFTError(
             f"--allocation is {allocation!r}; expected uniform, owl or a JSON file: {' '.join(str(error).split())}"

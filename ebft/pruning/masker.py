@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ebft.config import EBFTConfig
-from ebft.config.pattern import Pattern
+from ebft.config.pattern import Pattern, is_far
 from ebft.errors import EBFTError
 from ebft.model.matrices import Matrix
 from ebft.pruning.allocation import Allocation, OutlierSurvey, make_allocation
@@ -163,7 +163,7 @@ class _ByCriterion(Masker):
                 self._allocation.pattern.check_shape(f"{name}.{matrix.name}", matrix.outputs, matrix.inputs)
 
     def __call__(self, block_name: str, block: nn.Module, matrices: list[Matrix], statistics: Statistics) -> BlockMasks:
-        result, changed = BlockMasks(), set[str]()
+        result, changed, missed = BlockMasks(), set[str](), dict[tuple[str, str], list[str]]()
         for matrix in matrices:
             name, pattern = f"{block_name}.{matrix.name}", self._allocation.of(block_name, matrix.name)
             weight = block.get_parameter(matrix.name).detach()
@@ -191,7 +191,11 @@ class _ByCriterion(Masker):
             if unseen:
                 which = f"experts {', '.join(map(str, unseen))} of " if matrix.experts > 1 else ""
                 result.notes.append(f"{which}{matrix.name} saw no tokens and fell back to magnitude")
-            result.masks[matrix.name] = PackedMask.from_dense(mask)
+            packed = result.masks[matrix.name] = PackedMask.from_dense(mask)
+            if is_far(pattern.sparsity, got := 1 - packed.density()):
+                missed.setdefault((f"{pattern.sparsity:.2%}", f"{got:.2%}"), []).append(matrix.name)
+        for (asked, share), names in missed.items():
+            result.notes.append(f"asked for {asked} pruned, got {share} in {', '.join(names)}")
         result.changed += sorted(changed)
         return result
 

@@ -71,6 +71,18 @@ def zero_kernel(
 
 
 @triton.jit
+def zero_in_place_kernel(tensor_ptr, words_ptr, numel, width, FLAT: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros over what stands in the pruned places of BLOCK weights, seen as integers."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = tl.arange(0, BLOCK)
+    left = numel - start
+    kept = kept_at(words_ptr.to(tl.int64), start, offsets, left, tl.cast(width, tl.int64), FLAT)
+    bits = tl.load(tensor_ptr + start + offsets, mask=(offsets < left), other=0)
+    filled = (offsets < left) & (bits != 0) & (kept == 0)
+    tl.store(tensor_ptr + start + offsets, tl.zeros_like(bits), mask=filled)
+
+
+@triton.jit
 def count_kernel(words_ptr, counts_ptr, words_in_row, WORDS: tl.constexpr):
     """How many bits are set in one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -166,6 +178,19 @@ def zero_pruned(tensor: Tensor, words: Tensor) -> Tensor:
     arguments = (tensor, words, out, tensor.numel(), tensor.shape[-1])
     common.launch(zero_kernel, grid, arguments, config, tensor.device, FLAT=common.is_flat(tensor, words))
     return out
+
+
+def zero_pruned_(tensor: Tensor, words: Tensor) -> None:
+    """As the op ``zero_pruned_``."""
+    if not tensor.is_contiguous():
+        tensor.copy_(zero_pruned(tensor, words))
+        return
+    words = words.contiguous()
+    bits = tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+    config = Config({"BLOCK": 1024}, 4, 1)
+    grid = cdiv(tensor.numel(), config.tiles["BLOCK"])
+    arguments = (bits, words, tensor.numel(), tensor.shape[-1])
+    common.launch(zero_in_place_kernel, grid, arguments, config, tensor.device, FLAT=common.is_flat(tensor, words))
 
 
 def row_offsets(words: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Every op: schema, fake and autograd by torch's own checker, values against the reference in float64."""
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,6 +57,7 @@ def op_examples():
         "compressed_linear": ((x, *compressed, bias, 37), {}),
         "decompress": ((*compressed, 37), {}),
         "zero_pruned": ((weight.detach(), words), {}),
+        "zero_pruned_": ((weight.detach().clone(), words), {}),
         "reconstruction_loss": ((dy.detach().requires_grad_(), torch.randn(2, 3, 5), torch.randn(2, 3, 5)), {}),
         "masked_grad_norm": (([torch.randn(5, 37), torch.randn(4)], [words, none]), {}),
         "masked_dw_adamw_step": (
@@ -124,6 +128,36 @@ def test_is_nm_sees_a_single_group_too_full():
     for check in (OPS.is_nm, reference.is_nm):
         assert not check(words, 40, 2, 4)
         assert check(words, 40, 3, 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeros_in_place(dtype):
+    """Over anything, bit for bit, in whatever strides; memory without anything in pruned places is not written to."""
+    for name, case in linear_cases(dtype, contiguous=dtype != torch.float64):
+        words = reference.pack_mask(case.mask)
+        for value in (1.0, -0.0, float("nan"), float("inf"), torch.finfo(dtype).smallest_normal):
+            weight = torch.where(case.mask, case.weight, torch.tensor(value, dtype=dtype))
+            OPS.zero_pruned_(weight, words)
+            assert_exact_zeros(weight, case.mask, name)
+            assert not torch.signbit(weight[~case.mask]).any(), name
+            assert torch.equal(weight[case.mask], case.weight[case.mask]), name
+            mine, truth = case.weight.clone().T.contiguous().T, case.weight.clone()
+            OPS.zero_pruned_(mine, words)
+            reference.zero_pruned_(truth, words)
+            assert torch.equal(mine, truth), name
+
+
+def test_what_is_zero_already_is_not_written_to(tmp_path):
+    """So a weight may lie in a file that is mapped for reading alone."""
+    mask = torch.rand(64, 100) > 0.5
+    values = torch.randn(64, 100).masked_fill(~mask, 0.0).numpy()
+    (tmp_path / "weight").write_bytes(values.tobytes())
+    mapped = np.memmap(tmp_path / "weight", np.float32, mode="r", shape=(64, 100))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: not writable
+        weight = torch.from_numpy(mapped)
+    OPS.zero_pruned_(weight, reference.pack_mask(mask))
+    assert torch.equal(weight, torch.from_numpy(values))
 
 
 # --- masked linear ----------------------------------------------------------------------------------------------

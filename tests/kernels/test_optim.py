@@ -9,7 +9,6 @@ from torch import nn
 
 from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask
 from ebft_kernels.testing import ADAMW_LAYOUTS, assert_exact_zeros
-from ebft_kernels.zeroed import is_zeroed
 
 RECIPE = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -266,6 +265,22 @@ def test_every_layout_follows_float32(weights, moments, compact):
     torch.testing.assert_close(norm, exact_norm, rtol=0, atol={"fp32": 1e-6, "bf16": 2e-3, "int8": 2e-2}[moments])
 
 
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("weights", ["fp32", "master", "stochastic"])
+def test_survivors_only_states_change_no_bit(weights, moments):
+    ends = []
+    for compact in (False, True):
+        weight, norm, mask = make_layout_problem(weights)
+        layout = {"weights": weights, "moments": moments, "compact": compact}
+        optimizer = MaskedAdamW([weight, norm], masks={weight: mask}, **layout, **RECIPE)
+        for step in range(5):
+            weight.grad, norm.grad = gradients_of(weight, norm, step)
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+        ends.append([weight, norm, *(optimizer._dense(weight, key) for key in ("exp_avg", "exp_avg_sq"))])
+    assert all(map(torch.equal, *ends))
+
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_int8_moments_on_gradients_from_1e_minus_8_to_1(compact):
     """The steps of the smallest gradients neither vanish nor explode."""
@@ -300,10 +315,7 @@ def test_the_bytes_of_a_state_are_those_that_are_promised(weights, moments, comp
     each = {"fp32": 8, "bf16": 4, "int8": 2}[moments] + (4 if weights == "master" else 0)
     scales = 8 * -(-stored // 256) if moments == "int8" else 0
     indices = 8 * 41 if compact else 0
-    words = state["mask"].nbytes
-    assert (
-        sum(t.nbytes for t in state.values() if isinstance(t, torch.Tensor)) == each * stored + scales + indices + words
-    )
+    assert sum(t.nbytes for t in state.values() if isinstance(t, torch.Tensor)) == each * stored + scales + indices
 
 
 @pytest.mark.parametrize(("weights", "moments", "compact"), ADAMW_LAYOUTS)
@@ -410,16 +422,6 @@ def test_layout_settings_are_checked():
         MaskedAdamW([nn.Parameter(torch.ones(2, dtype=torch.float16))], weights="stochastic", moments="int8")
 
 
-def test_a_module_that_moves_and_loads_keeps_what_is_known():
-    """After a state dict came back (as accelerate does) layer and optimizer still know of the same zeros."""
-    layer = MaskedLinear(20, 4, mask=torch.rand(4, 20) > 0.5)
-    optimizer = MaskedAdamW.for_module(layer)
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    layer(torch.randn(2, 20)).sum().backward()
-    optimizer.step()
-    assert is_zeroed(layer.weight, layer.mask_words)
-
-
 def test_a_step_counts_as_a_change_of_weights_and_states():
     """Autograd and MaskedLinear go by version counters, whichever kernel writes."""
     weight = nn.Parameter(torch.randn(4, 8))
@@ -435,3 +437,27 @@ def test_a_step_counts_as_a_change_of_weights_and_states():
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_masks_are_saved_before_the_first_step(compact):
+    """And nothing else is: a library that fills states by a first step (DCP) looks whether there are any."""
+    weight, bias, mask, gradients = make_problem()
+    optimizer = MaskedAdamW([weight, bias], masks={weight: mask}, compact=compact, **RECIPE)
+    assert not optimizer.state
+    saved = copy.deepcopy(optimizer.state_dict())
+    other_weight, other_bias = nn.Parameter(torch.ones(9, 70)), nn.Parameter(torch.ones(9))
+    other = MaskedAdamW([other_weight, other_bias], compact=compact)
+    other.load_state_dict(saved)
+    run(other, other_weight, other_bias, gradients, range(2))
+    assert other.mask_of(other_weight) == PackedMask.from_dense(mask)
+    assert_exact_zeros(other_weight, mask)
+    assert other_weight[mask].all()
+
+
+def test_zero_grads_reaches_gradients_that_are_not_contiguous():
+    weight, _, mask, _ = make_problem()
+    optimizer = MaskedAdamW([weight], masks={weight: mask}, zero_grads=True)
+    weight.grad = torch.ones(70, 9).T
+    optimizer.step()
+    assert not weight.grad.any()

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.seven_b_run import VOCABULARY, small_tokenizer
 from ebft import EBFTConfig
 from ebft.data.calibration import builtin_documents
-from ebft.output.report import Reporter
+from ebft.output.terminal import Reporter
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 _BASE = {**_SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 64, "tie_word_embeddings": False}
@@ -107,6 +107,13 @@ def trained(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPat
     return folder
 
 
+def with_effect(usual, settings):
+    """``settings`` over the ``usual`` ones, without those of the latter that would then have no effect."""
+    fields = EBFTConfig.__dataclass_fields__
+    made = EBFTConfig(**{name: value for name, value in usual.items() if not fields[name].metadata["needs"]} | settings)
+    return {name: value for name, value in usual.items() if made.has_effect(name)} | settings
+
+
 @pytest.fixture
 def config(tmp_path: Path):
     """Makes settings for a run of a second or two; the output is ``tmp_path / "out"``."""
@@ -114,7 +121,7 @@ def config(tmp_path: Path):
     def make(**settings) -> EBFTConfig:
         small = {"samples": 8, "seqlen": 24, "epochs": 2, "batch_size": 4, "eval_seqlen": 32, "eval": ""}
         small |= {"target": "sparse-stream"}
-        return EBFTConfig.preset("demo", **{"output": tmp_path / "out", **small, **settings})
+        return EBFTConfig.preset("demo", **with_effect({"output": tmp_path / "out", **small}, settings))
 
     return make
 
@@ -143,6 +150,6 @@ def short_run(tiny, tmp_path):
         text = str(tiny / "text.txt")
         usual = {"model": str(tiny / "model"), "calibration": text, "eval": text, "eval_seqlen": 32, "device": "cpu"}
         usual |= {"samples": 4, "seqlen": 16, "batch_size": 2, "epochs": 1, "output": str(tmp_path / output)}
-        return {**usual, **changes}
+        return with_effect(usual, changes)
 
     return make

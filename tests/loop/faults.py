@@ -19,10 +19,10 @@ from rich.console import Console
 
 import ebft.pipeline.run
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.output.folder import OutputFolder
-from ebft.output.report import Reporter
-from ebft.run import main
 from ebft.data.streams import Streams
+from ebft.output.folder import OutputFolder
+from ebft.output.terminal import Reporter
+from ebft.run import main
 
 _ASKING = threading.Lock()
 CONTEXT = multiprocessing.get_context("forkserver")

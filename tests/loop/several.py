@@ -13,10 +13,9 @@ from faults import CONTEXT, job
 from torch import nn
 
 from ebft import EBFTConfig
-
-from ebft.pipeline.run import walk
-from ebft.output.folder import OutputFolder
 from ebft.distributed import joined
+from ebft.output.folder import OutputFolder
+from ebft.pipeline.walk import walk
 from ebft.recovery.ebft.reconstruct import BlockReconstructor
 from ebft_kernels import PackedMask
 

@@ -1,9 +1,12 @@
 """Bad input: one sentence that names what was given and what was expected, exit code 2, nothing lost."""
 
+import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 
+import ebft.output.folder.folder
 import pytest
 import torch
 import yaml
@@ -12,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import ebft.model.checkpoint
-import ebft.output.folder
 from ebft import EBFTError, run_ebft
 from ebft.run import main
 from ebft_kernels import save_masks, use_impl
@@ -82,10 +84,10 @@ def refuse(model, tmp_path, capsys):
         (("--schedule", "0.5,0.6", "--structured", None), "--schedule prunes single weights, and --structured whole"),
         (("--lm-seconds", "0"), "--lm-seconds is 0; expected a finite number above 0"),
         (("--lora-rank", "0"), "--lora-rank is 0; expected a whole number of at least 1"),
-        (("--lora-dropout", "0.1"), "--lora-dropout is 0.1, and with --lora-masked adapters are a part of the weight"),
+        (("--recover", "ebft+lora", "--lora-dropout", "0.1"), "--lora-dropout is 0.1, and with --lora-masked adapters"),
         (("--target", "dense"), "--target is 'dense'; expected one of sparse-stream, dense-stream"),
-        (("--recover", "none", "--loss", "cosine"), "--loss cosine is how ebft tunes, and --recover is none"),
-        (("--recover", "layerwise", "--unit", "halves"), "--unit halves is how ebft tunes, and --recover is layerwise"),
+        (("--recover", "none", "--loss", "cosine"), "--loss cosine has no effect with --recover none: it"),
+        (("--recover", "layerwise", "--unit", "halves"), "--unit halves has no effect with --recover layerwise: it"),
         (("--windows", "all"), "--windows is 'all'; expected one of random-window, packed"),
         (("--dtype", "int8"), "--dtype is 'int8'; expected one of auto"),
         (("--device", "tpu9"), "--device is 'tpu9'; expected cpu, cuda, or cuda:N"),
@@ -100,6 +102,13 @@ def refuse(model, tmp_path, capsys):
         (("--calibration", "nowhere.txt"), "text 'nowhere.txt': expected c4, wikitext2, builtin, self, or an existing"),
         (("--eval", "nowhere.txt"), "text 'nowhere.txt': expected c4, wikitext2, builtin, or an existing .txt"),
         (("--samples", "1000000"), "text builtin is empty or too short"),
+        (("--samples", "1" + 30 * "0"), f"--samples is 1{30 * '0'}; expected at most 2147483647"),
+        (("--epochs", "1" + 30 * "0"), f"--epochs is 1{30 * '0'}; expected at most 2147483647"),
+        (("--batch-size", "1" + 30 * "0"), f"--batch-size is 1{30 * '0'}; expected at most 2147483647"),
+        (("--model", 5000 * "m"), f"--model is '{50 * 'm'}…'; expected a name that a file can have"),
+        (("--calibration", 5000 * "c"), f"--calibration is '{50 * 'c'}…'; expected a name that a file can have"),
+        (("--model", "~nobody-of-this-name/model"), "--model is '~nobody-of-this-name/model'; expected a name that a"),
+        (("--model", __file__), "is a file; expected a hub id, a model folder or a .gguf file"),
         (("--preset", "worst"), "invalid choice: 'worst'"),
         (("--config", "nowhere.yaml"), "--config nowhere.yaml cannot be read"),
         (("--colour", "red"), "unrecognized arguments: --colour red"),
@@ -127,6 +136,14 @@ def test_texts(refuse, tmp_path):
     assert "a row has the fields content; expected a field 'text'" in refuse("--calibration", tmp_path / "rows.jsonl")
     assert "broken.jsonl cannot be read" in refuse("--calibration", tmp_path / "broken.jsonl")
     assert "latin.txt cannot be read" in refuse("--calibration", tmp_path / "latin.txt")
+    for name, content in (("none.jsonl", ""), ("lines.jsonl", "\n\n"), ("none.parquet", "")):
+        (tmp_path / name).write_text(content)
+        assert f"{name} is empty or too short: it has 0 tokens" in refuse("--calibration", tmp_path / name)
+        assert f"{name} has 0 tokens; expected at least" in refuse("--eval", tmp_path / name)
+    (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
+    assert "number.jsonl: the text of a row is int; expected a string" in refuse("--eval", tmp_path / "number.jsonl")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    assert "deep.jsonl cannot be read" in refuse("--eval", tmp_path / "deep.jsonl")
 
 
 def test_yaml_files(refuse, tmp_path):
@@ -137,6 +154,11 @@ def test_yaml_files(refuse, tmp_path):
         ("lr: small", "--lr is 'small'; expected a number"),
         ("overwrite: 3", "--overwrite is 3; expected true or false"),
         ("a: [", "cannot be read"),
+        ("[" * 100_000, "cannot be read: it is nested too deeply"),
+        ("- " * 100_000, "cannot be read: it is nested too deeply"),
+        ("lm_epochs: 1" + 30 * "0", f"--lm-epochs is 1{30 * '0'}; expected at most"),
+        ("lm_epochs: " + 5000 * "9", "cannot be read: Exceeds the limit"),
+        ("lm_epochs: !!int x", "cannot be read: invalid literal"),
         ("name: x", "there is no setting 'name'"),
     ):
         file.write_text(content)
@@ -168,6 +190,131 @@ def test_checkpoints_that_are_not_whole(refuse, tmp_path, model):
     save_file(weights, tmp_path / "lacking" / "model.safetensors", metadata={"format": "pt"})
     said = refuse("--model", tmp_path / "lacking")
     assert "lacks 1 of its weights, model.layers.1.mlp.up_proj.weight among them" in said
+
+
+def changed(model, folder, **settings):
+    """A copy of a model's folder, whose configuration says something else."""
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    config = json.loads((model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_attention_heads": 0}, "its config.json has num_attention_heads 0; expected a whole number of at"),
+        ({"head_dim": 0}, "its config.json has head_dim 0; expected"),
+        ({"vocab_size": 0}, "its config.json has vocab_size 0; expected"),
+        ({"num_hidden_layers": 0}, "its config.json has num_hidden_layers 0; expected"),
+        ({"max_position_embeddings": -1}, "its config.json has max_position_embeddings -1; expected"),
+        ({"text_config": {"hidden_size": 0}}, "its config.json has hidden_size 0; expected"),
+        ({"num_attention_heads": 3}, "its config.json does not hold together: The hidden size (32) is not a multiple"),
+        ({"head_dim": 7}, "its config.json does not hold together: RoPE requires an even rotary dimension"),
+        ({"rms_norm_eps": 0}, "its config.json does not hold together: Field 'rms_norm_eps' expected float, got int"),
+        ({"layer_types": ["full_attention"]}, "(3) must be equal to the number of `layer_types` (1)"),
+        ({"pad_token_id": 10**9}, "its config.json has pad_token_id 1000000000; expected less than 512, vocab_size"),
+        ({"vocab_size": 100}, "lm_head.weight is stored as (512, 32), not (100, 32), which its config.json gives"),
+        ({"hidden_act": "relish"}, "one of its files does not hold what it should (KeyError: 'relish')"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "model.layers.0 arguments that hold NaN"),
+        ({"quantization_config": 3}, "one of its files does not hold what it should"),
+        ({"text_config": 3}, "one of its files does not hold what it should"),
+    ],
+)  # fmt: skip
+def test_configurations_that_cannot_be(refuse, model, tmp_path, settings, says):
+    assert says in refuse("--model", changed(model, tmp_path / "m", **settings))
+
+
+def test_a_configuration_of_another_model_is_not_built_in_memory(refuse, model, tmp_path):
+    """Llama's default sizes: 27 GB, for a file of 100 KB."""
+    shutil.copytree(model, tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "llama"}')
+    assert "is stored as (512, 32), not (32000, 4096)" in refuse("--model", tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["", "3", "{", "[" * 100_000])
+def test_files_that_hold_something_else(refuse, model, tmp_path, name, content):
+    shutil.copytree(model, tmp_path / "m")
+    (tmp_path / "m" / name).write_text(content)
+    assert "m cannot be loaded: " in refuse("--model", tmp_path / "m")
+
+
+class _RunsCode:
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (lambda file, w: file.write_bytes(pickle.dumps(_RunsCode())), "is damaged, or holds more than tensors"),
+        (lambda file, w: torch.save({"a": _RunsCode()}, file), "is damaged, or holds more than tensors"),
+        (lambda file, w: file.write_bytes(b""), "is damaged, or holds more than tensors"),
+        (lambda file, w: file.write_bytes(b"\x80garbage"), "is damaged, or holds more than tensors"),
+        (lambda file, w: file.write_text("hello"), "is damaged, or holds more than tensors"),
+        (lambda file, w: torch.save({"state_dict": w}, file), "pytorch_model.bin holds dict; expected tensors by name"),
+        (lambda file, w: torch.save([w], file), "pytorch_model.bin holds list; expected tensors by name"),
+        (lambda file, w: torch.save(w | {"lm_head.weight": torch.ones(2, 2)}, file), "is stored as (2, 2), not (512, "),
+        (lambda file, w: torch.save({f"module.{n}": t for n, t in w.items()}, file), "begin with 'module.', as Data"),
+    ],
+)  # fmt: skip
+def test_pickles(refuse, model, tmp_path, write, says, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    write(tmp_path / "m" / "pytorch_model.bin", load_file(model / "model.safetensors"))
+    assert says in refuse("--model", tmp_path / "m")
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model.", "other."])
+def test_names_that_begin_with_what_was_around_the_model(refuse, model, tmp_path, prefix):
+    shutil.copytree(model, tmp_path / "m")
+    weights = {prefix + name: tensor for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    said = refuse("--model", tmp_path / "m")
+    assert f"the names of its weights begin with {prefix!r}" in said
+    assert "expected names such as lm_head.weight" in said
+
+
+def test_tokens_beyond_the_embeddings(refuse, model, tmp_path, tokenizer):
+    shutil.copytree(model, tmp_path / "m")
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["stormy"])
+    larger.save_pretrained(tmp_path / "m")
+    (tmp_path / "night.txt").write_text("a dark and stormy night " * 100)
+    for use in ("--calibration", "--eval"):
+        said = refuse("--model", tmp_path / "m", use, tmp_path / "night.txt")
+        assert f"the tokenizer makes token 512 ('stormy') of {tmp_path / 'night.txt'}" in said
+        assert "the model has 512 embeddings; expected" in said
+        assert "model.resize_token_embeddings(513)" in said
+
+
+def test_a_tokenizer_that_fails(config, silent):
+    def broken(text, **kwargs):
+        raise IndexError("list index out of range")
+
+    with pytest.raises(EBFTError, match=r"the tokenizer cannot turn a text into tokens \(IndexError: list index"):
+        run_ebft(random_model("llama"), config(), tokenizer=broken, reporter=silent)
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"WORLD_SIZE": "x"}, "the environment has WORLD_SIZE=x; expected a whole number of at least 1"),
+        ({"WORLD_SIZE": "0"}, "the environment has WORLD_SIZE=0; expected a whole number of at least 1"),
+        ({"WORLD_SIZE": "2", "RANK": "first"}, "the environment has RANK=first; expected a whole number of at least 0"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "the environment has RANK=2; expected less than WORLD_SIZE, 2"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "this run's ranks cannot meet, as RANK and WORLD_SIZE ask them to"),
+    ],
+)
+def test_an_environment_that_torchrun_did_not_make(refuse, monkeypatch, variables, says):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert says in refuse()
 
 
 def test_what_the_hub_cannot_give(refuse):
@@ -279,7 +426,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_written_is_kept(
     when, config, silent, tokenizer, tmp_path, monkeypatch
 ):
     name, number = ("save_file", 2) if when == "block 1" else ("save_masks", 4)  # the fourth is that of all blocks
-    real, calls = getattr(ebft.output.folder, name), []
+    real, calls = getattr(ebft.output.folder.folder, name), []
 
     def full(*args, **kwargs):
         calls.append(args)
@@ -287,7 +434,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_written_is_kept(
             raise OSError(28, "No space left on device")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(ebft.output.folder, name, full)
+    monkeypatch.setattr(ebft.output.folder.folder, name, full)
     with pytest.raises(
         EBFTError, match=r"cannot be written: No space left on device; what was finished is kept in"
     ) as e:
@@ -351,8 +498,8 @@ def test_a_criterion_that_gives_no_mask(criterion, says, config, silent, tokeniz
 
 
 def test_settings_from_yaml_are_those_of_the_flags(tmp_path):
-    from ebft.cli.flags import parse_args
-    from ebft.config.config import EBFTConfig
+    from ebft.cli.app import parse_args
+    from ebft.config import EBFTConfig
 
     wanted = EBFTConfig.preset("paper", model="x/y", sparsity=0.5, betas=(0.9, 0.99), fused=True)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(wanted.to_dict()))

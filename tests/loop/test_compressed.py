@@ -1,18 +1,19 @@
 """Compressed models: what is stored, what is loaded, and that it speaks as the dense-stored one does."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ebft
-from ebft.data.calibration import builtin_documents
 from ebft.compress import main
 from ebft.compressed.layers import compress_model, load_compressed, save_compressed
+from ebft.data.calibration import builtin_documents
 from ebft.errors import EBFTError
 from ebft.model.matrices import find_matrices
 from ebft_kernels import CompressedLinear, PackedMask
@@ -166,3 +167,193 @@ def test_a_folder_that_is_none_or_torn(pruned, compressed, tmp_path):
             (torn / file.name).write_bytes(file.read_bytes())
     with pytest.raises(EBFTError, match="is missing"):
         load_compressed(torn)
+
+
+def _of_index(change):
+    """Damage to ``compressed.json``: a function of what it holds."""
+
+    def damage(folder):
+        index = json.loads((folder / INDEX).read_text())
+        (folder / INDEX).write_text(json.dumps(change(index) or index))
+
+    return damage
+
+
+def _of_layer(**changes):
+    """Damage to the first layer that it lists; a change to None takes the field away."""
+
+    def change(index):
+        layer = next(iter(index["layers"].values()))
+        layer |= changes
+        for field in [field for field, value in layer.items() if value is None]:
+            del layer[field]
+
+    return _of_index(change)
+
+
+def _of_tensors(change):
+    """Damage to the tensors of the file: a function of the first layer's name and the dict of all."""
+
+    def damage(folder):
+        name = next(iter(json.loads((folder / INDEX).read_text())["layers"]))
+        tensors = load_file(folder / WEIGHTS)
+        change(name, tensors)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+
+    return damage
+
+
+def _of_tensor(part, change):
+    return _of_tensors(lambda name, tensors: tensors.update({f"{name}.{part}": change(tensors[f"{name}.{part}"])}))
+
+
+def _of_file(name, content):
+    """A file with other bytes: a function of its own."""
+    return lambda folder: (folder / name).write_bytes(content((folder / name).read_bytes()))
+
+
+def _with(tensor, value):
+    tensor = tensor.clone()
+    tensor.view(-1)[1] = value
+    return tensor
+
+
+INDEX, WEIGHTS = "compressed.json", "model.safetensors"
+FIRST = r"model\.layers\.0\.self_attn\.q_proj"
+DAMAGES = {
+    "no index": (lambda folder: (folder / INDEX).unlink(), "is no compressed model: .*No such file"),
+    "an index that is not JSON": (_of_file(INDEX, lambda old: old[:-9]), "is no compressed model"),
+    "an index that is not text": (_of_file(INDEX, lambda old: b"\xff\xfe" + old), "is no compressed model"),
+    "an index of brackets": (_of_file(INDEX, lambda old: b"[" * 100_000), "is no compressed model"),
+    "an index that is a list": (_of_index(lambda index: [index]), "compressed.json has format 'list'; expected 1"),
+    "another version": (_of_index(lambda index: index | {"format": 2}), "compressed.json has format 2; expected 1"),
+    "no version": (_of_index(lambda index: {"layers": {}}), "compressed.json has format None; expected 1"),
+    "no layers": (_of_index(lambda index: {"format": 1}), "its layers are not an object of objects"),
+    "layers as a list": (_of_index(lambda index: index | {"layers": [1]}), "its layers are not an object of objects"),
+    "a layer as a number": (
+        _of_index(lambda index: index | {"layers": {"a": 1}}),
+        "layers are not an object of objects",
+    ),
+    "a layer less": (
+        _of_index(lambda index: index | {"layers": dict([*index["layers"].items()][1:])}),
+        f"model.safetensors does not fit its compressed.json: {FIRST}.bitmap is not expected",
+    ),
+    "a layer that is none": (
+        _of_index(lambda index: index["layers"].update({"model.norm": next(iter(index["layers"].values()))})),
+        "the model has no linear layer model.norm",
+    ),
+    "heads of nobody": (
+        _of_index(lambda index: index | {"heads": {"model.layers.9": {"num_heads": 2}}}),
+        "the model has no model.layers.9 with num_heads",
+    ),
+    "heads in words": (
+        _of_index(lambda index: index | {"heads": {"model.layers.0.self_attn": {"num_heads": "two"}}}),
+        "is told num_heads = 'two'",
+    ),
+    "a missing field": (_of_layer(kept=None), f"kept of {FIRST} is None; expected int"),
+    "a number in words": (_of_layer(in_features="64"), f"in_features of {FIRST} is '64'; expected int"),
+    "a fraction": (_of_layer(kept=1.5), f"kept of {FIRST} is 1.5; expected int"),
+    "a bias that is a number": (_of_layer(bias=1), f"bias of {FIRST} is 1; expected bool"),
+    "unknown values": (_of_layer(values="float64"), f"values of {FIRST} are 'float64'; expected dense, float32"),
+    "an input less": (_of_layer(in_features=47), r"its layers do not fit each other .*got x \(1, 2, 48\)"),
+    "two inputs less": (_of_layer(in_features=46), f"{FIRST}: .*bits set past the end of a row of 46"),
+    "an input more": (_of_layer(in_features=49), r"has \(49, 48\) inputs and outputs; expected at most \(48, 48\)"),
+    "an output less": (_of_layer(out_features=47), r"q_proj.bitmap is I32 \(48, 2\); expected int32 \(47, 2\)"),
+    "a size of 10^18": (_of_layer(out_features=10**18), "expected at most"),
+    "a size below 0": (_of_layer(in_features=-64), "expected at most"),
+    "more kept than there are": (_of_layer(kept=48 * 48 + 1), f"{FIRST}: CompressedLinear got 2305 kept"),
+    "fewer kept": (_of_layer(kept=3), rf"{FIRST}.values is BF16 .*; expected bfloat16 \(3,\)"),
+    "other values": (_of_layer(values="float16"), f"{FIRST}.values is BF16 .*; expected float16"),
+    "a bias that is not stored": (_of_layer(bias=True), f"does not fit its compressed.json: {FIRST}.bias is missing"),
+    "codes without scales": (_of_layer(values="int8"), f"{FIRST}.values is BF16 .*; expected int8"),
+    "a torn file": (_of_file(WEIGHTS, lambda old: old[: len(old) // 2]), "model.safetensors cannot be read"),
+    "an empty file": (_of_file(WEIGHTS, lambda old: b""), "model.safetensors cannot be read"),
+    "a header of nothing": (_of_file(WEIGHTS, lambda old: b"\xff" * 64), "model.safetensors cannot be read"),
+    "a folder for a file": (
+        lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()),
+        "model.safetensors is not a file",
+    ),
+    "the same twice": (
+        lambda folder: shutil.copy(folder / WEIGHTS, folder / "second.safetensors"),
+        "is in two of its files",
+    ),
+    "a missing tensor": (
+        _of_tensors(lambda name, tensors: tensors.pop(f"{name}.values")),
+        f"{FIRST}.values is missing",
+    ),
+    "a tensor more": (
+        _of_tensors(lambda name, tensors: tensors.update({f"{name}.weight": torch.ones(48, 48)})),
+        f"{FIRST}.weight is not expected",
+    ),
+    "values in float64": (_of_tensor("values", lambda t: t.double()), f"{FIRST}.values is F64"),
+    "a norm in float64": (
+        _of_tensors(lambda name, tensors: tensors.update({"model.norm.weight": torch.ones(48).double()})),
+        "model.norm.weight is F64",
+    ),
+    "a NaN": (_of_tensor("values", lambda t: _with(t, float("nan"))), f"{FIRST}.values holds NaN or infinity"),
+    "an infinite norm": (
+        _of_tensors(lambda name, tensors: tensors["model.norm.weight"].view(-1).__setitem__(1, float("inf"))),
+        "model.norm.weight holds NaN or infinity",
+    ),
+    "a value less": (_of_tensor("values", lambda t: t[1:]), f"{FIRST}.values is BF16"),
+    "a bit less": (
+        _of_tensor("bitmap", lambda t: torch.where(t == t.view(-1)[0], 0, t)),
+        f"{FIRST}: CompressedLinear got .* values for a mask that keeps",
+    ),
+    "a bitmap of another width": (_of_tensor("bitmap", lambda t: t[:, :1]), rf"{FIRST}.bitmap is I32 \(48, 1\)"),
+    "a bitmap in int64": (_of_tensor("bitmap", lambda t: t.long()), f"{FIRST}.bitmap is I64"),
+    "no configuration": (lambda folder: (folder / "config.json").unlink(), "cannot be loaded"),
+    "a configuration that is not JSON": (_of_file("config.json", lambda old: old[:-9]), "cannot be loaded"),
+    "another configuration": (
+        _of_file("config.json", lambda old: old.replace(b'"vocab_size": ', b'"vocab_size": 1')),
+        r"is BF16 \(512, 48\); expected .* \(1512, 48\)",
+    ),
+    "a million layers": (
+        _of_file("config.json", lambda old: old.replace(b'"num_hidden_layers": 3', b'"num_hidden_layers": 1000000')),
+        "has more layers than there are tensors",
+    ),
+    "generation settings that are not JSON": (
+        lambda folder: (folder / "generation_config.json").write_text("{"),
+        "generation_config.json cannot be read",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compressed Llama of 3 blocks with random weights in bfloat16, every other input pruned, which loads."""
+    model = random_model("llama-gqa", hidden_size=48).bfloat16()
+    for block in model.model.layers:
+        for matrix in find_matrices(block):
+            block.get_parameter(matrix.name).data[:, 1::2] = 0
+    folder = tmp_path_factory.mktemp("sound")
+    model.save_pretrained(folder / "dense")
+    tokenizer.save_pretrained(folder / "dense")
+    save_compressed(str(folder / "dense"), str(folder / "model"))
+    load_compressed(folder / "model")
+    return folder / "model"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_gets_one_sentence(sound, tmp_path, damage):
+    """That names the folder and what is wrong."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(sound, folder)
+    do, says = DAMAGES[damage]
+    do(folder)
+    with pytest.raises(EBFTError, match=says) as error:
+        load_compressed(folder)
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+def test_an_eight_bit_folder_with_other_scales(sound, tmp_path):
+    folder = tmp_path / "int8"
+    save_compressed(str(sound.parent / "dense"), str(folder), values="int8")
+    load_compressed(folder)
+    _of_tensor("scales", lambda t: _with(t, float("inf")))(folder)
+    with pytest.raises(EBFTError, match=f"{FIRST}.scales holds NaN or infinity"):
+        load_compressed(folder)
+    _of_tensor("scales", lambda t: torch.ones_like(t, dtype=torch.float16))(folder)
+    with pytest.raises(EBFTError, match=f"{FIRST}.scales is F16"):
+        load_compressed(folder)

@@ -9,9 +9,12 @@ from safetensors.torch import load_file
 from several import job, on_ranks
 
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.output.audit import audit
 from ebft.model.matrices import find_matrices
-from ebft.pruning import InputStatistics, Pattern, SparseGPT, dsnot, magnitude, make_masker, ria, wanda
+from ebft.output.audit import audit
+from ebft.pruning import Pattern, dsnot
+from ebft.pruning.masker import make_masker
+from ebft.pruning.sparsegpt import SparseGPT
+from ebft.pruning.statistics import InputStatistics
 from ebft_kernels import PackedMask, load_masks, save_masks
 
 
@@ -115,14 +118,14 @@ def test_a_row_that_is_done_stays():
 )
 def test_runs(family, settings, config, silent, tokenizer, tmp_path):
     """Other masks with as many weights; sound, also where SparseGPT's update follows; pruned is what was pruned."""
-    usual = {"recover": "none", "samples": 4, "eval": "builtin", "dsnot_threshold": 0.0}
+    usual = {"recover": "none", "samples": 4, "eval": "builtin"}
     random_model(family).save_pretrained(tmp_path / "dense")
 
     def run(output, **more):
         model, chosen = random_model(family), config(output=str(tmp_path / output), **usual, **settings, **more)
         return run_ebft(model, chosen, tokenizer=tokenizer, reporter=silent)
 
-    plain, refined = run("plain"), run("refined", refine="dsnot")
+    plain, refined = run("plain"), run("refined", refine="dsnot", dsnot_threshold=0.0)
     assert any(mask != refined.masks[name] for name, mask in plain.masks.items())
     assert all(mask.count() == refined.masks[name].count() for name, mask in plain.masks.items())
     assert audit(str(refined.output), str(tmp_path / "dense")).faults == []
@@ -162,7 +165,7 @@ def test_what_does_not_go_together(config, silent, tokenizer):
         with pytest.raises(EBFTError, match="--refine dsnot swaps single weights for pruned ones, and cannot with --"):
             EBFTConfig(refine="dsnot", **settings)
     with pytest.raises(EBFTError, match="--dsnot-cycles 0; expected"):
-        EBFTConfig(dsnot_cycles=0)
+        EBFTConfig(refine="dsnot", dsnot_cycles=0)
 
     def updating(weight, inputs, pattern):
         return SparseGPT()(weight, inputs, pattern)

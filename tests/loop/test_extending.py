@@ -10,8 +10,9 @@ from typing import ClassVar
 import pytest
 
 from ebft import EBFTError, registry
-from ebft.config import EBFTConfig, setting
-from ebft.output.audit import main as audit
+from ebft.audit import main as audit
+from ebft.config import EBFTConfig
+from ebft.config.fields import setting
 from ebft.pruning import Criterion, mask_of_best
 from ebft.recovery import BlockRecovery, Footprint
 from ebft.recovery.settings import Checked

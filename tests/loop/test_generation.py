@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import ebft.data.generation
 import ebft.pipeline.prepare
 from ebft import EBFTConfig, EBFTError, run_ebft
+from ebft.config.sections import apportion
 from ebft.data.calibration import TextUse, Tokens, mixture
-from ebft.config.config import apportion
 from ebft.data.generation import generate
+from ebft.distributed import Ranks
 from ebft.output.folder import OutputFolder
 from ebft.plan.planner import make_plan
-from ebft.distributed import Ranks
-from ebft.recovery.task import Split
+from ebft.recovery.samples import Split
 
 CPU = torch.device("cpu")
 
@@ -162,7 +162,9 @@ def test_a_run_on_a_mixture_and_its_resumption(short_run, silent, tmp_path, monk
         if name == "block-00000":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ebft.pipeline.prepare, "generate", lambda *args, **how: written.append(how) or write(*args, **how))
+    monkeypatch.setattr(
+        ebft.pipeline.prepare, "generate", lambda *args, **how: written.append(how) or write(*args, **how)
+    )
     whole = run_ebft(config=EBFTConfig(**{**given, "output": str(tmp_path / "whole")}), reporter=silent)
     monkeypatch.setattr(OutputFolder, "commit_part", stop_after_a_block)
     with pytest.raises(KeyboardInterrupt):

@@ -10,8 +10,8 @@ from faults import assert_same
 from ebft import BlockReconstructor, EBFTConfig, EBFTError, run_ebft
 from ebft.model.decoder import Decoder
 from ebft.plan.planner import make_plan
-from ebft.recovery import BlockTask, HalfByHalf
-from ebft.recovery.task import BlockResult
+from ebft.recovery.ebft.halves import HalfByHalf
+from ebft.recovery.task import BlockResult, BlockTask
 from ebft_kernels import PackedMask, load_masks
 
 CPU = torch.device("cpu")

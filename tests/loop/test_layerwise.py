@@ -9,7 +9,7 @@ from torch import nn
 from ebft import EBFTConfig, run_ebft
 from ebft.model.decoder import Decoder
 from ebft.model.matrices import find_matrices
-from ebft.recovery.layerwise import input_groups, inputs_of, masked_least_squares
+from ebft.recovery.layerwise.solve import input_groups, inputs_of, masked_least_squares
 from ebft_kernels import load_masks
 
 CPU = torch.device("cpu")
@@ -192,9 +192,10 @@ def test_it_beats_the_pruned_model_and_helps_what_follows(trained, config, silen
     """On a model that has learned something; a sum of recoveries runs both, each after the other."""
     perplexity = {}
     for recover in ("none", "ebft", "layerwise", "layerwise+ebft"):
+        of_ebft = {"epochs": 1, "lr": 1e-3} if "ebft" in recover else {}
         settings = config(
-            model=str(trained), recover=recover, samples=32, seqlen=64, epochs=1, lr=1e-3, eval="builtin",
-            eval_seqlen=128, sparsity=0.7, output=config().output + recover,
+            model=str(trained), recover=recover, samples=32, seqlen=64, eval="builtin", eval_seqlen=128,
+            sparsity=0.7, output=config().output + recover, **of_ebft,
         )  # fmt: skip
         result = run_ebft(config=settings, reporter=silent)
         perplexity[recover] = result.summary["perplexity"]["builtin"]["recovered"]

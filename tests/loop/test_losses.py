@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from ebft import BlockReconstructor, EBFTConfig
 from ebft.distributed import Ranks
-from ebft.recovery.ebft.losses import Loss, measured_by_token
-from ebft.recovery.task import Errors, Split
+from ebft.recovery.ebft.objective import measured_by_token
+from ebft.recovery.samples import Errors, Split
 from ebft_kernels import PackedMask
 
 CPU = torch.device("cpu")

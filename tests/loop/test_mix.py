@@ -6,9 +6,9 @@ from conftest import random_model
 from faults import assert_same, stopped_at_pass
 
 from ebft import EBFTConfig, EBFTError, run_ebft
+from ebft.data.streams import Store, Streams, dense_samples
 from ebft.model.decoder import Decoder
 from ebft.plan.planner import make_plan
-from ebft.data.streams import Store, Streams, dense_samples
 
 CPU = torch.device("cpu")
 

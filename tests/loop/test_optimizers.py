@@ -7,7 +7,7 @@ from torch import nn
 
 from ebft import BlockReconstructor, EBFTConfig, EBFTError, run_ebft
 from ebft.plan.planner import make_plan
-from ebft.recovery.ebft.optimizers import MaskedLion, MaskedMuon
+from ebft.recovery.optimizers.masked import MaskedLion, MaskedMuon
 from ebft_kernels import PackedMask, load_masks
 
 

@@ -14,10 +14,10 @@ import ebft.pipeline.prepare
 import ebft.pipeline.run
 import ebft.pipeline.walk
 from ebft import BlockReconstructor, EBFTConfig, EBFTError, run_ebft
-from ebft.output.audit import main as audit
+from ebft.audit import main as audit
+from ebft.data.streams import Streams
 from ebft.model.decoder import Decoder
 from ebft.plan.planner import make_plan
-from ebft.data.streams import Streams
 
 CPU = torch.device("cpu")
 

@@ -11,12 +11,15 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ebft import BlockReconstructor, EBFTError
-from ebft.config.config import EBFTConfig
+from ebft.config import EBFTConfig
 from ebft.model.decoder import Decoder
+from ebft.model.device import choose_device
 from ebft.plan.devices import DEVICES, SHARE
-from ebft.pipeline.prepare import choose_device
-from ebft.plan.planner import CONTEXT, MASK_BYTES, fit_to_budget, flags, make_plan
-from ebft.pruning import InputStatistics, Pattern, wanda
+from ebft.plan.plan import flags
+from ebft.plan.planner import CONTEXT, fit_to_budget, make_plan
+from ebft.pruning import Pattern
+from ebft.pruning.protocol import MASK_BYTES
+from ebft.pruning.statistics import InputStatistics
 from ebft.run import main
 from ebft_kernels import PackedMask, use_impl
 

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.pruning import InputStatistics, Pattern, magnitude, make_masker, mask_of_best, wanda
+from ebft.pruning import Pattern, mask_of_best
+from ebft.pruning.masker import make_masker
+from ebft.pruning.statistics import InputStatistics
 
 
 def statistics(inputs):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from several import CPU, dies, on_ranks, tune
 
 from ebft import EBFTConfig, EBFTError
-from ebft.output.audit import main as audit
+from ebft.audit import main as audit
 from ebft.distributed import Ranks
 from ebft.recovery.ebft.reconstruct import BlockReconstructor
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ebft import BlockReconstructor, EBFTConfig
-from ebft.recovery.task import batch_order
+from ebft.recovery.samples import batch_order
 from ebft_kernels import PackedMask
 
 CPU = torch.device("cpu")

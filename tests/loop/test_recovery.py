@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ebft import run_ebft
+from ebft.config import EBFTConfig
 from ebft.data.calibration import evaluation_tokens
-from ebft.config.config import EBFTConfig
-from ebft.output.report import recovered_share
+from ebft.output.figures import recovered_share
 from ebft_kernels import load_masks
 
 

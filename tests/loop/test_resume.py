@@ -7,6 +7,7 @@ import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
+import ebft.output.folder.folder
 import pytest
 import torch
 from conftest import random_model
@@ -15,12 +16,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import ebft.pipeline.prepare
-import ebft.output.folder
 from ebft import EBFTError, run_ebft
-from ebft.config.config import EBFTConfig
+from ebft.config import EBFTConfig
 from ebft.errors import MemoryRanOut
 from ebft.output.folder import OutputFolder
-from ebft.output.report import Reporter
+from ebft.output.terminal import Reporter
 from ebft.run import main
 
 
@@ -341,9 +341,9 @@ def _full(name, number, module, monkeypatch):
         (os, "posix_fallocate", 1, False),  # the stream that the dense perplexity is measured with
         (os, "posix_fallocate", 2, True),  # the inputs
         (os, "fsync", 9, True),
-        (ebft.output.folder, "save_file", 3, True),
-        (ebft.output.folder, "save_file", 4, True),  # the model
-        (ebft.output.folder, "save_masks", 2, True),
+        (ebft.output.folder.folder, "save_file", 3, True),
+        (ebft.output.folder.folder, "save_file", 4, True),  # the model
+        (ebft.output.folder.folder, "save_masks", 2, True),
     ],
 )
 def test_a_full_disk(module, name, number, kept, settings, silent, tmp_path, monkeypatch, capsys):

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import ebft.pipeline.run
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.output.audit import audit
 from ebft.model.decoder import Decoder
-from ebft.pipeline.run import OutputFolder
+from ebft.output.audit import audit
+from ebft.output.folder import OutputFolder
 from ebft_kernels import load_masks
 
 

@@ -5,10 +5,12 @@ import torch
 from conftest import random_model
 
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.output.audit import audit
 from ebft.model.decoder import Decoder
+from ebft.output.audit import audit
 from ebft.plan.planner import make_plan
-from ebft.pruning import InputObserver, InputStatistics, Pattern, SparseGPT, magnitude, wanda
+from ebft.pruning import Pattern
+from ebft.pruning.sparsegpt import SparseGPT
+from ebft.pruning.statistics import InputObserver, InputStatistics
 
 CPU = torch.device("cpu")
 

@@ -6,13 +6,13 @@ import json
 import math
 from functools import partial
 
+import ebft.recovery.ebft.losses
 import pytest
 import torch
 from conftest import random_model
 from torch import nn
 from torch.nn import functional as F
 
-import ebft.recovery.ebft.losses
 from ebft import BlockReconstructor, EBFTConfig, EBFTError, run_ebft
 from ebft.run import main
 from ebft_kernels import MaskedAdamW, PackedMask

@@ -5,25 +5,26 @@ import json
 import threading
 import weakref
 
+import ebft.recovery.ebft.recovery.ebft.reconstruct
 import pytest
 import torch
-from conftest import FAMILIES, VOCABULARY, random_model
+from conftest import FAMILIES, VOCABULARY, random_model, with_effect
 from faults import assert_same
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import ebft.recovery.ebft.reconstruct
 import ebft.data.streams
 from ebft import BlockReconstructor, EBFTError, run_ebft
+from ebft.config import EBFTConfig
+from ebft.config.fields import parse_bytes
 from ebft.data.calibration import calibration_tokens
-from ebft.model.checkpoint import load_model, open_model
-from ebft.config.config import EBFTConfig, parse_bytes
-from ebft.model.decoder import Decoder
+from ebft.data.streams import Store, Stream, Streams, carry
 from ebft.evaluation.perplexity import perplexities
+from ebft.model.checkpoint import load_model, open_model
+from ebft.model.decoder import Decoder
+from ebft.model.weights import ModelWeights, ShardedWeights, Tensors
 from ebft.output.folder import OutputFolder
 from ebft.plan.planner import make_plan
-from ebft.data.streams import Store, Stream, Streams, carry
-from ebft.model.weights import ModelWeights, ShardedWeights, Tensors
 
 CPU = torch.device("cpu")
 TIED = ("llama", "qwen2", "opt", "gpt2", "gemma2", "gemma3", "mixtral")
@@ -165,7 +166,7 @@ def given(tmp_path, tokenizer):
             saved(random_model(family).to(dtype), folder, tokenizer, max_shard_size="40KB")
         usual = {"model": str(folder), "samples": 6, "seqlen": 24, "epochs": 1, "batch_size": 4, "eval": "builtin"}
         usual |= {"eval_seqlen": 64, "output": str(tmp_path / output), "max_shard_size": "40KB"}
-        return EBFTConfig.preset("demo", **(usual | changes))
+        return EBFTConfig.preset("demo", **with_effect(usual, changes))
 
     return make
 
@@ -228,7 +229,10 @@ def test_blocks_and_optimizers_are_gone_after_their_turn(unit, given, silent, mo
         return step(*args, **kwargs)
 
     monkeypatch.setattr(Decoder, "working_block", noted("blocks", Decoder.working_block))
-    monkeypatch.setattr("ebft.recovery.ebft.reconstruct.make_optimizer", noted("optimizers", ebft.recovery.ebft.reconstruct.make_optimizer))
+    monkeypatch.setattr(
+        "ebft.recovery.ebft.recovery.ebft.reconstruct.make_optimizer",
+        noted("optimizers", ebft.recovery.ebft.recovery.ebft.reconstruct.make_optimizer),
+    )
     monkeypatch.setattr(BlockReconstructor, "step", counted)
     gc.collect()
     gc.disable()

@@ -9,16 +9,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ebft import EBFTConfig, run_ebft
-from ebft.output.audit import audit
 from ebft.compressed.layers import load_compressed, save_compressed
-from ebft.model.decoder import Decoder, find_blocks
 from ebft.errors import EBFTError
+from ebft.model.decoder import Decoder, find_blocks
 from ebft.model.matrices import find_matrices
-from ebft.pruning import InputStatistics
+from ebft.output.audit import audit
+from ebft.pruning.statistics import InputStatistics
 from ebft.pruning.structured.scores import SCORES, least_of_all, remove
 from ebft.pruning.structured.units import bias_of, find_units, masks_without, removed_by
-from ebft.recovery import BlockTask, Layerwise
-from ebft.recovery.layerwise import inputs_of
+from ebft.recovery.layerwise.solve import inputs_of
+from ebft.recovery.task import BlockTask
 
 FAMILIES = ["llama", "llama-gqa", "mistral", "qwen2", "qwen3", "opt", "gpt2", "gpt-neox", "phi", "gemma2"]
 GROUPS = {"llama-gqa": 2, "mistral": 2, "qwen2": 2, "qwen3": 2, "gemma2": 2}
@@ -336,7 +336,7 @@ def test_layerwise_reckons_with_what_the_biases_hold():
     ("settings", "says"),
     [
         ({"structured": True, "pattern": "2:4"}, "--structured prunes whole heads and channels, and --pattern is 2:4"),
-        ({"uniform": True}, "--uniform is about the widths that --structured leaves; expected --structured"),
+        ({"uniform": True}, "--uniform has no effect with --no-structured: it needs --structured"),
         ({"prune": "flap"}, "--prune flap scores whole heads and channels; expected --structured"),
     ],
 )

@@ -9,7 +9,9 @@ from conftest import random_model
 
 from ebft import EBFTConfig, EBFTError, run_ebft
 from ebft.output.audit import audit
-from ebft.pruning import InputStatistics, Pattern, SparseGPT, mask_of_best, wanda
+from ebft.pruning import Pattern, mask_of_best
+from ebft.pruning.sparsegpt import SparseGPT
+from ebft.pruning.statistics import InputStatistics
 from ebft.pruning.transposable import transposable_mask
 from ebft_kernels import PackedMask, load_masks, save_masks
 
@@ -125,7 +127,7 @@ def first_of_groups(shape, along, keep, group):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"pattern": None}, "--transposable is of N:M masks; expected --pattern with it"),
+        ({"pattern": None}, "--transposable has no effect with no --pattern: it needs --pattern"),
         (
             {"refine": "dsnot"},
             "--transposable holds along the outputs too, which --refine dsnot would not keep so",

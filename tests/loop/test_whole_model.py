@@ -16,12 +16,14 @@ import ebft.pipeline.run
 import ebft.recovery.lora
 import ebft.recovery.whole_model
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.output.audit import audit
+from ebft.distributed import Ranks
 from ebft.model.decoder import Decoder
 from ebft.model.matrices import router_paths
-from ebft.distributed import Ranks
-from ebft.recovery import FullFineTuning, LoRA, WholeTask
-from ebft.recovery.task import batch_order
+from ebft.output.audit import audit
+from ebft.recovery.full import FullFineTuning
+from ebft.recovery.lora import LoRA
+from ebft.recovery.samples import batch_order
+from ebft.recovery.whole_model import WholeTask
 from ebft_kernels import PackedMask
 
 CPU = torch.device("cpu")

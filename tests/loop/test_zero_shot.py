@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ebft.evaluation.zero_shot
 from ebft import EBFTConfig, EBFTError, run_ebft
 from ebft.data.calibration import builtin_documents
+from ebft.evaluation.zero_shot import ZeroShot, cloze
 from ebft.model.checkpoint import load_model
 from ebft.plan.planner import make_plan
 from ebft.run import main
-from ebft.evaluation.zero_shot import ZeroShot, cloze
 
 
 def test_questions_are_made_from_the_text():

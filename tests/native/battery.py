@@ -46,6 +46,10 @@ def check_masks(rows, width, seed, dtype=torch.float32):
         assert torch.equal(words, reference.pack_mask(mask)), (kind, rows, width)
         assert torch.equal(OPS.unpack_mask.native(words, width), mask), (kind, rows, width)
         assert torch.equal(OPS.row_offsets.native(words), reference.row_offsets(words))
+        mine, truth = (torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).to(dtype) for _ in "ab")
+        OPS.zero_pruned_.native(mine, words)
+        reference.zero_pruned_(truth, words)
+        assert torch.equal(mine, truth), (kind, rows, width, dtype)
     scores = torch.randint(-4, 5, (rows, width), generator=generator).to(dtype) * torch.randn(
         1, generator=generator
     ).to(dtype)

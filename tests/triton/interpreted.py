@@ -54,6 +54,13 @@ def masks():
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             values = torch.randn(*lead, width, generator=generator).to(dtype).masked_fill(~mask, float("nan"))
             assert torch.equal(OPS.zero_pruned(values, packed.words), reference.zero_pruned(values, packed.words))
+            cleared = values.clone()
+            OPS.zero_pruned_(cleared, packed.words)
+            assert torch.equal(cleared, reference.zero_pruned(values, packed.words))
+            if values.ndim == 2:
+                strided = values.T.contiguous().T
+                OPS.zero_pruned_(strided, packed.words)
+                assert torch.equal(strided, cleared)
     strided = torch.rand(40, 9, generator=generator) > 0.5
     assert torch.equal(OPS.pack_mask(strided.T), reference.pack_mask(strided.T))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ebft.model.checkpoint import Source
 from ebft.model.decoder import find_blocks
 from ebft.model.matrices import find_matrices
-from ebft.model.weights import ModelWeights, ShardedWeights, Tensors
+from ebft.model.weights import ModelWeights, ShardedWeights
 from ebft.pruning.structured.units import find_units
 
 _FLAGS = ("attention_bias", "mlp_bias")
@@ -59,7 +59,7 @@ def with_biases(source: Source, layers: Sequence[str], say: Callable[[str], obje
         return source
     if isinstance(source.weights, ShardedWeights):
         zeros = {name: p.to(_dtype(model)) for name, p in added.items()}
-        return Source(model, ShardedWeights(model, Tensors(source.weights.tensors.files, zeros)))
+        return Source(model, ShardedWeights(model, source.weights.tensors.with_zeros(zeros)))
     return Source(model, ModelWeights(model))
 
 

@@ -75,7 +75,7 @@ def _can_be_said(
     try:
         narrow = type(narrow).from_dict(narrow.to_dict())  # as it will be read from the file
         with torch.device("meta"):
-            made = dict(AutoModelForCausalLM.from_config(narrow).named_parameters())
+            made = dict(AutoModelForCausalLM.from_config(narrow, trust_remote_code=False).named_parameters())
     except (ValueError, StrictDataclassError):
         return False
     shapes = {}

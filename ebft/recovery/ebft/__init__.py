@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ebft.config.fields import setting
+from ebft.config.fields import Needs, setting
 from ebft.errors import EBFTError
 from ebft.recovery.protocol import BlockRecovery, Footprint, Place
 from ebft.recovery.settings import Clipping, GradientCheckpointing, WeightDecay
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from ebft.config import EBFTConfig
     from ebft.plan.shapes import Shapes
     from ebft.recovery.task import BlockResult, BlockTask
+
+
+_REFRESH = Needs(
+    "--refresh-every", ("refresh_every",), lambda config: config.of_method(EBFT.Settings).refresh_every > 0
+)
 
 
 @register_recovery("ebft", scope="block")
@@ -64,16 +69,24 @@ class EBFT(BlockRecovery):
             at_least=0,
         )
         refresh_share: float = setting(
-            0.05, "share of each row's kept weights that --refresh-every chooses anew", above=0, at_most=1
+            0.05,
+            "share of each row's kept weights that --refresh-every chooses anew",
+            above=0,
+            at_most=1,
+            needs=_REFRESH,
         )
         refresh_grow: str = setting(
             "gradient",
             "what pruned weights come back by: the size of the mean gradient of a few batches, or the mean of its "
             "square",
             choices=("gradient", "gradient2"),
+            needs=_REFRESH,
         )
         patience: int = setting(
-            2, "epochs without a lower error on the validation split (--holdout) before a block is done", at_least=1
+            2,
+            "epochs without a lower error on the validation split (--holdout) before a block is done",
+            at_least=1,
+            needs=Needs("--holdout", ("holdout",), lambda config: config.recover.holdout > 0),
         )
         epochs_where: str = setting(
             "all",

@@ -36,7 +36,7 @@ from ebft.recovery.optimizers.masked import MaskedOptimizer
 from ebft.recovery.samples import Energies, Errors, Split, batch_order, samples_of_all
 from ebft.recovery.task import BlockResult, BlockTask, Forward
 from ebft.registry import optimizers
-from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, mask_linears_
+from ebft_kernels import MaskedAdamW, PackedMask, mask_linears_, unmask_linears_
 
 
 @dataclass(frozen=True)
@@ -355,14 +355,11 @@ def _backward(tuning: Tuning, x: Tensor, y: Tensor, share: float) -> Tensor:
 @contextlib.contextmanager
 def _masked_layers(block: nn.Module, masks: Mapping[str, PackedMask]) -> Iterator[None]:
     """The linear layers of ``block`` as masked ones while inside: theirs are the updates in the backward pass."""
-    paths = {name: name.rpartition(".")[0] for name in masks}
-    linears = {name: path for name, path in paths.items() if path and type(block.get_submodule(path)) is nn.Linear}
+    linears = {name: block.get_submodule(name.rpartition(".")[0]) for name in masks}
+    linears = {name: layer for name, layer in linears.items() if layer is not block and type(layer) is nn.Linear}
     mask_linears_(block, {name: masks[name] for name in linears})
     try:
         yield
     finally:
-        for path in linears.values():
-            parent, _, last = path.rpartition(".")
-            layer = block.get_submodule(path)
-            assert isinstance(layer, MaskedLinear)
-            setattr(block.get_submodule(parent), last, layer.to_linear())
+        for layer in linears.values():
+            unmask_linears_(layer)

@@ -1,0 +1,88 @@
+"""The figures of a run for people: what the terminal, the page and the model card show alike."""
+
+from __future__ import annotations
+
+from math import isfinite, log
+from pathlib import Path
+from typing import Any
+
+STAGES = ("dense", "pruned", "recovered")
+
+
+def perplexity_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: of the stages that were measured, and what recovery won back where there was one."""
+    measured = [stage for stage in STAGES if any(stage in values for values in summary["perplexity"].values())]
+    both = measured == [*STAGES]
+    rows = [
+        [text, *(number(values[stage]) for stage in measured), *([won_back(values)] if both else [])]
+        for text, values in summary["perplexity"].items()
+    ]
+    return ["perplexity", *measured, *(["won back"] if both else [])], rows
+
+
+def recovered_share(values: dict[str, float]) -> float | None:
+    """Share of the lost log-perplexity that recovery won back; None where pruning lost nothing."""
+    if not all(isfinite(values[stage]) for stage in STAGES) or values["pruned"] <= values["dense"]:
+        return None
+    return log(values["pruned"] / values["recovered"]) / log(values["pruned"] / values["dense"])
+
+
+def zero_shot_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """Of every zero-shot task and metric: task, questions, metric, value, standard error."""
+    rows = []
+    for task, values in summary["zero_shot"].items():
+        for name, value in metrics_of(values).items():
+            metric, comma, kind = name.partition(",")
+            error = values.get(f"{metric}_stderr{comma}{kind}")
+            said = "-" if error is None else f"{error:.3g}"
+            rows.append([without_folder(task), str(values.get("documents", "-")), name, f"{value:.4g}", said])
+    return rows
+
+
+def metrics_of(values: dict[str, float]) -> dict[str, float]:
+    """Without standard errors and counts."""
+    return {name: value for name, value in values.items() if name != "documents" and "_stderr" not in name}
+
+
+def won_back(values: dict[str, float]) -> str:
+    """``recovered_share`` for people."""
+    share = recovered_share(values)
+    return "-" if share is None else f"{share:.0%}"
+
+
+def plain_merge(summary: dict[str, Any]) -> str:
+    """What merging adapters without the masks would have given, in a sentence; nothing where there were none."""
+    entry = next((of for of in summary["whole_model"].values() if "plain_merge" in of), None)
+    if entry is None:
+        return ""
+    merged, masked = entry["plain_merge"], summary["config"].get("lora_masked", True)
+    figures = ", ".join(f"{number(value)} on {text}" for text, value in merged["perplexity"].items())
+    return (
+        f" The plain merge of the adapters, which fills the zeros and was not saved, would be {merged['sparsity']:.2%} "
+        f"sparse{f', of perplexity {figures}' if figures else ''}; the adapters were tuned "
+        f"{'under the masks, as they were merged' if masked else 'without masks'}."
+    )
+
+
+def number(value: float) -> str:
+    """A perplexity for people."""
+    return f"{value:.2f}" if value < 1e4 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """``75`` as ``1 min 15 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def without_folder(value: Any) -> Any:
+    """The name of a file or folder of this machine, in place of its path; of several too, joined by commas."""
+    if not isinstance(value, str):
+        return value
+    return ",".join(_name_alone(part) for part in value.split(","))
+
+
+def _name_alone(part: str) -> str:
+    kind, colon, path = part.rpartition(":") if part.startswith("local:") else ("", "", part)
+    return kind + colon + (Path(path).name if Path(path).is_absolute() else path)
