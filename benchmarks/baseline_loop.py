@@ -54,13 +54,13 @@ def run_baseline(model: PreTrainedModel, ids: Tensor, config: EBFTConfig, **adam
         adamw: further arguments of ``torch.optim.AdamW``, such as ``fused=True``.
     """
     result = BaselineResult()
-    inputs, kwargs = first_inputs(model, ids, config.batch_size)
+    inputs, kwargs = first_inputs(model, ids, config.recover.batch_size)
     for index, block in enumerate(model.model.layers):
-        targets, norms = dense_pass(block, inputs, kwargs, config.batch_size)
+        targets, norms = dense_pass(block, inputs, kwargs, config.recover.batch_size)
         linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
         for name, linear in linears.items():
             score = linear.weight.detach().abs() * norms[name]
-            kept = score.topk(round(score.shape[1] * (1 - config.sparsity)), dim=1).indices
+            kept = score.topk(round(score.shape[1] * (1 - config.prune.sparsity)), dim=1).indices
             replace(block, name, MultipliedLinear(linear, torch.zeros_like(score).scatter_(1, kept, 1.0)))
 
         began = time.perf_counter()
@@ -71,7 +71,7 @@ def run_baseline(model: PreTrainedModel, ids: Tensor, config: EBFTConfig, **adam
             for name, linear in linears.items():
                 linear.weight.mul_(block.get_submodule(name).mask)
                 replace(block, name, linear)
-            inputs = torch.cat([hidden_of(block(x, **kwargs)) for x in inputs.split(config.batch_size)])
+            inputs = torch.cat([hidden_of(block(x, **kwargs)) for x in inputs.split(config.recover.batch_size)])
     return result
 
 
@@ -90,11 +90,11 @@ def tune(
     others = [p for p in block.parameters() if all(p is not matrix for matrix in matrices)]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, **adamw)
-    steps = config.epochs * -(-len(inputs) // config.batch_size)
+    steps = config.epochs * -(-len(inputs) // config.recover.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     losses = []
     for epoch in range(config.epochs):
-        for batch in batch_order(len(inputs), config.seed, index, epoch).split(config.batch_size):
+        for batch in batch_order(len(inputs), config.runtime.seed, index, epoch).split(config.recover.batch_size):
             loss = F.mse_loss(hidden_of(block(inputs[batch], **kwargs)), targets[batch])
             loss.backward()
             nn.utils.clip_grad_norm_(block.parameters(), config.clip)

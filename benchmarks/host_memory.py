@@ -51,10 +51,10 @@ from ebft import run_ebft
 from ebft.model.checkpoint import load_model, load_tokenizer
 from ebft.cli.app import parse_args
 config, _ = parse_args(sys.argv[1:])
-model = load_model(config.model)
+model = load_model(config.model.source)
 for parameter in model.parameters():
     parameter.data = parameter.data.clone()
-run_ebft(model, config, tokenizer=load_tokenizer(config.model))
+run_ebft(model, config, tokenizer=load_tokenizer(config.model.source))
 """
 CONTENDERS = {
     "streamed": (["-m", "ebft.run"], []),

@@ -61,13 +61,13 @@ def models() -> dict[str, Any]:
         ),
     }
     for config in shapes.values():
-        config.dtype = config.dtype or torch.bfloat16
+        config.runtime.dtype = config.runtime.dtype or torch.bfloat16
     return shapes
 
 
 def plan_for(name: str, config: Any, **settings: Any) -> Plan:
     """The plan of the published recipe on a GPU that computes in bfloat16."""
-    return make_plan(EBFTConfig(model=name, **settings), "a100", model_config=config)
+    return make_plan(EBFTConfig.of(model=name, **settings), "a100", model_config=config)
 
 
 def row(name: str, budget: str, plan: Plan) -> str:

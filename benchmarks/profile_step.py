@@ -47,7 +47,7 @@ def main() -> None:
     masks = {}
     for matrix in decoder.matrices[0]:
         size = decoder.stored_block(0).get_parameter(matrix.name).abs()
-        masks[matrix.name] = PackedMask.from_topk(size, round(matrix.inputs * (1 - config.sparsity)))
+        masks[matrix.name] = PackedMask.from_topk(size, round(matrix.inputs * (1 - config.prune.sparsity)))
 
     def ours() -> float:
         block = decoder.working_block(0)
@@ -63,7 +63,7 @@ def main() -> None:
 
     def baseline() -> float:
         block = copy.deepcopy(model.model.layers[0])
-        _, kwargs = first_inputs(model, ids, config.batch_size)
+        _, kwargs = first_inputs(model, ids, config.recover.batch_size)
         for name, mask in masks.items():
             path = name.removesuffix(".weight")
             linear = block.get_submodule(path)

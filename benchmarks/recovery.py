@@ -97,7 +97,11 @@ def _ebft(given: argparse.Namespace) -> tuple[float, Any]:
 def _baseline(given: argparse.Namespace, tokenizer: Any, **adamw: Any) -> tuple[float, Any]:
     config, model = _config(given, "unused"), load_model(given.model).float()
     tokens = calibration_tokens(
-        config.calibration, tokenizer, samples=config.samples, seqlen=config.seqlen, windows=config.windows
+        config.data.calibration,
+        tokenizer,
+        samples=config.data.samples,
+        seqlen=config.data.seqlen,
+        windows=config.data.windows,
     )
     result = run_baseline(model, tokens.ids, config, **adamw)
     return result.tuning_seconds, model

@@ -54,7 +54,9 @@ def main() -> None:
     rows = []
     for layout in LAYOUTS:
         sizes = {"samples": given.samples, "seqlen": given.seqlen, "epochs": given.epochs, "batch_size": 4}
-        config = EBFTConfig(model="7b-block", **sizes, lr=given.lr, dtype="bfloat16", device="cpu", eval="", **layout)
+        config = EBFTConfig.of(
+            model="7b-block", **sizes, lr=given.lr, dtype="bfloat16", device="cpu", eval="", **layout
+        )
         rows.append({"layout": flags(layout) or "defaults", **_tuned(config, decoder, ids, shape)})
         print(rows[-1], flush=True)
     parameters = sum(p.numel() for p in decoder.stored_block(0).parameters())
@@ -67,10 +69,10 @@ def _tuned(config: EBFTConfig, decoder: Decoder, ids: Tensor, shape: LlamaConfig
     block = decoder.working_block(0)
     observer = InputObserver(block, decoder.matrices[0])
     with torch.no_grad(), observer.watching():
-        targets = torch.cat([decoder.run_block(0, block, part) for part in hidden.split(config.batch_size)])
+        targets = torch.cat([decoder.run_block(0, block, part) for part in hidden.split(config.recover.batch_size)])
     masks = make_masker(config)("block", block, decoder.matrices[0], observer.statistics).masks
     del block
-    decoder.call_for(0, config.micro_batch or config.batch_size, config.seqlen)
+    decoder.call_for(0, config.recover.micro_batch or config.recover.batch_size, config.data.seqlen)
     result: dict[str, Any] = {}
 
     def work() -> None:

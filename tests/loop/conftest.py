@@ -110,7 +110,9 @@ def trained(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPat
 def with_effect(usual, settings):
     """``settings`` over the ``usual`` ones, without those of the latter that would then have no effect."""
     fields = EBFTConfig.__dataclass_fields__
-    made = EBFTConfig(**{name: value for name, value in usual.items() if not fields[name].metadata["needs"]} | settings)
+    made = EBFTConfig.of(
+        **{name: value for name, value in usual.items() if not fields[name].metadata["needs"]} | settings
+    )
     return {name: value for name, value in usual.items() if made.has_effect(name)} | settings
 
 

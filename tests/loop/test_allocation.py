@@ -93,7 +93,7 @@ def test_a_file(config, silent, tokenizer, tmp_path):
 )  # fmt: skip
 def test_what_does_not_go_together(settings, says):
     with pytest.raises(EBFTError, match=says):
-        EBFTConfig(**{"allocation": "owl", **settings})
+        EBFTConfig.of(**{"allocation": "owl", **settings})
 
 
 def test_masks_that_are_there_already_have_their_shares(config):

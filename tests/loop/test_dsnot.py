@@ -1,7 +1,5 @@
 """RIA and DSnoT, against what they say of one weight or one row at a time."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from conftest import random_model
@@ -11,10 +9,14 @@ from several import job, on_ranks
 from ebft import EBFTConfig, EBFTError, run_ebft
 from ebft.model.matrices import find_matrices
 from ebft.output.audit import audit
-from ebft.pruning import Pattern, dsnot
+from ebft.pruning import Pattern
+from ebft.pruning.dsnot import dsnot
+from ebft.pruning.magnitude import Magnitude
 from ebft.pruning.masker import make_masker
+from ebft.pruning.ria import RIA
 from ebft.pruning.sparsegpt import SparseGPT
 from ebft.pruning.statistics import InputStatistics
+from ebft.pruning.wanda import Wanda
 from ebft_kernels import PackedMask, load_masks, save_masks
 
 
@@ -38,10 +40,10 @@ def test_ria_scores_shares_of_row_and_column():
             if size[i, j]:
                 share = size[i, j] / size[i].sum() + size[i, j] / size[:, j].sum()
                 scores[i, j] = share * x[:, j].double().square().sum() ** 0.25
-    mask = ria(weight, seen, Pattern(sparsity=0.6))
+    mask = RIA().mask(weight, seen, Pattern(sparsity=0.6))
     assert mask.sum() == round(140 * 0.4)
     assert scores[mask].min() >= scores[~mask].max()
-    groups = ria(weight, seen, Pattern.parse("2:4")).reshape(-1, 4)
+    groups = RIA().mask(weight, seen, Pattern.parse("2:4")).reshape(-1, 4)
     assert groups.sum(1).unique().tolist() == [2]
 
 
@@ -88,7 +90,7 @@ def row_by_row(weight, mask, x, width, threshold, cycles):
 @pytest.mark.parametrize("threshold", [0.0, 0.4])
 def test_swaps_are_those_of_single_rows(pattern, threshold):
     weight, x, seen = made(12, 20)
-    start = wanda(weight, seen, pattern)
+    start = Wanda().mask(weight, seen, pattern)
     mask = dsnot(weight, start, seen, pattern, threshold=threshold, cycles=6)
     assert torch.equal(mask, row_by_row(weight, start, x, pattern.group or 20, threshold, 6))
     assert not torch.equal(mask, start)
@@ -101,7 +103,7 @@ def test_swaps_are_those_of_single_rows(pattern, threshold):
 
 def test_a_row_that_is_done_stays():
     weight, _, seen = made(8, 20)
-    start = magnitude(weight, seen, Pattern(sparsity=0.5))
+    start = Magnitude().mask(weight, seen, Pattern(sparsity=0.5))
     assert torch.equal(dsnot(weight, start, seen, Pattern(0.5), threshold=1e9, cycles=50), start)
     for kept in (torch.zeros_like(start), torch.ones_like(start)):  # nothing to prune, nothing to grow
         assert torch.equal(dsnot(weight, kept, seen, Pattern(0.5), threshold=0.0, cycles=50), kept)
@@ -163,9 +165,9 @@ def test_ranks_choose_the_same_masks(short_run, tmp_path):
 def test_what_does_not_go_together(config, silent, tokenizer):
     for settings in ({"prune": "zeros"}, {"structured": True}):
         with pytest.raises(EBFTError, match="--refine dsnot swaps single weights for pruned ones, and cannot with --"):
-            EBFTConfig(refine="dsnot", **settings)
+            EBFTConfig.of(refine="dsnot", **settings)
     with pytest.raises(EBFTError, match="--dsnot-cycles 0; expected"):
-        EBFTConfig(refine="dsnot", dsnot_cycles=0)
+        EBFTConfig.of(refine="dsnot", dsnot_cycles=0)
 
     def updating(weight, inputs, pattern):
         return SparseGPT()(weight, inputs, pattern)
@@ -179,7 +181,7 @@ def test_what_does_not_go_together(config, silent, tokenizer):
 def test_a_matrix_that_saw_no_tokens_keeps_its_mask_and_the_report_says_so():
     model = random_model("llama")
     block, matrices = model.model.layers[0], find_matrices(model.model.layers[0])
-    config = EBFTConfig(prune="magnitude", refine="dsnot", sparsity=0.5)
-    plain, refined = (make_masker(c)("block", block, matrices, {}) for c in (replace(config, refine="none"), config))
+    config = EBFTConfig.of(prune="magnitude", refine="dsnot", sparsity=0.5)
+    plain, refined = (make_masker(c)("block", block, matrices, {}) for c in (config.replace(refine="none"), config))
     assert plain.masks == refined.masks
     assert all(any(f"{matrix.name} (or experts" in note for note in refined.notes) for matrix in matrices)

@@ -26,8 +26,8 @@ def line(error, epochs):
     ],
 )
 def test_what_a_block_may_take(finished, error, most):
-    assert epochs_for(EBFTConfig(epochs=4, **WHERE), finished, error) == most
-    assert epochs_for(EBFTConfig(epochs=4), finished, error) == 4
+    assert epochs_for(EBFTConfig.of(epochs=4, **WHERE), finished, error) == most
+    assert epochs_for(EBFTConfig.of(epochs=4), finished, error) == 4
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_run_spends_no_more_in_all(given, short_run, silent, monkeypatch):
         return asked[-1][2]
 
     monkeypatch.setattr(ebft.pipeline.walk, "epochs_for", told)
-    lines = run_ebft(config=EBFTConfig(**short_run(**given)), reporter=silent).blocks
+    lines = run_ebft(config=EBFTConfig.of(**short_run(**given)), reporter=silent).blocks
     for index, ((finished, error, most), line) in enumerate(zip(asked, lines, strict=True)):
         assert [before["block"] for before in finished] == list(range(index))
         assert error == pytest.approx(line["relative_error_before"])
@@ -65,7 +65,7 @@ def test_a_run_spends_no_more_in_all(given, short_run, silent, monkeypatch):
 
 
 def test_it_is_gone_on_with(given, short_run, silent, tmp_path, monkeypatch):
-    run_ebft(config=EBFTConfig(**short_run("whole", **given)), reporter=silent)
+    run_ebft(config=EBFTConfig.of(**short_run("whole", **given)), reporter=silent)
 
     class Stop(Exception):
         pass
@@ -77,9 +77,9 @@ def test_it_is_gone_on_with(given, short_run, silent, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ebft.pipeline.walk, "epochs_for", stopped)
     with pytest.raises(Stop):
-        run_ebft(config=EBFTConfig(**short_run(**given)), reporter=silent)
+        run_ebft(config=EBFTConfig.of(**short_run(**given)), reporter=silent)
     monkeypatch.undo()
-    run_ebft(config=EBFTConfig(**short_run(**given, resume=True)), reporter=silent)
+    run_ebft(config=EBFTConfig.of(**short_run(**given, resume=True)), reporter=silent)
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
@@ -93,4 +93,4 @@ def test_it_is_gone_on_with(given, short_run, silent, tmp_path, monkeypatch):
 )
 def test_what_it_needs(changes, says):
     with pytest.raises(EBFTError, match=says):
-        EBFTConfig(**{**WHERE, **changes})
+        EBFTConfig.of(**{**WHERE, **changes})

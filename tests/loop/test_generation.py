@@ -98,7 +98,7 @@ def test_a_model_that_cannot_write(tokenizer):
 
 def test_names_and_shares(tmp_path, monkeypatch):
     def parts(calibration, samples=10):
-        return EBFTConfig(calibration=calibration, samples=samples).calibration_parts
+        return EBFTConfig.of(calibration=calibration, samples=samples).calibration_parts
 
     assert parts("c4") == {"c4": 10}
     assert parts("c4, wikitext2,self") == {"c4": 4, "wikitext2": 3, "self": 3}
@@ -165,13 +165,13 @@ def test_a_run_on_a_mixture_and_its_resumption(short_run, silent, tmp_path, monk
     monkeypatch.setattr(
         ebft.pipeline.prepare, "generate", lambda *args, **how: written.append(how) or write(*args, **how)
     )
-    whole = run_ebft(config=EBFTConfig(**{**given, "output": str(tmp_path / "whole")}), reporter=silent)
+    whole = run_ebft(config=EBFTConfig.of(**{**given, "output": str(tmp_path / "whole")}), reporter=silent)
     monkeypatch.setattr(OutputFolder, "commit_part", stop_after_a_block)
     with pytest.raises(KeyboardInterrupt):
-        run_ebft(config=EBFTConfig(**given), reporter=silent)
+        run_ebft(config=EBFTConfig.of(**given), reporter=silent)
     monkeypatch.setattr(OutputFolder, "commit_part", commit)
     assert len(written) == 2
-    result = run_ebft(config=EBFTConfig(**given, resume=True), reporter=silent)
+    result = run_ebft(config=EBFTConfig.of(**given, resume=True), reporter=silent)
     assert len(written) == 2  # it is not written again
     weights = [(out / "model.safetensors").read_bytes() for out in (result.output, whole.output)]
     assert weights[0] == weights[1]
@@ -187,9 +187,9 @@ def test_a_run_on_a_mixture_and_its_resumption(short_run, silent, tmp_path, monk
 
 def test_a_model_in_memory_writes_what_the_same_one_on_disk_writes(short_run, silent, tokenizer, tmp_path):
     given = short_run(calibration="self", recover="none", eval="")
-    on_disk = run_ebft(config=EBFTConfig(**given), reporter=silent)
+    on_disk = run_ebft(config=EBFTConfig.of(**given), reporter=silent)
     model = AutoModelForCausalLM.from_pretrained(given["model"])
-    config = EBFTConfig(**{**given, "output": str(tmp_path / "other"), "model": None})
+    config = EBFTConfig.of(**{**given, "output": str(tmp_path / "other"), "model": None})
     in_memory = run_ebft(model, config, tokenizer=tokenizer, reporter=silent)
     uses = [result.summary["calibration"] for result in (on_disk, in_memory)]
     assert uses[0] == uses[1]
@@ -215,9 +215,9 @@ def test_text_that_is_kept(tmp_path):
 
 def test_a_plan_counts_the_model_that_writes(tiny):
     usual = {"model": str(tiny / "model"), "device": "cpu", "seqlen": 16, "samples": 4, "eval": ""}
-    plan = make_plan(EBFTConfig(**usual, calibration="builtin:0.5,self:0.5"))
+    plan = make_plan(EBFTConfig.of(**usual, calibration="builtin:0.5,self:0.5"))
     model = sum(p.numel() for p in random_model("llama-gqa").parameters())
     cache = 3 * 2 * 16 * 8192  # keys and values of two heads of 8 in three blocks
     logits = 4 * 2 * 512 * VOCABULARY
     assert plan.stages["text by the dense model"] == 4 * (model + cache + logits)
-    assert "text by the dense model" not in make_plan(EBFTConfig(**usual, calibration="builtin")).stages
+    assert "text by the dense model" not in make_plan(EBFTConfig.of(**usual, calibration="builtin")).stages

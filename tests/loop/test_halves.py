@@ -74,7 +74,7 @@ def test_what_each_half_is_given(target):
         handle.remove()
     whole = (task.forward(task.block, task.inputs) - task.targets)[:1].square().mean()
     told, before = Told(), {name: p.clone() for name, p in task.block.named_parameters()}
-    result = HalfByHalf(EBFTConfig(target=target, batch_size=2), CPU, told).recover(task)
+    result = HalfByHalf(EBFTConfig.of(target=target, batch_size=2), CPU, told).recover(task)
     (first, second), (of_attention, _) = told.tasks, told.outputs
     torch.testing.assert_close(first.targets, after["dense"])
     torch.testing.assert_close(of_attention, after["pruned"])
@@ -97,7 +97,7 @@ def test_what_each_half_is_given(target):
 @pytest.mark.parametrize("family", ["gpt2", "gpt-neox", "gemma2", "mixtral", "qwen2-moe"])
 def test_any_family_with_halves(family):
     task, _ = task_of(family, "sparse-stream")
-    settings = EBFTConfig(batch_size=3, epochs=4, lr=3e-3, weight_decay=0.0)
+    settings = EBFTConfig.of(batch_size=3, epochs=4, lr=3e-3, weight_decay=0.0)
     result = HalfByHalf(settings, CPU, BlockReconstructor(settings, CPU)).recover(task)
     assert result.error_after < 0.97 * result.error_before
     assert len(result.losses) == 8
@@ -111,7 +111,7 @@ def test_a_run(streams, short_run, silent, tmp_path):
     """With the closed form before it, samples held out, and targets of the dense stream; twice the same."""
     given = {"unit": "halves", "recover": "layerwise+ebft", "target": "dense-stream", "epochs": 2, "samples": 8}
     given |= {"streams": streams, "holdout": 0.2, "optimizer": "sign"}
-    results = [run_ebft(config=EBFTConfig(**short_run(name, **given)), reporter=silent) for name in ("one", "two")]
+    results = [run_ebft(config=EBFTConfig.of(**short_run(name, **given)), reporter=silent) for name in ("one", "two")]
     assert_same(tmp_path / "one", tmp_path / "two")
     for line in results[0].blocks:
         assert line["loss_after"] < line["loss_before"]
@@ -125,6 +125,6 @@ def test_what_it_needs(short_run, config, tokenizer, silent):
         run_ebft(random_model("opt"), config(unit="halves"), tokenizer=tokenizer, reporter=silent)
     for given in ({"compile": True}, {"recompute": "halves"}):
         with pytest.raises(EBFTError, match=r"--(unit|recompute) halves .*expected --(unit|recompute)"):
-            EBFTConfig(unit="halves", **given)
-    plans = [make_plan(EBFTConfig(**short_run(unit=unit, eval=""))) for unit in ("block", "halves")]
+            EBFTConfig.of(unit="halves", **given)
+    plans = [make_plan(EBFTConfig.of(**short_run(unit=unit, eval=""))) for unit in ("block", "halves")]
     assert plans[1].host["streams"] == 1.5 * plans[0].host["streams"]

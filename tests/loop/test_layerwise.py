@@ -176,9 +176,9 @@ def test_first_layers_have_the_same_inputs_in_both_blocks(holdout, config, token
 def test_a_teacher_s_inputs_are_those_of_the_dense_block(tiny, short_run, silent, tmp_path):
     """The same solution whether zeros are pruned again towards a teacher, or the dense model by their masks."""
     given = {"cg_inputs": "dense", "eval": "", "target": "dense-stream"}
-    first = run_ebft(config=EBFTConfig(**short_run("first", recover="none", eval="")), reporter=silent)
+    first = run_ebft(config=EBFTConfig.of(**short_run("first", recover="none", eval="")), reporter=silent)
     solved = [
-        run_ebft(config=EBFTConfig(**short_run(name, recover="layerwise", **given, **how)), reporter=silent).model
+        run_ebft(config=EBFTConfig.of(**short_run(name, recover="layerwise", **given, **how)), reporter=silent).model
         for name, how in (
             ("zeros", {"model": str(first.output), "prune": "zeros", "teacher": str(tiny / "model")}),
             ("masks", {"prune": str(first.output / "masks.safetensors")}),
@@ -209,11 +209,11 @@ def test_it_beats_the_pruned_model_and_helps_what_follows(trained, config, silen
 def test_a_streamed_run_is_gone_on_with(streams, short_run, silent, tmp_path):
     """Dense targets, so that the dense model's states before and after a block are both needed."""
     given = {"recover": "layerwise", "target": "dense-stream", "streams": streams}
-    whole = run_ebft(config=EBFTConfig(**short_run("whole", **given)), reporter=silent)
+    whole = run_ebft(config=EBFTConfig.of(**short_run("whole", **given)), reporter=silent)
 
     with stopped_at_pass(2):
-        run_ebft(config=EBFTConfig(**short_run(**given)), reporter=silent)
-    run_ebft(config=EBFTConfig(**short_run(**given, resume=True)), reporter=silent)
+        run_ebft(config=EBFTConfig.of(**short_run(**given)), reporter=silent)
+    run_ebft(config=EBFTConfig.of(**short_run(**given, resume=True)), reporter=silent)
     assert_same(tmp_path / "out", tmp_path / "whole")
     assert all(line["loss_after"] < line["loss_before"] for line in whole.blocks)
 

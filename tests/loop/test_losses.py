@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from torch.nn import functional as F
 
 from ebft import BlockReconstructor, EBFTConfig
 from ebft.distributed import Ranks
-from ebft.recovery.ebft.objective import measured_by_token
-from ebft.recovery.samples import Errors, Split
+from ebft.recovery.ebft.objective import Objective, measured_by_token
+from ebft.recovery.samples import Energies, Errors, Split
 from ebft_kernels import PackedMask
 
 CPU = torch.device("cpu")
@@ -56,9 +57,9 @@ def by_hand(loss, token_weights, x, y, output, of):
 
 @pytest.mark.parametrize(("loss", "token_weights"), CASES)
 def test_it_is_the_formula(loss, token_weights):
-    (x, y), settings = samples(), EBFTConfig(loss=loss, token_weights=token_weights)
+    (x, y), settings = samples(), EBFTConfig.of(loss=loss, token_weights=token_weights)
     split = Split.of(6, 0.3, Ranks())
-    made = Loss.of(settings, Errors(x, y, split, CPU, Ranks(), at_once=4))
+    made = Objective.of(settings, partial(Energies.of, Errors(x, y, split, CPU, Ranks(), at_once=4)))
     output = (y + 0.2 * torch.randn_like(y)).requires_grad_()
     value, gradient = made(output, y, x)
     wanted = by_hand(loss, token_weights, x, y, output, split.tuned)
@@ -71,7 +72,8 @@ def test_it_is_the_formula(loss, token_weights):
 
 def test_a_small_error_at_right_angles_costs_as_much_in_both_terms():
     y = F.normalize(torch.randn(2, 3, 8, dtype=torch.float64), dim=-1) * 7
-    made = Loss.of(EBFTConfig(loss="cosine"), Errors(0 * y, y, Split.of(2, 0, Ranks()), CPU, Ranks(), at_once=2))
+    errors = Errors(0 * y, y, Split.of(2, 0, Ranks()), CPU, Ranks(), at_once=2)
+    made = Objective.of(EBFTConfig.of(loss="cosine"), partial(Energies.of, errors))
     aside = torch.randn_like(y)
     aside = 1e-4 * (aside - (aside * y).sum(-1, keepdim=True) * y / 49)
     square = aside.square().mean()
@@ -97,7 +99,7 @@ def test_tuning_lowers_it_and_reports_the_plain_error(loss, token_weights, holdo
     y[:, 0] *= 40 if token_weights == "norm" else 1
     mask = PackedMask.from_dense(torch.rand(12, 8) > 0.5)
     mask.zero_pruned_(block.up.weight)
-    settings = EBFTConfig(
+    settings = EBFTConfig.of(
         loss=loss, token_weights=token_weights, holdout=holdout, lr=3e-3, epochs=6, batch_size=4, micro_batch=3,
         weight_decay=0.0,
     )  # fmt: skip
@@ -105,7 +107,7 @@ def test_tuning_lowers_it_and_reports_the_plain_error(loss, token_weights, holdo
     result = BlockReconstructor(settings, CPU).fit(block, x, y, masks={"up.weight": mask})
     assert torch.count_nonzero(block.up.weight[~mask.dense()]) == 0
     assert result.error_after == pytest.approx(errors.of(block, errors.split.probe))
-    made = Loss.of(settings, errors)
+    made = Objective.of(settings, partial(Energies.of, errors))
     first, last = (made.measured(errors, which, errors.split.tuned).loss for which in (pruned, block))
     assert last < 0.95 * first
     steps = len(errors.split.tuned) // 4
@@ -120,7 +122,7 @@ def test_held_out_sequences_are_judged_by_each_token_s_error_over_its_size():
     block, x = Block().requires_grad_(False), torch.randn(16, 8, 8)
     y, mask = block(x), PackedMask.from_dense(torch.rand(12, 8) > 0.5)
     mask.zero_pruned_(block.up.weight)
-    split, settings = Split.of(16, 0.25, Ranks()), EBFTConfig(holdout=0.25, lr=3e-3, epochs=6, batch_size=4)
+    split, settings = Split.of(16, 0.25, Ranks()), EBFTConfig.of(holdout=0.25, lr=3e-3, epochs=6, batch_size=4)
     pruned, held = copy.deepcopy(block), split.held_out
     y[held, 0] = pruned(x)[held, 0] - 100 * (y - pruned(x))[held, 0]
     errors = Errors(x, y, split, CPU, Ranks(), at_once=3)

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def test_samples_are_a_function_of_seed_and_block():
-    config = EBFTConfig(input="mix", target="dense-stream", mix=0.3, samples=50)
+    config = EBFTConfig.of(input="mix", target="dense-stream", mix=0.3, samples=50)
     chosen = dense_samples(config, 1)
     assert chosen.sum() == 15
     assert torch.equal(chosen, dense_samples(config, 1))
@@ -48,7 +48,7 @@ def test_inputs_are_of_both_streams(config):
 @pytest.mark.parametrize(("mix", "same"), [(0.0, "sparse-stream"), (1.0, "dense-stream")])
 def test_its_ends_are_the_streams(mix, same, short_run, silent, tmp_path):
     for name, given in (("mixed", {"input": "mix", "mix": mix}), ("plain", {"input": same})):
-        settings = EBFTConfig(**short_run(name, target="dense-stream", prune="magnitude", eval="", **given))
+        settings = EBFTConfig.of(**short_run(name, target="dense-stream", prune="magnitude", eval="", **given))
         run_ebft(config=settings, reporter=silent)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("mixed", "plain")]
     assert weights[0] == weights[1]
@@ -57,22 +57,22 @@ def test_its_ends_are_the_streams(mix, same, short_run, silent, tmp_path):
 @pytest.mark.parametrize("streams", ["host", "disk"])
 def test_a_run_is_gone_on_with(streams, short_run, silent, tmp_path):
     given = {"input": "mix", "target": "dense-stream", "streams": streams, "recover": "layerwise+ebft"}
-    whole = run_ebft(config=EBFTConfig(**short_run("whole", **given)), reporter=silent)
+    whole = run_ebft(config=EBFTConfig.of(**short_run("whole", **given)), reporter=silent)
     assert all(line["loss_after"] < line["loss_before"] for line in whole.blocks)
 
     with stopped_at_pass(3):
-        run_ebft(config=EBFTConfig(**short_run(**given)), reporter=silent)
-    run_ebft(config=EBFTConfig(**short_run(**given, resume=True)), reporter=silent)
+        run_ebft(config=EBFTConfig.of(**short_run(**given)), reporter=silent)
+    run_ebft(config=EBFTConfig.of(**short_run(**given, resume=True)), reporter=silent)
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
 def test_what_it_needs(short_run):
     with pytest.raises(EBFTError, match=r"--input mix aims at one target .* expected --target dense-stream"):
-        EBFTConfig(input="mix")
+        EBFTConfig.of(input="mix")
     with pytest.raises(EBFTError, match=r"--mix is 1\.5; expected a share from 0 to 1"):
-        EBFTConfig(mix=1.5)
+        EBFTConfig.of(mix=1.5)
     plans = [
-        make_plan(EBFTConfig(**short_run(input=which, target="dense-stream", eval="")))
+        make_plan(EBFTConfig.of(**short_run(input=which, target="dense-stream", eval="")))
         for which in ("sparse-stream", "mix")
     ]
     assert plans[1].host["streams"] == 1.5 * plans[0].host["streams"]

@@ -101,7 +101,7 @@ def test_products_in_float16(optimizer):
     torch.manual_seed(0)
     block, x = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)).requires_grad_(False), torch.randn(8, 4, 8)
     y, mask = block(x), PackedMask.from_dense(torch.rand(12, 8) > 0.5)
-    settings = EBFTConfig(optimizer=optimizer, lr=1e-3, batch_size=4, epochs=8, weight_decay=0.0)
+    settings = EBFTConfig.of(optimizer=optimizer, lr=1e-3, batch_size=4, epochs=8, weight_decay=0.0)
     result = BlockReconstructor(settings, torch.device("cpu"), torch.float16).fit(block, x, y, masks={"0.weight": mask})
     assert result.error_after < 0.9 * result.error_before
 
@@ -120,16 +120,16 @@ def test_products_in_float16(optimizer):
 )
 def test_layouts_are_those_of_adamw(given, says):
     with pytest.raises(EBFTError, match=says):
-        EBFTConfig(optimizer="muon", **given)
+        EBFTConfig.of(optimizer="muon", **given)
 
 
 def test_a_plan_counts_their_states(short_run):
     """One state a weight, where AdamW has two; and the leaner settings that are tried are ones that go with them."""
     plans = {}
     for optimizer in ("adamw", "sign", "muon"):
-        plans[optimizer] = make_plan(EBFTConfig(**short_run(optimizer=optimizer)))
+        plans[optimizer] = make_plan(EBFTConfig.of(**short_run(optimizer=optimizer)))
         leanest = make_plan(
-            EBFTConfig(**short_run(optimizer=optimizer, gpu_memory="1MiB", dtype="bfloat16", device="auto"))
+            EBFTConfig.of(**short_run(optimizer=optimizer, gpu_memory="1MiB", dtype="bfloat16", device="auto"))
         )
         assert leanest.faults
         assert ("moments" in leanest.chosen) == (optimizer == "adamw")

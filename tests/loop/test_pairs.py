@@ -59,7 +59,7 @@ def test_what_a_pair_is_given(given, watched, short_run, silent):
     """Targets against the dense blocks, applied here; the second block as it will be in its own turn."""
     if "teacher" in given:  # opened apart, so that statistics and targets are of passes of their own
         given = {**given, "teacher": short_run()["model"]}
-    result = run_ebft(config=EBFTConfig(**short_run(unit="pair", **given)), reporter=silent)
+    result = run_ebft(config=EBFTConfig.of(**short_run(unit="pair", **given)), reporter=silent)
     (ids,), tasks = watched
     dense = Decoder(random_model("llama-gqa"), CPU)
 
@@ -91,7 +91,7 @@ def test_what_a_pair_is_given(given, watched, short_run, silent):
 
 def test_only_the_first_is_kept(watched, short_run, silent, tmp_path):
     """What is saved of a block is what its own pair made of it; errors are its own."""
-    result = run_ebft(config=EBFTConfig(**short_run(unit="pair", epochs=2, lr=3e-3)), reporter=silent)
+    result = run_ebft(config=EBFTConfig.of(**short_run(unit="pair", epochs=2, lr=3e-3)), reporter=silent)
     assert audit([str(tmp_path / "out")]) == 0
     _, tasks = watched
     saved = load_file(tmp_path / "out" / "model.safetensors")
@@ -119,7 +119,7 @@ def test_resumed(short_run, silent, tmp_path, monkeypatch):
 
     def run(output, **more):
         given = short_run(output, unit="pair", target="dense-stream", streams="disk", eval="", **more)
-        run_ebft(config=EBFTConfig(**given), reporter=silent)
+        run_ebft(config=EBFTConfig.of(**given), reporter=silent)
 
     def stop_at_the_second(job, index, *others):
         if index == 1:
@@ -153,10 +153,10 @@ def test_ranks_and_recomputation(short_run, silent, tmp_path):
 
 def test_the_plan(short_run):
     """Twice the states and the best weights, half as many streams again, and the work of the blocks that are tuned."""
-    one, two = (make_plan(EBFTConfig(**short_run(unit=unit, eval="", epochs=200))) for unit in ("block", "pair"))
+    one, two = (make_plan(EBFTConfig.of(**short_run(unit=unit, eval="", epochs=200))) for unit in ("block", "pair"))
     for row in ("weights", "optimizer states"):
-        assert two.device[row] == 2 * one.device[row]
-    assert two.device["activations"] > 1.5 * one.device["activations"]
+        assert two.device[row] == 2 * one.runtime.device[row]
+    assert two.device["activations"] > 1.5 * one.runtime.device["activations"]
     assert two.host["the best weights of a block"] == 2 * one.host["the best weights of a block"]
     assert two.host["streams"] == 1.5 * one.host["streams"]
     assert two.flops == pytest.approx(5 / 3 * one.flops, rel=0.01)  # of three blocks the last is tuned alone
@@ -174,4 +174,4 @@ def test_the_plan(short_run):
 )
 def test_what_it_does_not_go_with(given, sentence):
     with pytest.raises(EBFTError, match=sentence):
-        EBFTConfig(**{"unit": "pair", **given})
+        EBFTConfig.of(**{"unit": "pair", **given})

@@ -1,6 +1,5 @@
 """``--plan``: what a run needs, before anything is loaded; and the settings that fit a budget."""
 
-import dataclasses
 import json
 import re
 
@@ -20,6 +19,7 @@ from ebft.plan.planner import CONTEXT, fit_to_budget, make_plan
 from ebft.pruning import Pattern
 from ebft.pruning.protocol import MASK_BYTES
 from ebft.pruning.statistics import InputStatistics
+from ebft.pruning.wanda import Wanda
 from ebft.run import main
 from ebft_kernels import PackedMask, use_impl
 
@@ -44,7 +44,7 @@ def two_blocks(tmp_path_factory):
 
 
 def test_the_rows_of_llama_7b_are_those_of_the_paper(configuration):
-    plan = make_plan(EBFTConfig(model=configuration, device="cpu"))
+    plan = make_plan(EBFTConfig.of(model=configuration, device="cpu"))
     weights = 202_383_360  # of a block: four 4096 x 4096, three 4096 x 11008, two norms
     assert plan.device["weights"] == 4 * weights
     assert plan.device["optimizer states"] == pytest.approx(8.125 * weights, rel=1e-3)  # two moments and the mask
@@ -69,11 +69,11 @@ def test_the_command_prints_a_plan_and_loads_nothing(two_blocks, capsys, tmp_pat
 def test_a_plan_for_other_families(family, tmp_path):
     random_model(family).config.save_pretrained(tmp_path)
     small = {"samples": 4, "seqlen": 16, "epochs": 1, "batch_size": 2, "eval": ""}
-    plan = make_plan(EBFTConfig(model=str(tmp_path), device="cpu", **small))
+    plan = make_plan(EBFTConfig.of(model=str(tmp_path), device="cpu", **small))
     assert plan.device["weights"] > 0
     assert plan.flops > 0
     assert "plan for" in str(plan)
-    leanest = make_plan(EBFTConfig(model=str(tmp_path), gpu_memory="1MiB", **small), "h100")
+    leanest = make_plan(EBFTConfig.of(model=str(tmp_path), gpu_memory="1MiB", **small), "h100")
     assert leanest.faults
     assert leanest.chosen["weights"] == "stochastic"
     assert ("recompute" in leanest.chosen) == (family != "opt")
@@ -94,8 +94,8 @@ def test_lengths_are_checked_in_a_plan_too(two_blocks, capsys):
 
 
 def test_the_paper_plan_has_more_of_everything_than_the_demo(configuration):
-    paper = make_plan(EBFTConfig(model=configuration, device="cpu"))
-    small = make_plan(EBFTConfig(model=configuration, device="cpu", samples=8, seqlen=64, batch_size=2))
+    paper = make_plan(EBFTConfig.of(model=configuration, device="cpu"))
+    small = make_plan(EBFTConfig.of(model=configuration, device="cpu", samples=8, seqlen=64, batch_size=2))
     assert paper.flops > 10 * small.flops
     assert paper.device["activations"] > 10 * small.device["activations"]
     assert paper.device["weights"] == small.device["weights"]
@@ -151,12 +151,12 @@ LEAN = {"weights": "stochastic", "moments": "int8", "compact": True, "recompute"
 def test_a_step_allocates_what_was_planned(changes, folder, tmp_path):
     """Within a tenth, weights and first step included, whatever makes up the peak: activations or states."""
     settings = {"batch_size": 8, "samples": 8, "seqlen": 128, "eval": "", "device": "cpu", "sparsity": 0.5, **changes}
-    config = EBFTConfig(model=str(folder), **settings)
+    config = EBFTConfig.of(model=str(folder), **settings)
     planned = sum(make_plan(config).device.values())
-    compute = getattr(torch, config.dtype) if config.dtype != "auto" else torch.float32
+    compute = getattr(torch, config.runtime.dtype) if config.runtime.dtype != "auto" else torch.float32
     decoder = Decoder(AutoModelForCausalLM.from_pretrained(folder), CPU, compute)
-    inputs = torch.randn(8, config.seqlen, 256)
-    decoder.call_for(0, config.micro_batch or 8, config.seqlen)
+    inputs = torch.randn(8, config.data.seqlen, 256)
+    decoder.call_for(0, config.recover.micro_batch or 8, config.data.seqlen)
 
     def work():
         block = decoder.working_block(0)
@@ -175,7 +175,7 @@ def test_a_step_allocates_what_was_planned(changes, folder, tmp_path):
 def test_making_a_mask_allocates_what_was_planned(tmp_path):
     weight, inputs = torch.randn(512, 1024), InputStatistics(1, torch.rand(1024))
     with use_impl("torch"):
-        most = allocated_at_most(lambda: wanda(weight, inputs, Pattern(0.5)), tmp_path)
+        most = allocated_at_most(lambda: Wanda().mask(weight, inputs, Pattern(0.5)), tmp_path)
     assert most <= MASK_BYTES * weight.numel() <= 1.3 * most
 
 
@@ -183,18 +183,18 @@ def test_making_a_mask_allocates_what_was_planned(tmp_path):
 
 
 def test_7b_fits_4_gib_and_8_gib_of_host_memory(configuration):
-    config = EBFTConfig(model=configuration, gpu_memory="4GiB", host_memory="8GiB")
+    config = EBFTConfig.of(model=configuration, gpu_memory="4GiB", host_memory="8GiB")
     plan = make_plan(config, "a100")
     assert plan.faults == []
     assert plan.device_peak <= 4 * GIB
     assert plan.host_peak <= 8 * GIB
     assert plan.chosen["streams"] == "disk"
-    assert plan.config == dataclasses.replace(config, **plan.chosen)
+    assert plan.config == config.replace(**plan.chosen)
 
 
 def test_7b_runs_at_full_speed_in_6_gib(configuration):
     """8 x 1024 tokens at once, nothing recomputed, moments in float32."""
-    plan = make_plan(EBFTConfig(model=configuration, gpu_memory="6GiB"), "a100")
+    plan = make_plan(EBFTConfig.of(model=configuration, gpu_memory="6GiB"), "a100")
     assert plan.faults == []
     assert plan.device_peak <= 6 * GIB
     assert plan.chosen.keys() <= {"streams", "compact", "weights"}
@@ -206,7 +206,7 @@ def test_7b_runs_at_full_speed_in_6_gib(configuration):
 def test_more_memory_never_costs_speed(two_blocks):
     """A larger budget gives a plan with fewer settings changed."""
     small = {"model": two_blocks, "eval": "", "prune": "magnitude", "batch_size": 4}
-    chosen = [make_plan(EBFTConfig(gpu_memory=size, **small), "a100").chosen for size in ("3.5GiB", "4GiB", "40GiB")]
+    chosen = [make_plan(EBFTConfig.of(gpu_memory=size, **small), "a100").chosen for size in ("3.5GiB", "4GiB", "40GiB")]
     assert len(chosen[0]) > len(chosen[1]) > len(chosen[2])
     assert chosen[2] == {"streams": "device"}
 
@@ -227,14 +227,14 @@ def test_what_cannot_fit_is_said(two_blocks, capsys):
 def test_a_step_without_gradients_is_the_last_resort(two_blocks):
     """Where clipping is off, and only then; its micro-batch is the whole batch."""
     tight = {"model": two_blocks, "gpu_memory": "1MiB", "eval": "", "batch_size": 1}
-    with_norm, without = (make_plan(EBFTConfig(**tight, clip=clip), "a100") for clip in (1.0, 0.0))
+    with_norm, without = (make_plan(EBFTConfig.of(**tight, clip=clip), "a100") for clip in (1.0, 0.0))
     assert "update_in_backward" not in with_norm.chosen
     assert without.chosen["update_in_backward"]
     assert without.device["gradients"] < 0.01 * with_norm.device["gradients"]
 
 
 def test_a_named_gpu_is_a_budget(two_blocks):
-    t4, h200 = (make_plan(EBFTConfig(model=two_blocks, samples=1024), name) for name in ("t4", "h200"))
+    t4, h200 = (make_plan(EBFTConfig.of(model=two_blocks, samples=1024), name) for name in ("t4", "h200"))
     assert t4.faults == h200.faults == []
     assert t4.chosen["streams"] == "host"
     assert h200.chosen == {"streams": "device"}
@@ -243,7 +243,7 @@ def test_a_named_gpu_is_a_budget(two_blocks):
 
 
 def test_a_budget_on_a_cpu_is_of_all_memory(two_blocks):
-    plan = make_plan(EBFTConfig(model=two_blocks, device="cpu", host_memory="12GiB"))
+    plan = make_plan(EBFTConfig.of(model=two_blocks, device="cpu", host_memory="12GiB"))
     assert plan.faults == []
     assert plan.host_peak <= 12 * GIB
     assert plan.chosen["streams"] == "disk"
@@ -265,7 +265,7 @@ def test_a_run_takes_the_settings_and_caps_the_allocator(two_blocks, monkeypatch
     monkeypatch.setattr("ebft.plan.planner._matmul_rate", lambda *_: 1e15)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 * GIB, 16 * GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
-    config = EBFTConfig(model=two_blocks, gpu_memory="4GiB", eval="")
+    config = EBFTConfig.of(model=two_blocks, gpu_memory="4GiB", eval="")
     fitted = fit_to_budget(config, None, said.append)
     assert fitted.compact
     assert fitted.weights == "master"
@@ -273,5 +273,5 @@ def test_a_run_takes_the_settings_and_caps_the_allocator(two_blocks, monkeypatch
     assert fractions == [(4 * GIB - CONTEXT) / (16 * GIB)]
     assert said[0].startswith("--gpu-memory 4GiB: --")
     with pytest.raises(EBFTError, match=r"is needed with the leanest settings, and --gpu-memory is 1\.000 GiB"):
-        fit_to_budget(dataclasses.replace(config, gpu_memory="1GiB"), None, said.append)
-    assert fit_to_budget(dataclasses.replace(config, gpu_memory=None), None, said.append).compact is False
+        fit_to_budget(config.replace(gpu_memory="1GiB"), None, said.append)
+    assert fit_to_budget(config.replace(gpu_memory=None), None, said.append).compact is False

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from ebft import EBFTConfig, EBFTError, run_ebft
 from ebft.pruning import Pattern, mask_of_best
+from ebft.pruning.magnitude import Magnitude
 from ebft.pruning.masker import make_masker
 from ebft.pruning.statistics import InputStatistics
+from ebft.pruning.wanda import Wanda
 
 
 def statistics(inputs):
@@ -30,7 +32,7 @@ def test_input_statistics_add_up():
 
 def test_wanda_compares_within_a_row_and_weighs_by_the_inputs():
     weight, x = torch.randn(6, 40), torch.randn(100, 40) * torch.logspace(-2, 2, 40)
-    mask = wanda(weight, statistics(x), Pattern(sparsity=0.6))
+    mask = Wanda().mask(weight, statistics(x), Pattern(sparsity=0.6))
     score = weight.abs() * x.norm(dim=0)
     assert mask.sum(-1).tolist() == [16] * 6
     for row, kept in zip(score, mask, strict=True):
@@ -39,7 +41,7 @@ def test_wanda_compares_within_a_row_and_weighs_by_the_inputs():
 
 def test_magnitude_compares_over_the_whole_matrix():
     weight = torch.randn(6, 40) * torch.arange(1, 7).unsqueeze(-1)
-    mask = magnitude(weight, statistics(torch.ones(1, 40)), Pattern(sparsity=0.6))
+    mask = Magnitude().mask(weight, statistics(torch.ones(1, 40)), Pattern(sparsity=0.6))
     assert mask.sum() == 96
     assert weight.abs()[mask].min() >= weight.abs()[~mask].max()
     assert mask[5].sum() > mask[0].sum()
@@ -49,7 +51,7 @@ def test_magnitude_compares_over_the_whole_matrix():
 def test_n_m_keeps_the_best_of_each_group(pattern):
     pattern = Pattern.parse(pattern)
     weight = torch.randn(6, 80)
-    for criterion in (magnitude, wanda):
+    for criterion in (Magnitude().mask, Wanda().mask):
         mask = criterion(weight, statistics(torch.ones(3, 80)), pattern)
         groups, scores = (t.reshape(-1, pattern.group) for t in (mask, weight.abs()))
         assert groups.sum(-1).unique().tolist() == [pattern.keep]
@@ -188,7 +190,7 @@ def test_masks_go_by_the_inputs_of_the_block_if_asked(pruned, short_run, silent,
         "input": {"target": "dense-stream", "statistics": "input"},
         "target": {"target": "dense-stream"},
     }.items():
-        run_ebft(config=EBFTConfig(**short_run(name, recover="none", eval="", **pruned, **changes)), reporter=silent)
+        run_ebft(config=EBFTConfig.of(**short_run(name, recover="none", eval="", **pruned, **changes)), reporter=silent)
         saved.append((tmp_path / name / "model.safetensors").read_bytes())
     assert saved[0] == saved[1]
     assert saved[0] != saved[2]
@@ -199,6 +201,6 @@ def test_other_statistics_leave_the_recovery_its_own(short_run, silent):
     errors = []
     for statistics in ("target", "input"):
         changes = {"target": "dense-stream", "statistics": statistics, "recover": "layerwise", "cg_inputs": "dense"}
-        config = EBFTConfig(**short_run(statistics, prune="magnitude", eval="", **changes))
+        config = EBFTConfig.of(**short_run(statistics, prune="magnitude", eval="", **changes))
         errors.append([line["loss_after"] for line in run_ebft(config=config, reporter=silent).blocks])
     assert errors[0] == errors[1]

@@ -88,7 +88,7 @@ def perplexity(folder: Path) -> dict:
 
 def test_refused():
     with pytest.raises(EBFTError, match="2 ranks share the sequences"):
-        BlockReconstructor(EBFTConfig(update_in_backward=True, clip=0.0), CPU, ranks=Ranks(0, 2))
+        BlockReconstructor(EBFTConfig.of(update_in_backward=True, clip=0.0), CPU, ranks=Ranks(0, 2))
 
 
 # --- blocks apart -----------------------------------------------------------------------------------------------------

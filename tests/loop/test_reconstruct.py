@@ -37,7 +37,7 @@ def problem():
 
 
 def settings(**changes):
-    return EBFTConfig(**{"lr": 3e-3, "epochs": 5, "batch_size": 4, "weight_decay": 0.1, "clip": 0.02, **changes})
+    return EBFTConfig.of(**{"lr": 3e-3, "epochs": 5, "batch_size": 4, "weight_decay": 0.1, "clip": 0.02, **changes})
 
 
 def test_it_is_the_loop_of_the_paper(problem):

@@ -76,7 +76,7 @@ def test_what_is_saved(trained, settings, silent):
     assert summary.keys() >= {"perplexity", "seconds", "sparsity", "config", "versions"}
     assert summary["perplexity"]["builtin"].keys() == {"dense", "pruned", "recovered"}
     assert summary["sparsity"] == 0.5
-    assert EBFTConfig(**summary["config"]) == settings(prune="wanda", pattern="2:4")
+    assert EBFTConfig.of(**summary["config"]) == settings(prune="wanda", pattern="2:4")
     lines = [json.loads(line) for line in (out / "blocks.jsonl").read_text().splitlines()]
     assert [line["block"] for line in lines] == [0, 1, 2]
     assert lines[0].keys() >= {

@@ -73,7 +73,7 @@ def test_scores_are_those_of_weights_moments_and_gradients(grow):
     weight.grad = torch.randn(5, 12)
     optimizer.step()
     second, before = optimizer.second_moment(weight), weight.detach().clone()
-    settings = EBFTConfig(refresh_every=2, refresh_share=0.4, refresh_grow=grow)
+    settings = EBFTConfig.of(refresh_every=2, refresh_share=0.4, refresh_grow=grow)
     refresh = MaskRefresh(settings, block, {"0.weight": PackedMask.from_dense(mask)}, optimizer, steps=10)
     assert [step for step in range(1, 11) if refresh.due(step)] == [2, 4, 6]
     gradients = torch.randn(2, 5, 12)
@@ -108,7 +108,7 @@ def test_random_masks_become_better(layout):
     errors = {}
     for every in (0, 6):
         block, inputs, targets, masks = problem()
-        settings = EBFTConfig(
+        settings = EBFTConfig.of(
             refresh_every=every, refresh_share=0.25, lr=1e-2, epochs=16, batch_size=4, weight_decay=0.0, **layout
         )
         result = BlockReconstructor(settings, CPU).fit(block, inputs, targets, masks=masks)
@@ -125,7 +125,7 @@ def test_earlier_weights_have_their_masks(holdout):
     """Tuning diverges at once, so that the weights, and masks, of the beginning are kept."""
     block, inputs, targets, masks = problem()
     before = block[0].weight.clone()
-    settings = EBFTConfig(refresh_every=1, lr=3.0, epochs=3, batch_size=4, weight_decay=0.0, holdout=holdout)
+    settings = EBFTConfig.of(refresh_every=1, lr=3.0, epochs=3, batch_size=4, weight_decay=0.0, holdout=holdout)
     result = BlockReconstructor(settings, CPU).fit(block, inputs, targets, masks=masks)
     assert torch.equal(block[0].weight, before)
     assert not result.masks
@@ -182,13 +182,13 @@ def test_a_run(family, given, config, tokenizer, silent):
 )
 def test_what_it_does_not_go_with(given, says):
     with pytest.raises(EBFTError, match=says):
-        EBFTConfig(**given)
+        EBFTConfig.of(**given)
     with pytest.raises(EBFTError, match="products in float16 need a loss scale"):
-        BlockReconstructor(EBFTConfig(refresh_every=4), CPU, torch.float16)
+        BlockReconstructor(EBFTConfig.of(refresh_every=4), CPU, torch.float16)
 
 
 def test_a_plan_counts_it(short_run):
-    without, with_it = (make_plan(EBFTConfig(**short_run(refresh_every=every, eval=""))) for every in (0, 2))
+    without, with_it = (make_plan(EBFTConfig.of(**short_run(refresh_every=every, eval=""))) for every in (0, 2))
     assert with_it.device_peak > without.device_peak
     assert with_it.flops > without.flops
     assert sum(with_it.disk.values()) > sum(without.disk.values())

@@ -61,7 +61,7 @@ def refused(short_run, silent):
         if isinstance(model, str):
             settings["model"], model = model, None
         with pytest.raises(EBFTError) as error:
-            run_ebft(model, EBFTConfig(**short_run(**settings)), tokenizer=tokenizer, reporter=silent)
+            run_ebft(model, EBFTConfig.of(**short_run(**settings)), tokenizer=tokenizer, reporter=silent)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -140,7 +140,7 @@ def test_tensors_that_the_model_does_not_take(stored, refused, short_run, silent
     model = stored(extra(O_BIAS), how)
     said = f"model {model} has 1 tensor that its config.json has no place for, {O_BIAS} by name; expected a config.json"
     assert said in refused(model)
-    run_ebft(config=EBFTConfig(**short_run(model=model, ignore_unused=True)), reporter=silent)
+    run_ebft(config=EBFTConfig.of(**short_run(model=model, ignore_unused=True)), reporter=silent)
     assert f"left out 1 tensor that its config.json has no place for, {O_BIAS} by name" in said_by(silent)
     assert O_BIAS not in load_file(tmp_path / "out" / "model.safetensors")
     assert not audit(str(tmp_path / "out"), model).faults
@@ -150,7 +150,7 @@ def test_tensors_that_the_model_does_not_take(stored, refused, short_run, silent
 
 def test_biases_that_pruning_adds_bring_nothing_back(stored, short_run, silent, tmp_path):
     settings = {"structured": True, "prune": "flap", "sparsity": 0.3, "recover": "none", "ignore_unused": True}
-    run_ebft(config=EBFTConfig(**short_run(model=stored(extra("other.weight")), **settings)), reporter=silent)
+    run_ebft(config=EBFTConfig.of(**short_run(model=stored(extra("other.weight")), **settings)), reporter=silent)
     names = load_file(tmp_path / "out" / "model.safetensors").keys()
     assert O_BIAS in names
     assert "other.weight" not in names
@@ -196,7 +196,7 @@ def test_weights_in_memory_that_are_no_floats(refused, tokenizer):
     ("sparsity", "asked", "got"), [(0.999, "99.90%", "100.00%"), (0.0001, "0.01%", "0.00%"), (0.7, "70.00%", None)]
 )
 def test_a_share_that_rows_do_not_allow_is_said(short_run, silent, tiny, tmp_path, sparsity, asked, got):
-    run_ebft(config=EBFTConfig(**short_run(sparsity=sparsity, recover="none", eval="")), reporter=silent)
+    run_ebft(config=EBFTConfig.of(**short_run(sparsity=sparsity, recover="none", eval="")), reporter=silent)
     said = said_by(silent)
     line = json.loads((tmp_path / "out" / "blocks.jsonl").read_text().splitlines()[0])
     if got is None:
@@ -299,8 +299,8 @@ def test_a_setting_without_effect_is_refused_by_name(name):
     assert made.has_effect(name)
     if all(name not in of for of in (*PRESETS.values(), *IF_UNIFORM.values())):
         with pytest.raises(EBFTError, match=rf"^{flag}\b.* has no effect with "):
-            EBFTConfig(**NOTHING, **{name: value})
-    assert EBFTConfig(**made.to_dict()) == made
+            EBFTConfig.of(**NOTHING, **{name: value})
+    assert EBFTConfig.of(**made.to_dict()) == made
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -308,7 +308,7 @@ def test_a_setting_without_effect_is_refused_by_name(name):
 def test_what_a_preset_says_is_never_refused(preset, recover):
     for prune in ({"prune": "zeros"}, {"prune": "magnitude"}, {"pattern": "2:4"}, {"structured": True}):
         made = EBFTConfig.preset(preset, recover=recover, eval="", **prune)
-        assert EBFTConfig(**made.to_dict()) == made
+        assert EBFTConfig.of(**made.to_dict()) == made
         assert EBFTConfig.preset("paper", **made.to_dict()) == made  # as a YAML file gives it back
 
 
@@ -323,9 +323,9 @@ def test_several_are_named_together_and_a_schedule_takes_the_place_of_a_share():
         EBFTConfig.preset("demo", recover="lora", moments="int8", lr=0.5, unit="pair")
     said = r"^--sparsity 0\.55 has no effect with .*--schedule 0\.5,0\.6: it needs a criterion"
     with pytest.raises(EBFTError, match=said):
-        EBFTConfig(sparsity=0.55, schedule="0.5,0.6")
-    steps = EBFTConfig(schedule="0.45,0.65").steps
-    assert [step.sparsity for step in steps] == [0.45, 0.65]
+        EBFTConfig.of(sparsity=0.55, schedule="0.5,0.6")
+    steps = EBFTConfig.of(schedule="0.45,0.65").steps
+    assert [step.prune.sparsity for step in steps] == [0.45, 0.65]
 
 
 # --- a terminal that is gone ------------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def test_a_run_that_nobody_listens_to(short_run, tmp_path, monkeypatch, tiny):
             assert main([*flags, "--overwrite"]) == 0
             assert main([*flags, "--plan"]) == 0
             assert main([*flags, "--sparsity", "2"]) == 2
-            run_ebft(config=EBFTConfig(**short_run(overwrite=True)))  # in Python too
+            run_ebft(config=EBFTConfig.of(**short_run(overwrite=True)))  # in Python too
     assert not audit(str(tmp_path / "out"), str(tiny / "model")).faults
 
 

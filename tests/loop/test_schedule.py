@@ -31,14 +31,14 @@ def same_weights(one, other) -> bool:
 def test_the_runs_by_hand(prune, short_run, silent, tmp_path):
     """The same bits; and what was pruned stays pruned."""
     usual = {"prune": prune, "target": "dense-stream", "lr": 1e-2}
-    result = run_ebft(config=EBFTConfig(**short_run(schedule="0.3,0.5, 0.7", **usual)), reporter=silent)
+    result = run_ebft(config=EBFTConfig.of(**short_run(schedule="0.3,0.5, 0.7", **usual)), reporter=silent)
     folders = [tmp_path / "out.schedule" / "0.3", tmp_path / "out.schedule" / "0.5", tmp_path / "out"]
     dense = short_run()["model"]
     for share, folder, model in zip((0.3, 0.5, 0.7), folders, (dense, *map(str, folders)), strict=False):
         by_hand = short_run(f"hand-{share}", sparsity=share, **usual)
         teacher = None if model == dense else dense
         assert same_weights(
-            run_ebft(config=EBFTConfig(**{**by_hand, "model": model, "teacher": teacher})).output, folder
+            run_ebft(config=EBFTConfig.of(**{**by_hand, "model": model, "teacher": teacher})).output, folder
         )
         assert audit(str(folder), dense).faults == []
     masks = [load_masks(folder / "masks.safetensors") for folder in folders]
@@ -63,10 +63,10 @@ def test_the_runs_by_hand(prune, short_run, silent, tmp_path):
 def test_a_model_in_memory(short_run, silent, tokenizer, tmp_path):
     """It takes the recovered weights, and is its own teacher as it was."""
     settings = short_run("file", schedule="0.4,0.6")
-    run_ebft(config=EBFTConfig(**settings), reporter=silent)
+    run_ebft(config=EBFTConfig.of(**settings), reporter=silent)
     given = copy.deepcopy(Decoder(random_model("llama-gqa"), torch.device("cpu")).model)
     settings = short_run("memory", schedule="0.4,0.6") | {"model": None}
-    result = run_ebft(given, EBFTConfig(**settings), tokenizer=tokenizer, text=None, reporter=silent)
+    result = run_ebft(given, EBFTConfig.of(**settings), tokenizer=tokenizer, text=None, reporter=silent)
     assert same_weights(tmp_path / "memory", tmp_path / "file")
     assert result.model is given
     weights = load_file(tmp_path / "memory" / "model.safetensors")
@@ -75,7 +75,7 @@ def test_a_model_in_memory(short_run, silent, tokenizer, tmp_path):
 
 def test_resumed(short_run, silent, tmp_path, monkeypatch):
     """Interrupted in the second run: the first is not run again, and the second goes on."""
-    whole = run_ebft(config=EBFTConfig(**short_run("whole", schedule="0.4,0.6")), reporter=silent)
+    whole = run_ebft(config=EBFTConfig.of(**short_run("whole", schedule="0.4,0.6")), reporter=silent)
     settings, committed, commit = short_run("out", schedule="0.4,0.6"), [], OutputFolder.commit_part
 
     def stop(self, name, *rest):
@@ -87,17 +87,17 @@ def test_resumed(short_run, silent, tmp_path, monkeypatch):
     resuming = False
     monkeypatch.setattr(OutputFolder, "commit_part", stop)
     with pytest.raises(KeyboardInterrupt):
-        run_ebft(config=EBFTConfig(**settings), reporter=silent)
+        run_ebft(config=EBFTConfig.of(**settings), reporter=silent)
     assert ("0.4.partial", "save") in committed
     resuming = True
     committed.clear()
-    resumed = run_ebft(config=EBFTConfig(**settings, resume=True), reporter=silent)
+    resumed = run_ebft(config=EBFTConfig.of(**settings, resume=True), reporter=silent)
     assert ("out.partial", "block-00002") in committed
     assert ("out.partial", "block-00001") not in committed
     assert {folder for folder, _ in committed} == {"out.partial"}
     assert same_weights(resumed.output, whole.output)
     committed.clear()
-    run_ebft(config=EBFTConfig(**settings, resume=True), reporter=silent)
+    run_ebft(config=EBFTConfig.of(**settings, resume=True), reporter=silent)
     assert committed == []
     with pytest.raises(EBFTError, match="give --overwrite to replace it"):
-        run_ebft(config=EBFTConfig(**settings), reporter=silent)
+        run_ebft(config=EBFTConfig.of(**settings), reporter=silent)

@@ -106,7 +106,7 @@ def test_no_file_that_is_read_allows_its_code(booby_trapped, tmp_path, monkeypat
         lambda: open_model(str(folder)),
         lambda: load_model(str(folder)),
         lambda: load_config(str(folder)),
-        lambda: make_plan(EBFTConfig(model=str(folder), device="cpu", eval="")),
+        lambda: make_plan(EBFTConfig.of(model=str(folder), device="cpu", eval="")),
         lambda: save_compressed(str(folder), str(tmp_path / "small")),
     ):
         with pytest.raises(EBFTError, match="comes with code of its own, which runs only with --trust-remote-code"):
@@ -139,7 +139,7 @@ def test_resume_takes_no_permission_from_what_it_finds(finished, tiny, short_run
     result = run_ebft(config=config, reporter=silent)
     assert "there is nothing left to do" in silent.console.file.getvalue()
     assert not result._trust_remote_code
-    assert run_ebft(config=EBFTConfig(**config.to_dict() | {"trust_remote_code": True}))._trust_remote_code
+    assert run_ebft(config=EBFTConfig.of(**config.flat() | {"trust_remote_code": True}))._trust_remote_code
 
 
 def test_a_settings_file_cannot_allow_code(tmp_path):
@@ -407,7 +407,7 @@ def test_sizes_that_no_model_has(model, changes, monkeypatch):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", built)
     everything_refuses(model, "its configuration")
     with pytest.raises(EBFTError, match="expected at most"):
-        make_plan(EBFTConfig(model=str(model), device="cpu", eval=""))
+        make_plan(EBFTConfig.of(model=str(model), device="cpu", eval=""))
 
 
 @pytest.mark.parametrize("changes", [{"num_hidden_layers": 3000}, {"hidden_size": 40_000}, {"vocab_size": 10**6}])

@@ -63,7 +63,7 @@ def problem(dtype=torch.float32):
 
 
 def settings(**changes):
-    return EBFTConfig(**{"lr": 3e-3, "epochs": 3, "batch_size": 8, "weight_decay": 0.1, "clip": 0.1, **changes})
+    return EBFTConfig.of(**{"lr": 3e-3, "epochs": 3, "batch_size": 8, "weight_decay": 0.1, "clip": 0.1, **changes})
 
 
 def fit(compute=torch.float32, dtype=torch.float32, **changes):

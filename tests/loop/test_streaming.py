@@ -323,7 +323,7 @@ def test_streams_go_to_disk_where_the_host_is_too_small(given, silent, capsys):
         run_ebft(config=too_small, reporter=silent)
     for wrong in ("much", "-3GiB", "0"):
         with pytest.raises(EBFTError, match=f"--host-memory is '{wrong}'; expected a size such as 8GiB or 500MB"):
-            EBFTConfig(host_memory=wrong)
+            EBFTConfig.of(host_memory=wrong)
     assert [parse_bytes(text, "") for text in ("8GiB", "0.5 kb", "3M", "12")] == [2**33, 500, 3_000_000, 12]
 
 

@@ -15,10 +15,11 @@ from ebft.model.decoder import Decoder, find_blocks
 from ebft.model.matrices import find_matrices
 from ebft.output.audit import audit
 from ebft.pruning.statistics import InputStatistics
-from ebft.pruning.structured.scores import SCORES, least_of_all, remove
+from ebft.pruning.structured.scores import least_of_all, remove
 from ebft.pruning.structured.units import bias_of, find_units, masks_without, removed_by
-from ebft.recovery.layerwise.solve import inputs_of
+from ebft.recovery.layerwise.solve import ClosedForm, inputs_of
 from ebft.recovery.task import BlockTask
+from ebft.registry import criteria
 
 FAMILIES = ["llama", "llama-gqa", "mistral", "qwen2", "qwen3", "opt", "gpt2", "gpt-neox", "phi", "gemma2"]
 GROUPS = {"llama-gqa": 2, "mistral": 2, "qwen2": 2, "qwen3": 2, "gemma2": 2}
@@ -73,12 +74,15 @@ def test_scores_are_those_of_the_paper(family):
         ):
             wanted = [float((of_inputs * columns)[unit].mean()) for unit in of_kind.columns]
             torch.testing.assert_close(
-                SCORES[name](block, of_kind, statistics), torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=0
+                criteria[name]().score_units(block, of_kind, statistics),
+                torch.tensor(wanted, dtype=torch.float64),
+                rtol=1e-5,
+                atol=0,
             )
         masks = masks_without(block, [of_kind], [torch.tensor([1])])
         gone = torch.cat([block.get_parameter(name)[~mask.dense()].double() for name, mask in masks.items()])
         assert gone.numel() == of_kind.parameters
-        torch.testing.assert_close(SCORES["magnitude"](block, of_kind, {})[1], gone.abs().mean())
+        torch.testing.assert_close(criteria["magnitude"]().score_units(block, of_kind, {})[1], gone.abs().mean())
 
 
 def test_the_least_go_until_the_share_is_met():
@@ -324,7 +328,7 @@ def test_layerwise_reckons_with_what_the_biases_hold():
         on_step=lambda done, steps: None,
         scratch=torch.empty_like,
     )
-    Layerwise(EBFTConfig(cg_iterations=40, cg_damping=0.0), torch.device("cpu")).recover(task)
+    ClosedForm(EBFTConfig.of(recover="layerwise", cg_iterations=40, cg_damping=0.0), torch.device("cpu")).recover(task)
     x = inputs_of(dense, matrix, forward, hidden)[0].double()
     weight, bias = dense.get_parameter(matrix.name).double(), bias_of(dense, matrix) - bias_of(block, matrix)
     kept = masks[matrix.name].dense()[0]
@@ -342,7 +346,7 @@ def test_layerwise_reckons_with_what_the_biases_hold():
 )
 def test_settings_that_make_no_sense(settings, says):
     with pytest.raises(EBFTError, match=says):
-        EBFTConfig(**settings)
+        EBFTConfig.of(**settings)
 
 
 def test_models_and_masks_that_are_refused(tiny, short_run, tokenizer, tmp_path):

@@ -13,6 +13,7 @@ from ebft.pruning import Pattern, mask_of_best
 from ebft.pruning.sparsegpt import SparseGPT
 from ebft.pruning.statistics import InputStatistics
 from ebft.pruning.transposable import transposable_mask
+from ebft.pruning.wanda import Wanda
 from ebft_kernels import PackedMask, load_masks, save_masks
 
 
@@ -93,7 +94,7 @@ def test_sparsegpt_scores_all_columns_first_and_updates_for_that_mask():
     assert is_transposable(mask, 4, 8)
     assert mask.sum() == 256
     torch.testing.assert_close(pruned, SparseGPT().update(weight, mask, seen))
-    without = weight * wanda(weight, seen, pattern)
+    without = weight * Wanda().mask(weight, seen, pattern)
     assert (x @ (weight - pruned).T).square().sum() < (x @ (weight - without).T).square().sum()
 
 
@@ -137,7 +138,7 @@ def first_of_groups(shape, along, keep, group):
 )
 def test_what_does_not_go_together(settings, says):
     with pytest.raises(EBFTError, match=says):
-        EBFTConfig(**{"pattern": "2:4", "transposable": True, **settings})
+        EBFTConfig.of(**{"pattern": "2:4", "transposable": True, **settings})
 
 
 def test_sizes_that_cannot_be_cut_and_masks_that_are_there(config, silent, tokenizer):

@@ -98,7 +98,7 @@ def test_lora_is_a_plain_loop(family, masked):
     kept = {name: mask.dense() for name, mask in task.masks.items()}
     adapted = task_of(family)[0].model
     torch.manual_seed(0)
-    layers = LoRA(EBFTConfig(**SETTINGS))._add_adapters(adapted, [name.removesuffix(".weight") for name in kept])
+    layers = LoRA(EBFTConfig.of(**SETTINGS))._add_adapters(adapted, [name.removesuffix(".weight") for name in kept])
     pairs = {
         f"{path}.weight": [
             part["default"].weight.detach().double().requires_grad_() for part in (layer.lora_B, layer.lora_A)
@@ -116,7 +116,7 @@ def test_lora_is_a_plain_loop(family, masked):
         [part for pair in pairs.values() for part in pair],
         lambda: {name: before[name] + (product(name) * kept[name] if masked else product(name)) for name in kept},
     )
-    result = LoRA(EBFTConfig(**SETTINGS, lora_masked=masked)).recover(task)
+    result = LoRA(EBFTConfig.of(**SETTINGS, lora_masked=masked)).recover(task)
     assert result.losses == pytest.approx(losses, rel=1e-4)
     ours = dict(task.model.named_parameters())
     assert ours.keys() == before.keys()  # no layer of peft's is left
@@ -143,7 +143,7 @@ def test_full_is_a_plain_loop():
         trained[name].kept = mask.dense()
     decays = {id(trained[name]): trained[name] for name in task.masks}
     losses = tuned_plainly(reference, weights, list(trained.values()), dict, decays)
-    result = FullFineTuning(EBFTConfig(**SETTINGS)).recover(task)
+    result = FullFineTuning(EBFTConfig.of(**SETTINGS)).recover(task)
     assert result.losses == pytest.approx(losses, rel=1e-4)
     assert result.left_out == {}
     for name, weight in task.model.named_parameters():
@@ -163,7 +163,7 @@ def test_parts_of_a_batch_and_recomputation_change_nothing(recovery):
     models = []
     for changes in ({}, {"micro_batch": 3, "recompute": "block"}):
         task, _ = task_of("llama-gqa")
-        result = recovery(EBFTConfig(**{**SETTINGS, "holdout": 0.3, **changes})).recover(task)
+        result = recovery(EBFTConfig.of(**{**SETTINGS, "holdout": 0.3, **changes})).recover(task)
         models.append([result.losses, result.held_out_before, result.held_out_after])
     assert len(models[0][0]) == 3
     assert models[0][0] == pytest.approx(models[1][0], rel=1e-3)
@@ -174,10 +174,10 @@ def test_dropout_is_recomputed_alike():
     losses = []
     for recompute in ("none", "block"):
         task, _ = task_of("llama-gqa")
-        config = EBFTConfig(**SETTINGS, lora_dropout=0.5, lora_masked=False, recompute=recompute)
+        config = EBFTConfig.of(**SETTINGS, lora_dropout=0.5, lora_masked=False, recompute=recompute)
         losses.append(LoRA(config).recover(task).losses)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    plain = LoRA(EBFTConfig(**SETTINGS, lora_masked=False)).recover(task_of("llama-gqa")[0]).losses
+    plain = LoRA(EBFTConfig.of(**SETTINGS, lora_masked=False)).recover(task_of("llama-gqa")[0]).losses
     assert plain != pytest.approx(losses[0], rel=1e-4)
 
 
@@ -193,7 +193,9 @@ def test_by_time(monkeypatch):
             return super().step(*arguments)
 
     monkeypatch.setattr(ebft.recovery.full, "MaskedAdamW", Optimizer)
-    result = FullFineTuning(EBFTConfig(**{**SETTINGS, "lm_epochs": 1000, "lm_seconds": 4})).recover(task_of("llama")[0])
+    result = FullFineTuning(EBFTConfig.of(**{**SETTINGS, "lm_epochs": 1000, "lm_seconds": 4})).recover(
+        task_of("llama")[0]
+    )
     assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
     assert len(result.losses) == 4
 
@@ -203,7 +205,7 @@ def test_a_loss_that_is_no_number(recovery):
     task, _ = task_of("llama")
     task.model.lm_head.weight.data[0, 0] = float("nan")
     with pytest.raises(EBFTError, match=r"no longer a number with --lm-lr 0\.01; expected a smaller one"):
-        recovery(EBFTConfig(**SETTINGS)).recover(task)
+        recovery(EBFTConfig.of(**SETTINGS)).recover(task)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -239,14 +241,14 @@ def test_runs(family, changes, config, silent, tokenizer, tmp_path):
         assert entry["peak_memory_bytes"] >= max(block["peak_memory_bytes"] for block in result.blocks)
         assert f"Language-model loss ({name})" in page
     if "lora" in changes["recover"]:
-        plain = summary["lora"]["plain_merge"]
+        plain = summary["whole_model"]["lora"]["plain_merge"]
         linear = sum(mask.numel() for mask in result.masks.values() if len(mask.shape) == 2)
         fused = sum(mask.numel() for mask in result.masks.values()) - linear
         assert plain["sparsity"] == pytest.approx(summary["sparsity"] * fused / (fused + linear), abs=0.02)
         assert plain["perplexity"]["builtin"] != summary["perplexity"]["builtin"]["recovered"]
         assert "plain merge" in card
         assert "plain merge" in page
-        assert bool(summary["lora"]["notes"]) == (fused > 0)
+        assert bool(summary["whole_model"]["lora"]["notes"]) == (fused > 0)
     for name, parameter in model.named_parameters():  # the model in memory is the one that was saved
         assert torch.equal(parameter, result.model.get_parameter(name))
     blocks = Decoder(model, CPU)
@@ -257,7 +259,7 @@ def test_runs(family, changes, config, silent, tokenizer, tmp_path):
 
 def test_a_resumed_run_does_not_tune_again(short_run, silent, tmp_path, monkeypatch):
     given = {"recover": "lora+full", "lm_lr": 1e-3}
-    whole = run_ebft(config=EBFTConfig(**short_run("whole", **given)), reporter=silent)
+    whole = run_ebft(config=EBFTConfig.of(**short_run("whole", **given)), reporter=silent)
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -266,17 +268,17 @@ def test_a_resumed_run_does_not_tune_again(short_run, silent, tmp_path, monkeypa
     with monkeypatch.context() as broken:
         broken.setattr(FullFineTuning, "recover", stop)
         with pytest.raises(KeyboardInterrupt):
-            run_ebft(config=EBFTConfig(**settings), reporter=silent)
+            run_ebft(config=EBFTConfig.of(**settings), reporter=silent)
     with monkeypatch.context() as broken:
         broken.setattr(LoRA, "recover", stop)
         broken.setattr(ebft.pipeline.run, "_save", stop)
         with pytest.raises(KeyboardInterrupt):
-            run_ebft(config=EBFTConfig(**settings, resume=True), reporter=silent)
+            run_ebft(config=EBFTConfig.of(**settings, resume=True), reporter=silent)
     with monkeypatch.context() as broken:
         broken.setattr(LoRA, "recover", stop)
         broken.setattr(FullFineTuning, "recover", stop)
-        resumed = run_ebft(config=EBFTConfig(**settings, resume=True), reporter=silent)
-    assert resumed.summary["lora"]["losses"] == whole.summary["lora"]["losses"]
+        resumed = run_ebft(config=EBFTConfig.of(**settings, resume=True), reporter=silent)
+    assert resumed.summary["whole_model"]["lora"]["losses"] == whole.summary["whole_model"]["lora"]["losses"]
     assert resumed.summary["perplexity"] == whole.summary["perplexity"]
     ours, theirs = (load_file(result.output / "model.safetensors") for result in (resumed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -294,7 +296,7 @@ def test_ranks_share_a_batch(short_run, silent, tmp_path):
 
 def test_refused(monkeypatch, short_run):
     with pytest.raises(EBFTError, match="holds the whole model in memory, which neither --plan nor a memory budget"):
-        ebft.plan.planner.make_plan(EBFTConfig(**short_run(recover="ebft+full")))
+        ebft.plan.planner.make_plan(EBFTConfig.of(**short_run(recover="ebft+full")))
     monkeypatch.setattr(ebft.recovery.lora, "find_spec", lambda name: None)
     with pytest.raises(EBFTError, match=r"needs peft, which is not installed; expected pip install ebft\[lora\]"):
-        run_ebft(config=EBFTConfig(**short_run(recover="lora")))
+        run_ebft(config=EBFTConfig.of(**short_run(recover="lora")))

@@ -39,7 +39,7 @@ def test_what_cannot_be_had(monkeypatch, tmp_path):
     ):
         cloze("local:x", ["word " * 120])
     with pytest.raises(EBFTError, match="--eval-limit is 0; expected a whole number of at least 1"):
-        EBFTConfig(eval_limit=0)
+        EBFTConfig.of(eval_limit=0)
     monkeypatch.setattr(ebft.evaluation.zero_shot, "find_spec", lambda name: None)
     with pytest.raises(EBFTError, match=r"lm-evaluation-harness, which is not installed \(pip install ebft\[tasks\]\)"):
         ZeroShot.prepare(["piqa"], None)
@@ -75,8 +75,8 @@ def test_a_run_asks_the_saved_model_once(short_run, silent, tmp_path, monkeypatc
     with monkeypatch.context() as broken:
         broken.setattr(ebft.pipeline.run, "summarise", fail)
         with pytest.raises(KeyboardInterrupt):
-            run_ebft(config=EBFTConfig(**given), reporter=silent)
-    result = run_ebft(config=EBFTConfig(**given, resume=True), reporter=silent)
+            run_ebft(config=EBFTConfig.of(**given), reporter=silent)
+    result = run_ebft(config=EBFTConfig.of(**given, resume=True), reporter=silent)
     assert asked == [([], 7, [f"local:{text}", "local:builtin"])]
     assert result.summary["zero_shot"] == {f"local:{text}": ANSWERS, "local:builtin": ANSWERS}
     for row in (
@@ -97,18 +97,18 @@ def test_another_text_is_another_run(short_run, silent, tmp_path, monkeypatch):
     monkeypatch.setattr(ZeroShot, "measure", lambda *_: 1 / 0)
     given = short_run(eval_tasks=f"local:{text}", eval="", recover="none")
     with pytest.raises(ZeroDivisionError):
-        run_ebft(config=EBFTConfig(**given), reporter=silent)
+        run_ebft(config=EBFTConfig.of(**given), reporter=silent)
     text.write_text(" ".join(documents[1:20]))
     with pytest.raises(EBFTError, match="was begun with another text"):
-        run_ebft(config=EBFTConfig(**given, resume=True), reporter=silent)
+        run_ebft(config=EBFTConfig.of(**given, resume=True), reporter=silent)
 
 
 def test_a_plan_counts_the_whole_model(tiny):
     usual = {"model": str(tiny / "model"), "device": "cpu", "seqlen": 16, "samples": 4, "eval": ""}
     size = 4 * sum(p.numel() for p in load_model(usual["model"]).parameters())
-    plan = make_plan(EBFTConfig(**usual, eval_tasks="local:builtin"))
+    plan = make_plan(EBFTConfig.of(**usual, eval_tasks="local:builtin"))
     assert size < plan.stages["zero-shot, the whole model"] < size + 2**25
-    assert "zero-shot, the whole model" not in make_plan(EBFTConfig(**usual)).stages
+    assert "zero-shot, the whole model" not in make_plan(EBFTConfig.of(**usual)).stages
 
 
 @pytest.mark.slow
