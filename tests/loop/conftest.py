@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.seven_b_run import VOCABULARY, small_tokenizer
 from ebft import EBFTConfig
+from ebft.config import preset_settings
 from ebft.data.calibration import builtin_documents
 from ebft.output.terminal import Reporter
 
@@ -109,11 +110,9 @@ def trained(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPat
 
 def with_effect(usual, settings):
     """``settings`` over the ``usual`` ones, without those of the latter that would then have no effect."""
-    fields = EBFTConfig.__dataclass_fields__
-    made = EBFTConfig.of(
-        **{name: value for name, value in usual.items() if not fields[name].metadata["needs"]} | settings
-    )
-    return {name: value for name, value in usual.items() if made.has_effect(name)} | settings
+    made = EBFTConfig.of(usual, **settings)
+    known = made.flat().keys()
+    return {name: value for name, value in usual.items() if name in known and made.has_effect(name)} | settings
 
 
 @pytest.fixture
@@ -122,8 +121,8 @@ def config(tmp_path: Path):
 
     def make(**settings) -> EBFTConfig:
         small = {"samples": 8, "seqlen": 24, "epochs": 2, "batch_size": 4, "eval_seqlen": 32, "eval": ""}
-        small |= {"target": "sparse-stream"}
-        return EBFTConfig.preset("demo", **with_effect({"output": tmp_path / "out", **small}, settings))
+        small |= {"target": "sparse-stream", "output": tmp_path / "out"}
+        return EBFTConfig.of(preset_settings("demo") | small, **settings)
 
     return make
 
