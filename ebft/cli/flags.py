@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 from cyclopts import Group, Parameter
 
 from ebft.config import PRESETS, SECTIONS, EBFTConfig, flag, flat_name
+from ebft.data.texts import check_texts
 from ebft.errors import EBFTError
 from ebft.files import ordinary
 from ebft.registry import ALL, nearest
@@ -118,7 +119,9 @@ def config_of(preset: str | None = None, config: str | None = None, **given: Any
     settings = read_yaml(config) if config else {}
     preset = preset or settings.pop("preset", None)
     settings = {name: value for name, value in settings.items() if name != "preset"} | given
-    return EBFTConfig.preset(preset or ("paper" if settings.get("model") else "demo"), **settings)
+    made = EBFTConfig.preset(preset or ("paper" if settings.get("model") else "demo"), **settings)
+    check_texts(made)
+    return made
 
 
 def read_yaml(file: str) -> dict[str, Any]:

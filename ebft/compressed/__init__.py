@@ -1,1 +1,1 @@
-"""TODO."""
+"""The compressed format: a pruned model without its zeros, made and loaded."""

@@ -51,7 +51,8 @@ class EBFTConfig:
             made[method.Settings] = method.Settings() if own is None else own
         for settings in given:
             if type(settings) not in made:
-                raise EBFTError(_of_another(_owners_of(type(settings)), self.prune, self.recover))
+                parts = [self.prune, self.recover, *made.values()]
+                raise EBFTError(f"methods holds {_of_another(_owners_of(type(settings)), parts)}")
         object.__setattr__(self, "methods", tuple(made.values()))
         if self.recover.holdout and self.data.samples < 2:
             raise EBFTError(f"--holdout is {self.recover.holdout:g} of 1 sequence; expected --samples 2 or more")
@@ -179,11 +180,12 @@ class EBFTConfig:
         for name in sorted(settings.keys() - taken):
             if not _is_usual(name, settings[name], defaults):
                 owners = [method for registry in ALL for method in registry if name in _flat_names_of(method.Settings)]
-                raise EBFTError(f"{flag(name)} is {_of_another(owners, sections['prune'], sections['recover'])}")
+                raise EBFTError(f"{flag(name)} is {_of_another(owners, [*sections.values(), *made])}")
         config = cls(**sections, methods=tuple(made))
         flat = config.flat()
         given = {n: flat[n] for n in settings if n in flat and not _is_usual(n, flat[n], defaults)}
-        config._check_effects(given)
+        if not flat.keys() <= settings.keys():  # of all of them at once nobody says which are meant
+            config._check_effects(given)
         return config
 
     @classmethod
@@ -276,14 +278,27 @@ def _in_order(recover: str) -> list[str]:
     return [] if names == ["none"] else names
 
 
-def _of_another(owners: list[Any], prune: Prune, recover: Recover) -> str:
-    """Says that settings are of methods that are not chosen."""
-    first = owners[0]
-    registry = _BY_KIND[first.kind]
-    names = " or ".join(method.name for method in owners)
-    chosen = {"--prune": prune.criterion, "--refine": prune.refine, "--recover": recover.method}.get(registry.flag)
-    given = f"and {registry.flag} is {chosen}" if chosen else f"which --recover {recover.method} does not use"
-    return f"a setting of {registry.flag} {names}, {given}; expected {registry.flag} {first.name}, or no such setting"
+def _of_another(owners: list[Any], parts: Iterable[Any]) -> str:
+    """Says that settings are of methods that are not chosen.
+
+    Args:
+        owners: these methods.
+        parts: the sections, and the settings of the methods that are chosen.
+    """
+    chosen = {flag(flat_name(f)): getattr(part, f.name) for part in parts for f in dataclasses.fields(part)}
+    names, given = dict[str, list[str]](), dict[str, None]()
+    for method in owners:
+        choice = _BY_KIND[method.kind].flag
+        if choice in chosen:
+            given[f"{choice} is {chosen[choice]}"] = None
+        else:  # a loss or an optimizer is chosen by a setting of a recovery, which is not chosen itself
+            user = next(user for user in recoveries if choice in map(flag, _flat_names_of(user.Settings)))
+            given[f"--recover is {chosen['--recover']}"] = None
+            choice = f"--recover {user.name} {choice}"
+        names.setdefault(choice, []).append(method.name)
+    theirs = ", or ".join(f"{choice} {' or '.join(of)}" for choice, of in names.items())
+    expected = theirs if len(owners) == 1 else "one of these"
+    return f"a setting of {theirs}, and {' and '.join(given)}; expected {expected}, or no such setting"
 
 
 def _is_usual(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:

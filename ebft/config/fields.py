@@ -96,6 +96,8 @@ def _check_bounds(field: dataclasses.Field[Any], value: Any) -> None:
     for number in numbers:
         if not isinstance(number, int | float) or isinstance(number, bool):
             continue
+        if isinstance(number, int) and bounds["at_most"] is None and number > LARGEST:
+            bounds = {**bounds, "at_most": LARGEST}
         inside = (
             (bounds["at_least"] is None or number >= bounds["at_least"])
             and (bounds["above"] is None or number > bounds["above"])
@@ -115,7 +117,8 @@ def _expected(number: float, bounds: Mapping[str, float | None]) -> str:
         what = "a whole number"
         if most is None and below is None:
             return f"{what} of at least {least:g}"
-        return f"{what} from {least:g} to {_power(most if most is not None else (below or 0) - 1)}"
+        largest = _power(most if most is not None else (below or 0) - 1)
+        return f"{what} of at most {largest}" if least is None else f"{what} from {least:g} to {largest}"
     if (above, below) == (0, 1):
         return "a number between 0 and 1, both excluded"
     if (least, below) == (0, 1):

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Calibration text, text that the model writes, and hidden states."""

@@ -17,18 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ebft.config.sections import apportion
+from ebft.data.texts import FILES, HUB_TEXTS, check_text
 from ebft.errors import EBFTError
 
-HUB_TEXTS: dict[str, dict[str, Any]] = {
-    # name -> the dataset, and the split that each use takes
-    "c4": {"path": "allenai/c4", "name": "en", "calibration": "train", "evaluation": "validation"},
-    "wikitext2": {
-        "path": "Salesforce/wikitext",
-        "name": "wikitext-2-raw-v1",
-        "calibration": "train",
-        "evaluation": "test",
-    },
-}
 HELD_OUT_EVERY = 12  # of the built-in topics, every 12th is for evaluation
 C4_EVALUATION_DOCUMENTS = 1100
 SHUFFLE_BUFFER = 4096  # documents
@@ -195,19 +186,16 @@ def _from_hub(name: str, use: str, shuffle_seed: int | None) -> Iterator[str]:
 
 def _from_file(file: str, use: str) -> Iterator[str]:
     path = Path(file).expanduser()
-    kinds = {".txt": None, ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    if not path.is_file() or path.suffix not in kinds:
-        names = ", ".join((*HUB_TEXTS, "builtin", *(("self",) if use == "calibration" else ())))
-        raise EBFTError(f"text {file!r}: expected {names}, or an existing .txt, .jsonl or .parquet file")
+    check_text(file, use)
     try:
-        if kinds[path.suffix] is None:
+        if FILES[path.suffix] is None:
             yield path.read_text(encoding="utf-8")
             return
         if not path.stat().st_size:
             return
         import datasets
 
-        rows = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train", streaming=True)
+        rows = datasets.load_dataset(FILES[path.suffix], data_files=str(path), split="train", streaming=True)
         for row in rows:
             if "text" not in row:
                 raise EBFTError(

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from ebft.data.calibration import Tokens, use_of
+from ebft.data.texts import SELF
 from ebft.errors import EBFTError
 from ebft.model.checkpoint import quiet
 
-SELF = "self"  # the name of such text
 WRITTEN_AT_ONCE = 8192  # tokens of the sequences that are written together
 
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""How good a model is: perplexity, divergence from another model, zero-shot tasks."""

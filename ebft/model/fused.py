@@ -1,7 +1,7 @@
 """RMSNorm, rotary embedding and SwiGLU of a block from liger-kernel (``pip install ebft[liger]``), on a GPU.
 
-Between the products of a block lies glue that plain torch runs as many small kernels. liger-kernel has these fused, and
-nothing of it is rewritten here: in a block of a known family its functions take the places of the block's own;
+Between the products of a block, plain torch runs many small kernels. liger-kernel has these fused, and nothing of it
+is rewritten here: in a block of a known family its functions take the places of the block's own;
 parameters and all else stay.
 """
 
@@ -25,7 +25,7 @@ def liger_missing() -> str | None:
     return None if find_spec("liger_kernel") else "liger-kernel is not installed (pip install ebft[liger])"
 
 
-def fuse_glue_(block: nn.Module) -> tuple[str, ...]:
+def fuse_(block: nn.Module) -> tuple[str, ...]:
     """Let liger-kernel run what it can of ``block``, in place; gives the names of that, none in other families.
 
     Modules become of a class of their own. (A forward on the instance would be a cycle, and the block's weights would

@@ -6,14 +6,14 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
-from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
 from ebft.output.figures import duration, perplexity_table, plain_merge, zero_shot_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _PAGE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string("""\
 {% macro table(headings, rows) %}
@@ -87,21 +87,20 @@ def report_page(summary: dict[str, Any], blocks: list[dict[str, Any]]) -> str:
 
 
 def _of_blocks(blocks: list[dict[str, Any]]) -> list[_Section]:
-    tuned = [block for block in blocks if block["losses"]]
-    if not tuned:
-        return []
-    return [
-        _section(
-            "Reconstruction error, block by block",
-            "Mean squared error against the targets, relative to how far these are from the block's inputs.",
-            partial(_errors, blocks=tuned),
-        ),
-        _section(
-            "Loss within each block",
-            "Each line is one block, from first (dark) to last (light); losses are relative to the block's first ones.",
-            partial(_losses, blocks=tuned),
-        ),
-    ]
+    """Of the recoveries in the walk; those that take no steps have no losses."""
+    recovered = [block for block in blocks if block["relative_error_after"] is not None]
+    tuned = [block for block in recovered if block["losses"]]
+    errors = _section(
+        "Reconstruction error, block by block",
+        "Mean squared error against the targets, relative to how far these are from the block's inputs.",
+        partial(_errors, blocks=recovered),
+    )
+    losses = _section(
+        "Loss within each block",
+        "Each line is one block, from first (dark) to last (light); losses are relative to the block's first ones.",
+        partial(_losses, blocks=tuned),
+    )
+    return [*([errors] if recovered else []), *([losses] if tuned else [])]
 
 
 def _of_the_whole(summary: dict[str, Any], name: str) -> _Section:
@@ -115,7 +114,8 @@ def _of_the_whole(summary: dict[str, Any], name: str) -> _Section:
 
 
 def _section(title: str, note: str, draw: Callable[[Axes], None]) -> _Section:
-    from matplotlib import rc_context
+    from matplotlib import rc_context  # here and below, not above: importing it takes half a second
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -158,6 +158,8 @@ def _language_model_losses(axes: Axes, losses: list[float]) -> None:
 
 
 def _sparsity(axes: Axes, blocks: list[dict[str, Any]]) -> None:
+    from matplotlib.colors import Normalize
+
     names = list(dict.fromkeys(name for block in blocks for name in block["matrices"]))
     grid = [[block["matrices"].get(name, float("nan")) for block in blocks] for name in names]
     image = axes.imshow(grid, aspect="auto", cmap="Blues", norm=Normalize(0, 1), interpolation="nearest")

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ebft.config import ORGANISATION, EBFTConfig
 from ebft.data.calibration import Tokens, calibration_tokens, check_vocabulary, evaluation_tokens, mixture
-from ebft.data.generation import SELF, Generated, generate
+from ebft.data.generation import Generated, generate
 from ebft.data.streams import Store
+from ebft.data.texts import SELF, check_texts
 from ebft.distributed import Ranks
 from ebft.errors import EBFTError
 from ebft.evaluation.zero_shot import ZeroShot
 from ebft.files import checksum
-from ebft.model.checkpoint import DEFAULT_MODEL, Source, load_model, load_tokenizer, open_model
+from ebft.model.checkpoint import DEFAULT_MODEL, Source, load_config, load_model, load_tokenizer, open_model
 from ebft.model.decoder import Decoder
 from ebft.model.device import choose_device
 from ebft.model.fused import liger_missing
@@ -122,17 +123,21 @@ def prepare_job(
     recovery, whole_model = make_recoveries(config)
     recovers = config.recover.method != "none"
 
+    if text is None:
+        check_texts(config)
     source = config.model.source if model is None else model
+    if isinstance(source, str) and not source.lower().endswith(".gguf"):  # whose header takes seconds to read
+        check_lengths(config, load_config(source, trust_remote_code=config.model.trust_remote_code))
     reporter.say(f"loading {name_of(source)}")
     student = _open(config, source, reporter)
     check_lengths(config, student.model.config)
-    fuse_glue = config.runtime.fused and device.type == "cuda" and liger_missing() is None
-    decoder = Decoder(student.model, device, compute, fuse_glue, student.weights)
+    fuse = config.runtime.fused and device.type == "cuda" and liger_missing() is None
+    decoder = Decoder(student.model, device, compute, fuse, student.weights)
     check_ends(decoder, f"model {name_of(source)}")
     dense = decoder
     if teacher is not None or config.model.teacher is not None:
         opened = _with_biases_of(student.model, _open(config, teacher or config.model.teacher, reporter))
-        dense = Decoder(opened.model, device, compute, fuse_glue, opened.weights)
+        dense = Decoder(opened.model, device, compute, fuse, opened.weights)
         check_teacher(decoder, dense)
         check_ends(dense, "--teacher")
     check_masks(config, masker, decoder, dense)

@@ -35,7 +35,6 @@ from ebft.output.terminal import Reporter
 from ebft.pipeline.prepare import Job, name_of, prepare_job, summarise
 from ebft.pipeline.survey import survey
 from ebft.pipeline.walk import apply_masks, begin_peak_memory, check_weights, peak_memory, say_notes, walk
-from ebft.plan.planner import fit_to_budget
 from ebft.pruning.masker import Function
 from ebft.pruning.protocol import Criterion
 from ebft.pruning.structured.narrow import as_saved
@@ -152,7 +151,10 @@ def _run_once(
         output = ranks.after_first(
             partial(OutputFolder, config.output.folder, overwrite=config.output.overwrite, resume=config.output.resume)
         )
-        config = fit_to_budget(config, source, reporter.say)
+        if config.runtime.gpu_memory or config.runtime.host_memory:
+            from ebft.plan.planner import fit_to_budget  # here, not above: torch's trackers take a while to import
+
+            config = fit_to_budget(config, source, reporter.say)
         if output.finished and (result := _finished(config, output, reporter)):
             return result
         with _running_out_said(output), contextlib.ExitStack() as inside:

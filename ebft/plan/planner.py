@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from ebft.config import EBFTConfig, parse_bytes
 from ebft.data.calibration import builtin_documents
-from ebft.data.generation import SELF, WRITTEN_AT_ONCE
+from ebft.data.generation import WRITTEN_AT_ONCE
+from ebft.data.texts import SELF
 from ebft.errors import EBFTError
 from ebft.evaluation.perplexity import TOKENS_AT_ONCE
 from ebft.evaluation.zero_shot import BATCH
