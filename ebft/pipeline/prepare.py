@@ -1,22 +1,16 @@
-"""What a run works with, loaded and checked before any work is done; and what it says of itself at the end."""
+"""What a run works with, loaded and checked before any work is done."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ebft.config import ORGANISATION, EBFTConfig
+from ebft.config import EBFTConfig
 from ebft.data.calibration import Tokens, calibration_tokens, check_vocabulary, evaluation_tokens, mixture
 from ebft.data.generation import Generated, generate
 from ebft.data.streams import Store
@@ -24,8 +18,7 @@ from ebft.data.texts import SELF, check_texts
 from ebft.distributed import Ranks
 from ebft.errors import EBFTError
 from ebft.evaluation.zero_shot import ZeroShot
-from ebft.files import checksum
-from ebft.model.checkpoint import DEFAULT_MODEL, Source, load_config, load_model, load_tokenizer, open_model
+from ebft.model.checkpoint import Source, load_config, load_model, load_tokenizer, open_model
 from ebft.model.decoder import Decoder
 from ebft.model.device import choose_device
 from ebft.model.fused import liger_missing
@@ -34,74 +27,19 @@ from ebft.model.weights import ModelWeights, check_floats
 from ebft.output.folder import OutputFolder
 from ebft.output.terminal import Reporter
 from ebft.pipeline.checks import check_ends, check_masks, check_teacher
-from ebft.pruning.masker import Function, Masker, make_masker
+from ebft.pipeline.context import Clock, RunContext, are_independent, name_of
+from ebft.pipeline.summary import FUSED_OPS, fingerprint, settings_of
+from ebft.pruning.masker import Function, make_masker
 from ebft.pruning.protocol import Criterion
 from ebft.pruning.structured.biases import consumers, with_biases
-from ebft.recovery.protocol import Place, WholeModelRecovery
+from ebft.recovery.protocol import Place
 from ebft.recovery.samples import Split
-from ebft.recovery.task import Chain, make_recoveries
+from ebft.recovery.task import make_recoveries
 from ebft.registry import criteria
-from ebft.version import __version__, code_digest
-from ebft_kernels import explain
-
-FUSED_OPS = ("masked_adamw_step", "masked_grad_norm")  # the products run on zeroed weights, without masks
+from ebft_kernels import Choice, explain
 
 
-@dataclass
-class Clock:
-    """Seconds of each stage."""
-
-    began: float = field(default_factory=time.perf_counter)
-    laps: dict[str, float] = field(default_factory=dict)
-
-    def lap(self, name: str) -> None:
-        """The stage ``name`` ends now; it began where the one before ended."""
-        self.laps[name] = self.laps.get(name, 0.0) + self.total() - sum(self.laps.values())
-
-    def read(self) -> dict[str, Any]:
-        """All of it, for ``go_on_from``."""
-        return {"total": self.total(), "laps": dict(self.laps)}
-
-    def go_on_from(self, read: dict[str, Any]) -> None:
-        """It is as late as it was in an interrupted run; what passed since, here or there, is lost."""
-        self.began, self.laps = time.perf_counter() - read["total"], dict(read["laps"])
-
-    def total(self) -> float:
-        """Seconds since the run began."""
-        return time.perf_counter() - self.began
-
-
-@dataclass
-class Job:
-    """Everything a run works with, checked.
-
-    Attributes:
-        generated: what of the calibration text the dense model has written.
-        ranks: all processes of the run.
-        sharing: of these, those that share the calibration sequences: all, or in a block-parallel run this one alone.
-    """
-
-    config: EBFTConfig
-    name: str
-    decoder: Decoder
-    teacher: Decoder
-    tokenizer: PreTrainedTokenizerBase | None
-    masker: Masker
-    recovery: Chain | None
-    whole_model: dict[str, WholeModelRecovery]
-    calibration: Tokens | None
-    generated: Generated | None
-    eval_tokens: dict[str, Tokens]
-    zero_shot: ZeroShot | None
-    store: Store
-    output: OutputFolder
-    reporter: Reporter
-    clock: Clock
-    ranks: Ranks
-    sharing: Ranks
-
-
-def prepare_job(
+def prepare_run(
     config: EBFTConfig,
     model: str | PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -111,92 +49,27 @@ def prepare_job(
     output: OutputFolder,
     reporter: Reporter,
     ranks: Ranks,
-) -> Job:
+) -> RunContext:
     """Load and check everything, so that what is wrong is said before any work is done."""
-    clock = Clock()
+    clock, source = Clock(), config.model.source if model is None else model
     device, compute = choose_device(config.runtime.device, config.runtime.dtype)
-    choices = [explain(op, device) for op in FUSED_OPS]
-    for choice in choices:
-        if config.runtime.fused and not choice.fused:
-            raise EBFTError(f"--fused cannot be had: {choice}")
+    kernels = _kernels(config, device)
     masker = make_masker(config, criterion)
     recovery, whole_model = make_recoveries(config)
-    recovers = config.recover.method != "none"
-
-    if text is None:
-        check_texts(config)
-    source = config.model.source if model is None else model
-    if isinstance(source, str) and not source.lower().endswith(".gguf"):  # whose header takes seconds to read
-        check_lengths(config, load_config(source, trust_remote_code=config.model.trust_remote_code))
-    reporter.say(f"loading {name_of(source)}")
-    student = _open(config, source, reporter)
-    check_lengths(config, student.model.config)
-    fuse = config.runtime.fused and device.type == "cuda" and liger_missing() is None
-    decoder = Decoder(student.model, device, compute, fuse, student.weights)
-    check_ends(decoder, f"model {name_of(source)}")
-    dense = decoder
-    if teacher is not None or config.model.teacher is not None:
-        opened = _with_biases_of(student.model, _open(config, teacher or config.model.teacher, reporter))
-        dense = Decoder(opened.model, device, compute, fuse, opened.weights)
-        check_teacher(decoder, dense)
-        check_ends(dense, "--teacher")
+    _check_before_loading(config, source, text)
+    decoder, dense = _decoders(config, source, teacher, reporter, device, compute)
     check_masks(config, masker, decoder, dense)
 
-    needs_calibration = recovers or bool(masker.needs) or masker.surveyor is not None
+    read_text = config.recover.method != "none" or bool(masker.needs) or masker.surveyor is not None
     if tokenizer is None and not isinstance(source, PreTrainedModel):
         tokenizer = load_tokenizer(source, trust_remote_code=config.model.trust_remote_code)
-    if tokenizer is None and (config.evaluate.texts or config.evaluate.tasks or needs_calibration):
+    if tokenizer is None and (config.evaluate.texts or config.evaluate.tasks or read_text):
         raise EBFTError("a model in memory was given without its tokenizer, which turns text into tokens")
     zero_shot = None
     if config.evaluate.tasks:
         zero_shot = ranks.first(partial(ZeroShot.prepare, list(config.evaluate.tasks), config.evaluate.limit))
-    evaluation, calibration, generated = {}, None, None
-    if tokenizer is not None:
-        evaluation = {
-            t: evaluation_tokens(t, tokenizer, seqlen=config.evaluate.seqlen, most=config.evaluate.tokens)
-            for t in config.evaluate.texts
-        }
-        if needs_calibration:
-            if text is None and SELF in config.data.parts:
-                clock.lap("load")
-                whole = None if dense.weights.on_disk else dense.model
-                named = config.model.teacher or (source if isinstance(source, str) else None)
-
-                def load() -> PreTrainedModel:
-                    return whole or load_model(
-                        named,
-                        trust_remote_code=config.model.trust_remote_code,
-                        ignore_unused=config.model.ignore_unused,
-                    )
-
-                generated = ranks.first(partial(_write_text, config, dense, load, tokenizer, output, reporter))
-                clock.lap("generation")
-            calibration = _calibrate(config, tokenizer, text, generated)
-            reporter.say(f"calibration: {calibration.use}")
-        for tokens in (*evaluation.values(), *([calibration] if calibration else [])):
-            for model_of in (decoder, dense):
-                check_vocabulary(tokens, tokenizer, model_of.model.get_input_embeddings().weight.shape[0])
-    if config.runtime.fused and device.type == "cuda":
-        reporter.say(
-            f"norms, rotary embedding and SwiGLU: {liger_missing() or 'in liger-kernel where the family is known'}"
-        )
-    reporter.say(f"{choices[0]}; products in {str(compute).removeprefix('torch.')}")
-    sharing = Ranks() if blocks_are_independent(config) else ranks
-    if calibration and len(calibration.ids) < sharing.count:
-        raise EBFTError(
-            f"--samples is {len(calibration.ids)}, and {sharing.count} ranks share them; expected one for each at least"
-        )
-    for method in (recovery, *whole_model.values()):
-        if method is not None:
-            method.prepare(Place(device, compute, sharing))
-    store = _choose_store(config, device, output)
-    store.owner = f".rank-{ranks.rank}" if ranks.count > 1 else ""
-    reporter.say(f"hidden states: {store.kind}")
-    output.fingerprint = ranks.first(
-        partial(_fingerprint, config, decoder, dense, masker, calibration, evaluation, zero_shot)
-    )
-    clock.lap("load")
-    return Job(
+    sharing = Ranks() if are_independent(config) else ranks
+    context = RunContext(
         config=config,
         name=name_of(source),
         decoder=decoder,
@@ -205,27 +78,120 @@ def prepare_job(
         masker=masker,
         recovery=recovery,
         whole_model=whole_model,
-        calibration=calibration,
-        generated=generated,
-        eval_tokens=evaluation,
+        calibration=None,
+        generated=None,
+        eval_tokens=_evaluation(config, tokenizer),
         zero_shot=zero_shot,
-        store=store,
+        store=_choose_store(config, device, output, ranks),
         output=output,
         reporter=reporter,
         clock=clock,
         ranks=ranks,
         sharing=sharing,
     )
+    if read_text:
+        _read_calibration(context, source, text)
+    _check_tokens(context)
+    for method in (recovery, *whole_model.values()):
+        if method is not None:
+            method.prepare(Place(device, compute, sharing))
+    _say_how(context, kernels)
+    output.fingerprint = ranks.first(partial(fingerprint, context))
+    clock.lap("load")
+    return context
 
 
-def blocks_are_independent(config: EBFTConfig) -> bool:
-    """No block needs what another is tuned to: all are given the dense model's states, and aim at them."""
-    return config.recover.input == "dense-stream"
+def _kernels(config: EBFTConfig, device: torch.device) -> list[Choice]:
+    """What would run the fused ops; ``EBFTError`` where ``--fused`` cannot be had."""
+    choices = [explain(op, device) for op in FUSED_OPS]
+    for choice in choices:
+        if config.runtime.fused and not choice.fused:
+            raise EBFTError(f"--fused cannot be had: {choice}")
+    return choices
 
 
-def name_of(source: str | PreTrainedModel | None) -> str:
-    """What a model is called in the report."""
-    return source if isinstance(source, str) else DEFAULT_MODEL if source is None else type(source).__name__
+def _check_before_loading(config: EBFTConfig, source: str | PreTrainedModel | None, text: Iterable[str] | None) -> None:
+    """``EBFTError`` for what can be known to be wrong without reading weights."""
+    if text is None:
+        check_texts(config)
+    if isinstance(source, str) and not source.lower().endswith(".gguf"):  # whose header takes seconds to read
+        check_lengths(config, load_config(source, trust_remote_code=config.model.trust_remote_code))
+
+
+def _decoders(
+    config: EBFTConfig,
+    source: str | PreTrainedModel | None,
+    teacher: PreTrainedModel | None,
+    reporter: Reporter,
+    device: torch.device,
+    compute: torch.dtype,
+) -> tuple[Decoder, Decoder]:
+    """The model that is pruned, and the dense one whose blocks are the targets: the same where no other is given."""
+    reporter.say(f"loading {name_of(source)}")
+    student = _open(config, source, reporter)
+    check_lengths(config, student.model.config)
+    fuse = config.runtime.fused and device.type == "cuda" and liger_missing() is None
+    decoder = Decoder(student.model, device, compute, fuse, student.weights)
+    check_ends(decoder, f"model {name_of(source)}")
+    if teacher is None and config.model.teacher is None:
+        return decoder, decoder
+    opened = _with_biases_of(student.model, _open(config, teacher or config.model.teacher, reporter))
+    dense = Decoder(opened.model, device, compute, fuse, opened.weights)
+    check_teacher(decoder, dense)
+    check_ends(dense, "--teacher")
+    return decoder, dense
+
+
+def _evaluation(config: EBFTConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Tokens]:
+    """The windows of every evaluation text."""
+    if tokenizer is None:
+        return {}
+    settings = config.evaluate
+    read = partial(evaluation_tokens, tokenizer=tokenizer, seqlen=settings.seqlen, most=settings.tokens)
+    return {text: read(text) for text in settings.texts}
+
+
+def _read_calibration(context: RunContext, source: str | PreTrainedModel | None, text: Iterable[str] | None) -> None:
+    """Read the calibration sequences, or have the dense model write them."""
+    config, dense, tokenizer = context.config, context.teacher, context.tokenizer
+    assert tokenizer is not None
+    if text is None and SELF in config.data.parts:
+        context.clock.lap("load")
+        whole = None if dense.weights.on_disk else dense.model
+        named = config.model.teacher or (source if isinstance(source, str) else None)
+        trust, ignore = config.model.trust_remote_code, config.model.ignore_unused
+
+        def load() -> PreTrainedModel:
+            return whole or load_model(named, trust_remote_code=trust, ignore_unused=ignore)
+
+        write = partial(_write_text, config, dense, load, tokenizer, context.output, context.reporter)
+        context.generated = context.ranks.first(write)
+        context.clock.lap("generation")
+    context.calibration = _calibrate(config, tokenizer, text, context.generated)
+    context.reporter.say(f"calibration: {context.calibration.use}")
+
+
+def _check_tokens(context: RunContext) -> None:
+    """``EBFTError`` for tokens that a model has no embedding for, and for fewer sequences than ranks."""
+    calibration = context.calibration
+    for tokens in (*context.eval_tokens.values(), *([calibration] if calibration else [])):
+        for decoder in (context.decoder, context.teacher):
+            assert context.tokenizer is not None
+            check_vocabulary(tokens, context.tokenizer, decoder.model.get_input_embeddings().weight.shape[0])
+    if calibration and len(calibration.ids) < context.sharing.count:
+        raise EBFTError(
+            f"--samples is {len(calibration.ids)}, and {context.sharing.count} ranks share them; expected one for each "
+            "at least"
+        )
+
+
+def _say_how(context: RunContext, kernels: Sequence[Choice]) -> None:
+    """What does the work, and where hidden states are."""
+    device, compute, say = context.decoder.device, context.decoder.compute, context.reporter.say
+    if context.config.runtime.fused and device.type == "cuda":
+        say(f"norms, rotary embedding and SwiGLU: {liger_missing() or 'in liger-kernel where the family is known'}")
+    say(f"{kernels[0]}; products in {str(compute).removeprefix('torch.')}")
+    say(f"hidden states: {context.store.kind}")
 
 
 def _open(config: EBFTConfig, source: str | PreTrainedModel | None, reporter: Reporter) -> Source:
@@ -292,7 +258,7 @@ def _write_text(
 ) -> Generated:
     """Text by the dense model, or what an interrupted run has kept of the same; ``load`` gives the model whole."""
     samples, seqlen, seed = config.data.parts[SELF], config.data.seqlen, config.runtime.seed
-    depends_on = [teacher.weights.fingerprint, _settings_of(teacher.model), samples, seqlen, seed]
+    depends_on = [teacher.weights.fingerprint, settings_of(teacher.model), samples, seqlen, seed]
     made_from = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     ids = output.generated(made_from)
     if ids is None:
@@ -309,95 +275,10 @@ def _write_text(
     return Generated.of(ids, made_from, tokenizer)
 
 
-def _choose_store(config: EBFTConfig, device: torch.device, output: OutputFolder) -> Store:
+def _choose_store(config: EBFTConfig, device: torch.device, output: OutputFolder, ranks: Ranks) -> Store:
     """What ``--streams`` means here; where a budget was given the plan has chosen already."""
-    on_host = config.runtime.streams == "auto" or (config.runtime.streams == "device" and device.type == "cpu")
-    return Store(
-        device, "host" if on_host else config.runtime.streams, getattr(torch, config.runtime.stream_dtype), output
-    )
-
-
-def _fingerprint(
-    config: EBFTConfig,
-    decoder: Decoder,
-    teacher: Decoder,
-    masker: Masker,
-    calibration: Tokens | None,
-    evaluation: dict[str, Tokens],
-    zero_shot: ZeroShot | None,
-) -> dict[str, dict[str, Any]]:
-    """Everything that the results depend on, by heading and name; not where things are."""
-    named = ORGANISATION | {"model", "teacher", "calibration", "device"}  # what these name is looked at itself
-    return {
-        "model": {"weights": decoder.weights.fingerprint, "configuration": _settings_of(decoder.model)},
-        "teacher": {"weights": teacher.weights.fingerprint, "configuration": _settings_of(teacher.model)},
-        "text": {
-            "calibration": calibration.use.sha256 if calibration else None,
-            **{name: tokens.use.sha256 for name, tokens in evaluation.items()},
-            **(zero_shot.fingerprint() if zero_shot else {}),
-        },
-        "criterion": {
-            "name": masker.name,
-            "file": checksum(Path(config.prune.criterion)) if Path(config.prune.criterion).is_file() else None,
-            "allocation": checksum(Path(config.prune.allocation)) if Path(config.prune.allocation).is_file() else None,
-        },
-        "setting": {name: value for name, value in config.flat().items() if name not in named},
-        "version": {**_versions(decoder), "products": str(decoder.compute), **implementations(decoder)},
-    }
-
-
-def _settings_of(model: PreTrainedModel) -> str:
-    settings = {name: value for name, value in model.config.to_diff_dict().items() if name != "_name_or_path"}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-
-
-# --- the summary --------------------------------------------------------------------------------------------------
-
-
-def summarise(
-    job: Job,
-    sparsity: float,
-    stages: dict[str, dict[str, float]],
-    whole_model: dict[str, dict[str, Any]],
-    zero_shot: dict[str, dict[str, float]],
-) -> dict[str, Any]:
-    """What ``ebft_summary.json`` holds; ``whole_model``: what recoveries of the whole model came to, by name."""
-    config = job.config
-    recovery = "no recovery" if config.recover.method == "none" else f"recovered by {config.recover.method}"
-    return {
-        "model": job.name,
-        "recipe": f"{job.masker.name}, {recovery}",
-        "output": str(job.output.final),
-        "perplexity": {text: {stage: values[text] for stage, values in stages.items()} for text in job.eval_tokens},
-        "zero_shot": zero_shot,
-        "seconds": job.clock.total(),
-        "stage_seconds": job.clock.laps,
-        "sparsity": sparsity,
-        "asked_sparsity": config.asked_sparsity,
-        "whole_model": whole_model,
-        "calibration": job.calibration.use.to_dict() if job.calibration else None,
-        "evaluation": {name: tokens.use.to_dict() for name, tokens in job.eval_tokens.items()},
-        "implementations": implementations(job.decoder),
-        "config": config.flat(),
-        "versions": {"python": platform.python_version(), **_versions(job.decoder)},
-    }
-
-
-def implementations(decoder: Decoder) -> dict[str, str]:
-    """Which kernels do the fused ops."""
-    return {op: explain(op, decoder.device).impl for op in FUSED_OPS}
-
-
-def _versions(decoder: Decoder) -> dict[str, Any]:
-    return {
-        "ebft": __version__,
-        "code": code_digest(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": _device_name(decoder.device),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    runtime = config.runtime
+    on_host = runtime.streams == "auto" or (runtime.streams == "device" and device.type == "cpu")
+    store = Store(device, "host" if on_host else runtime.streams, getattr(torch, runtime.stream_dtype), output)
+    store.owner = f".rank-{ranks.rank}" if ranks.count > 1 else ""
+    return store

@@ -32,7 +32,9 @@ from ebft.output.card import model_card
 from ebft.output.folder import LINES, MASKS, SUMMARY, OutputFolder
 from ebft.output.page import report_page
 from ebft.output.terminal import Reporter
-from ebft.pipeline.prepare import Job, name_of, prepare_job, summarise
+from ebft.pipeline.context import RunContext, name_of
+from ebft.pipeline.prepare import prepare_run
+from ebft.pipeline.summary import summarise
 from ebft.pipeline.survey import survey
 from ebft.pipeline.walk import apply_masks, begin_peak_memory, check_weights, peak_memory, say_notes, walk
 from ebft.pruning.masker import Function
@@ -158,10 +160,10 @@ def _run_once(
         if output.finished and (result := _finished(config, output, reporter)):
             return result
         with _running_out_said(output), contextlib.ExitStack() as inside:
-            job = prepare_job(config, source, tokenizer, teacher, criterion, text, output, reporter, ranks)
-            job.name = name or job.name
+            context = prepare_run(config, source, tokenizer, teacher, criterion, text, output, reporter, ranks)
+            context.name = name or context.name
             ranks.first(lambda: inside.enter_context(output) and None)
-            return _run(job, source if isinstance(source, PreTrainedModel) else None)
+            return _run(context, source if isinstance(source, PreTrainedModel) else None)
 
 
 @contextlib.contextmanager
@@ -196,100 +198,104 @@ def _finished(config: EBFTConfig, output: OutputFolder, reporter: Reporter) -> R
     return None
 
 
-def _run(job: Job, given: PreTrainedModel | None) -> RunResult:
-    decoder, out = job.decoder, job.output
-    if job.config.output.resume and not out.resumed:
-        job.reporter.say("there is nothing to resume: the run begins")
+def _run(context: RunContext, given: PreTrainedModel | None) -> RunResult:
+    decoder, out = context.decoder, context.output
+    if context.config.output.resume and not out.resumed:
+        context.reporter.say("there is nothing to resume: the run begins")
 
-    if text := job.generated:
-        _stage(job, "generated", lambda: None, partial(out.write_generated, text.tokens.ids, text.made_from))
-    dense = _stage(job, "dense_perplexity", partial(_measure_dense, job))
-    if surveyor := job.masker.surveyor:
-        surveyor.take(_stage(job, "survey", partial(survey, job, surveyor)))
-    lines = walk(job)
+    if text := context.generated:
+        _stage(context, "generated", lambda: None, partial(out.write_generated, text.tokens.ids, text.made_from))
+    dense = _stage(context, "dense_perplexity", partial(_measure_dense, context))
+    if surveyor := context.masker.surveyor:
+        surveyor.take(_stage(context, "survey", partial(survey, context, surveyor)))
+    lines = walk(context)
     stages = {"dense": dense}
-    recovers = job.recovery is not None or bool(job.whole_model)
+    recovers = context.recovery is not None or bool(context.whole_model)
     if recovers:
-        pruned = partial(_measure, job, "pruned perplexity", decoder, _pruned(job))
-        stages["pruned"] = _stage(job, "pruned_perplexity", pruned)
-    whole_model = {name: _recover_whole(job, name) for name in job.whole_model}
+        pruned = partial(_measure, context, "pruned perplexity", decoder, _pruned(context))
+        stages["pruned"] = _stage(context, "pruned_perplexity", pruned)
+    whole_model = {name: _recover_whole(context, name) for name in context.whole_model}
     if not isinstance(decoder.weights, ShardedWeights):  # a model in memory takes the recovered weights
         for index in range(len(decoder)):
             decoder.store_block(index, out.block(index), out.block_masks(index))
-    _stage(job, "save", lambda: None, partial(_save, job))
+    _stage(context, "save", lambda: None, partial(_save, context))
     last = "recovered" if recovers else "pruned"  # nothing has come between: the saved files are the pruned model
-    stages[last] = _stage(job, f"{last}_perplexity", partial(_measure_saved, job, f"{last} perplexity"))
-    zero_shot = _stage(job, "zero_shot", lambda: job.ranks.first(partial(_ask, job))) if job.zero_shot else {}
+    stages[last] = _stage(context, f"{last}_perplexity", partial(_measure_saved, context, f"{last} perplexity"))
+    zero_shot = (
+        _stage(context, "zero_shot", lambda: context.ranks.first(partial(_ask, context))) if context.zero_shot else {}
+    )
 
     kept = sum(line["kept_weights"] for line in lines)
     sparsity = 1 - kept / sum(line["prunable_weights"] for line in lines)
-    summary = summarise(job, sparsity, stages, whole_model, zero_shot)
+    summary = summarise(context, sparsity, stages, whole_model, zero_shot)
 
     def commit() -> list[str]:
-        out.write_json(SUMMARY, summary)
         out.write_text("README.md", model_card(summary))
         out.write_text("report.html", report_page(summary, lines))
+        context.clock.lap("report")
+        summary.update(seconds=context.clock.total(), stage_seconds=context.clock.laps)
+        out.write_json(SUMMARY, summary)
         return out.commit()
 
-    summary["files"] = job.ranks.first(commit)
-    job.reporter.table(summary)
-    return RunResult(out.final, summary, lines, given, job.config.model.trust_remote_code)
+    summary["files"] = context.ranks.first(commit)
+    context.reporter.table(summary)
+    return RunResult(out.final, summary, lines, given, context.config.model.trust_remote_code)
 
 
-def _stage(job: Job, name: str, make: Callable[[], Any], write: Callable[[], list[Path]] = list) -> Any:
+def _stage(context: RunContext, name: str, make: Callable[[], Any], write: Callable[[], list[Path]] = list) -> Any:
     """What a stage of the run comes to, made now or by the run that is gone on with; ``write`` gives its files."""
-    part = job.ranks.first(partial(job.output.part, name))
-    say_notes(job)
+    part = context.ranks.first(partial(context.output.part, name))
+    say_notes(context)
     if part is None:
-        result, files = make(), job.ranks.first(write)
-        job.clock.lap(name)
-        part = {"result": result, "clock": job.clock.read()}
-        job.ranks.first(partial(job.output.commit_part, name, part, files))
+        result, files = make(), context.ranks.first(write)
+        context.clock.lap(name)
+        part = {"result": result, "clock": context.clock.read()}
+        context.ranks.first(partial(context.output.commit_part, name, part, files))
     else:
-        job.clock.go_on_from(part["clock"])
+        context.clock.go_on_from(part["clock"])
     return part["result"]
 
 
 # --- after the walk -----------------------------------------------------------------------------------------------
 
 
-def _pruned(job: Job) -> Callable[[int], nn.Module]:
+def _pruned(context: RunContext) -> Callable[[int], nn.Module]:
     """The blocks pruned and not recovered."""
 
     def block_at(index: int) -> nn.Module:
-        pruned = job.output.pruned_block(index)
-        block = job.decoder.working_block(index, pruned)
+        pruned = context.output.pruned_block(index)
+        block = context.decoder.working_block(index, pruned)
         if pruned is None:
-            prefix = f"{job.decoder.names[index]}."
-            masks = job.output.block_masks(index)
+            prefix = f"{context.decoder.names[index]}."
+            masks = context.output.block_masks(index)
             apply_masks(block, {name.removeprefix(prefix): mask for name, mask in masks.items()})
         return block
 
     return block_at
 
 
-def _recover_whole(job: Job, name: str) -> dict[str, Any]:
+def _recover_whole(context: RunContext, name: str) -> dict[str, Any]:
     """Recover the whole model by ``name``, with all its blocks in memory; gives its entry in the summary."""
-    decoder, out, recovered = job.decoder, job.output, {}
+    decoder, out, recovered = context.decoder, context.output, {}
 
     def make() -> dict[str, Any]:
-        assert job.calibration is not None
+        assert context.calibration is not None
         begin_peak_memory(decoder.device)
         model = decoder.whole(out.block)
         recovered.update({block: model.get_submodule(block) for block in decoder.names})
-        with job.reporter.progress(name, 1) as advance:
+        with context.reporter.progress(name, 1) as advance:
             task = WholeTask(
                 model=model,
                 blocks=recovered,
                 masks={n: mask for index in range(len(decoder)) for n, mask in out.block_masks(index).items()},
-                tokens=job.calibration.ids,
+                tokens=context.calibration.ids,
                 device=decoder.device,
                 compute=decoder.compute,
-                ranks=job.ranks,
+                ranks=context.ranks,
                 on_step=advance,
             )
-            result = job.whole_model[name].recover(task)
-        job.clock.lap(name)
+            result = context.whole_model[name].recover(task)
+        context.clock.lap(name)
         entry: dict[str, Any] = {
             "losses": result.losses,
             "held_out_before": result.held_out_before,
@@ -299,28 +305,28 @@ def _recover_whole(job: Job, name: str) -> dict[str, Any]:
             "notes": result.notes,
         }
         if result.left_out:
-            entry["plain_merge"] = _plain_merge(job, recovered, result.left_out)
-            job.clock.lap("plain_merge_perplexity")
+            entry["plain_merge"] = _plain_merge(context, recovered, result.left_out)
+            context.clock.lap("plain_merge_perplexity")
         return entry
 
     def write() -> list[Path]:
         files = []
         for index, block in enumerate(recovered.values()):
             weights = decoder.round_as_stored(index, block)
-            check_weights(job, index, weights, f" after --recover {name}")
+            check_weights(context, index, weights, f" after --recover {name}")
             files.append(out.rewrite_block(index, decoder.weights.as_stored(weights), name))
         return files
 
-    entry = _stage(job, name, make, write)
+    entry = _stage(context, name, make, write)
     out.newest = name
     return entry
 
 
 def _plain_merge(
-    job: Job, blocks: Mapping[str, nn.Module], left_out: Mapping[str, Callable[[], Tensor]]
+    context: RunContext, blocks: Mapping[str, nn.Module], left_out: Mapping[str, Callable[[], Tensor]]
 ) -> dict[str, Any]:
     """Perplexity and sparsity of what would be saved without masks, a block of which is there at a time."""
-    decoder = job.decoder
+    decoder = context.decoder
 
     def block_at(index: int) -> nn.Module:
         name = decoder.names[index]
@@ -336,49 +342,51 @@ def _plain_merge(
         block = block_at(index)
         for weight in (block.get_parameter(matrix.name) for matrix in matrices):
             zeros, weights = zeros + int((weight == 0).sum()), weights + weight.numel()
-    perplexity = _measure(job, "perplexity of the plain merge", decoder, block_at)
+    perplexity = _measure(context, "perplexity of the plain merge", decoder, block_at)
     return {"perplexity": perplexity, "sparsity": zeros / weights}
 
 
-def _save(job: Job) -> list[Path]:
+def _save(context: RunContext) -> list[Path]:
     """The recovered model as an ordinary folder; gives the files with weights and masks."""
-    decoder, out, count = job.decoder, job.output, len(job.decoder)
-    largest = parse_bytes(job.config.output.max_shard_size, "--max-shard-size")
-    model, masks = as_saved(job.config, decoder, out)
+    decoder, out, count = context.decoder, context.output, len(context.decoder)
+    largest = parse_bytes(context.config.output.max_shard_size, "--max-shard-size")
+    model, masks = as_saved(context.config, decoder, out)
     if isinstance(decoder.weights, ShardedWeights):
         files = out.save_shards(decoder.weights.tensors, count, largest)
     else:
         files = out.save_model(model, largest)
-    out.save_settings(model, job.tokenizer)
+    out.save_settings(model, context.tokenizer)
     return files + out.save_masks(masks)
 
 
-def _measure_saved(job: Job, what: str) -> dict[str, float]:
+def _measure_saved(context: RunContext, what: str) -> dict[str, float]:
     """Perplexity of the saved files."""
-    if not job.eval_tokens:
+    if not context.eval_tokens:
         return {}
-    saved, decoder = open_saved(type(job.decoder.model), job.output.path), job.decoder
-    recovered = _measure(job, what, Decoder(saved.model, decoder.device, decoder.compute, weights=saved.weights))
+    saved, decoder = open_saved(type(context.decoder.model), context.output.path), context.decoder
+    recovered = _measure(context, what, Decoder(saved.model, decoder.device, decoder.compute, weights=saved.weights))
     for text, value in recovered.items():
         if math.isnan(value):
-            raise EBFTError(f"the saved model's perplexity on {text} is nan; what was finished is in {job.output.path}")
+            raise EBFTError(
+                f"the saved model's perplexity on {text} is nan; what was finished is in {context.output.path}"
+            )
     return recovered
 
 
-def _ask(job: Job) -> dict[str, dict[str, float]]:
+def _ask(context: RunContext) -> dict[str, dict[str, float]]:
     """Zero-shot tasks, on the model that the saved files give."""
-    assert job.zero_shot is not None
-    assert job.tokenizer is not None
-    job.reporter.say(f"zero-shot: {', '.join(job.config.evaluate.tasks)}")
-    kind, folder = type(job.decoder.model), job.output.path
+    assert context.zero_shot is not None
+    assert context.tokenizer is not None
+    context.reporter.say(f"zero-shot: {', '.join(context.config.evaluate.tasks)}")
+    kind, folder = type(context.decoder.model), context.output.path
     with quiet():
         model = kind.from_pretrained(folder, dtype="auto").eval()
-    return job.zero_shot.measure(model, job.tokenizer, job.decoder.device)
+    return context.zero_shot.measure(model, context.tokenizer, context.decoder.device)
 
 
-def _measure_dense(job: Job) -> dict[str, float]:
+def _measure_dense(context: RunContext) -> dict[str, float]:
     """Perplexity of the dense model, which is a number, or the run is for nothing."""
-    dense, teacher = _measure(job, "dense perplexity", job.teacher), job.teacher
+    dense, teacher = _measure(context, "dense perplexity", context.teacher), context.teacher
     for text, value in dense.items():
         if not math.isfinite(value):
             named = next(filter(None, map(teacher.not_finite, range(len(teacher)))), None)
@@ -388,12 +396,12 @@ def _measure_dense(job: Job) -> dict[str, float]:
 
 
 def _measure(
-    job: Job, what: str, decoder: Decoder, block_at: Callable[[int], nn.Module] | None = None
+    context: RunContext, what: str, decoder: Decoder, block_at: Callable[[int], nn.Module] | None = None
 ) -> dict[str, float]:
     """Perplexity on every evaluation text."""
-    if not job.eval_tokens:
+    if not context.eval_tokens:
         return {}
-    windows = {name: tokens.ids for name, tokens in job.eval_tokens.items()}
-    store = Store(decoder.device, job.store.kind, output=job.output, owner=job.store.owner)
-    with job.reporter.progress(what, len(decoder)) as advance:
-        return perplexities(decoder, windows, block_at, on_block=advance, store=store, ranks=job.ranks)
+    windows = {name: tokens.ids for name, tokens in context.eval_tokens.items()}
+    store = Store(decoder.device, context.store.kind, output=context.output, owner=context.store.owner)
+    with context.reporter.progress(what, len(decoder)) as advance:
+        return perplexities(decoder, windows, block_at, on_block=advance, store=store, ranks=context.ranks)

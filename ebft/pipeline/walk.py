@@ -18,87 +18,88 @@ from ebft.data.streams import Run, Stream, Streams
 from ebft.errors import EBFTError
 from ebft.model.decoder import Decoder
 from ebft.output.folder import LINES
-from ebft.pipeline.prepare import Job, blocks_are_independent, implementations
+from ebft.pipeline.context import RunContext
+from ebft.pipeline.summary import implementations
 from ebft.pruning.masker import BlockMasks
 from ebft.pruning.statistics import InputObserver, Statistics, sum_over_ranks_
 from ebft.recovery.task import BlockResult, BlockTask, Following
 from ebft_kernels import PackedMask
 
 
-def walk(job: Job) -> list[dict[str, Any]]:
+def walk(context: RunContext) -> list[dict[str, Any]]:
     """Prune and recover every block in turn; gives the report's lines."""
-    decoder, out, sharing = job.decoder, job.output, job.sharing
-    finished = job.ranks.first(partial(_finished_blocks, job))
-    say_notes(job)
+    decoder, out, sharing = context.decoder, context.output, context.sharing
+    finished = context.ranks.first(partial(_finished_blocks, context))
+    say_notes(context)
     lines = {index: part["line"] for index, part in finished.items()}
     for part in finished.values():
-        job.clock.go_on_from(part["clock"])
+        context.clock.go_on_from(part["clock"])
     if lines:
-        job.reporter.say(f"{len(lines)} of {len(decoder)} blocks are finished already")
+        context.reporter.say(f"{len(lines)} of {len(decoder)} blocks are finished already")
     left = [index for index in range(len(decoder)) if index not in lines]
-    mine = left[job.ranks.rank :: job.ranks.count] if blocks_are_independent(job.config) else left
+    mine = left[context.ranks.rank :: context.ranks.count] if context.blocks_are_independent else left
     if mine:
         position = finished[mine[0] - 1]["streams"] if mine[0] - 1 in finished else None
-        walks_with_text = job.calibration and (job.recovery or job.masker.needs)
-        streams = _streams(job, mine[0], position) if walks_with_text else None
-    with job.reporter.progress("block", len(decoder)) as advance:
+        walks_with_text = context.calibration and (context.recovery or context.masker.needs)
+        streams = _streams(context, mine[0], position) if walks_with_text else None
+    with context.reporter.progress("block", len(decoder)) as advance:
         for index in range(mine[0], mine[-1] + 1) if mine else ():
             if index not in mine:
                 if streams:
-                    _pass_by(job, streams, index)
+                    _pass_by(context, streams, index)
                 continue
             began = time.perf_counter()
             begin_peak_memory(decoder.device)
             block = decoder.working_block(index)
-            masks, statistics = _prune(job, streams, index, block)
+            masks, statistics = _prune(context, streams, index, block)
             kept_apart = masks.changed or (
-                job.recovery is not None and job.recovery.changes_masks
+                context.recovery is not None and context.recovery.changes_masks
             )  # the pruned block is not the dense one under its masks
             pruned = decoder.round_as_stored(index, block) if kept_apart else None
             result = None
-            if streams and job.recovery:
-                result = _recover(job, streams, index, block, masks, statistics, lines, advance)
+            if streams and context.recovery:
+                result = _recover(context, streams, index, block, masks, statistics, lines, advance)
 
             weights = decoder.round_as_stored(index, block)  # the stream goes through the block as it is saved
-            check_weights(job, index, weights)
+            check_weights(context, index, weights)
             if streams:
                 streams.sparse_pass(partial(decoder.run_block, index, block))
-                _check_finite(job, index, streams.inputs, "the next block's inputs")
-            lines[index] = _block_line(job, index, masks, result, time.perf_counter() - began)
-            job.clock.lap("blocks")
-            sharing.first(partial(_commit_block, job, index, weights, pruned, masks, streams, lines[index]))
+                _check_finite(context, index, streams.inputs, "the next block's inputs")
+            lines[index] = _block_line(context, index, masks, result, time.perf_counter() - began)
+            context.clock.lap("blocks")
+            sharing.first(partial(_commit_block, context, index, weights, pruned, masks, streams, lines[index]))
             advance(index + 1, _block_note(lines[index]))
-    lines = {index: line for of_rank in job.ranks.gathered(lines) for index, line in of_rank.items()}
+    lines = {index: line for of_rank in context.ranks.gathered(lines) for index, line in of_rank.items()}
     in_order = [lines[index] for index in range(len(decoder))]
-    job.ranks.first(partial(out.write_lines, LINES, in_order))
+    context.ranks.first(partial(out.write_lines, LINES, in_order))
     return in_order
 
 
-def _prune(job: Job, streams: Streams | None, index: int, block: nn.Module) -> tuple[BlockMasks, Statistics]:
+def _prune(context: RunContext, streams: Streams | None, index: int, block: nn.Module) -> tuple[BlockMasks, Statistics]:
     """Prune ``block`` by what flows into it; gives what the recovery needs of the dense one's statistics, if any."""
-    own, dense = _dense_pass(job, streams, index, block) if streams else ({}, {})
-    masks = job.masker(job.decoder.names[index], block, job.decoder.matrices[index], own)
+    own, dense = _dense_pass(context, streams, index, block) if streams else ({}, {})
+    masks = context.masker(context.decoder.names[index], block, context.decoder.matrices[index], own)
     apply_masks(block, masks.masks)
-    return masks, dense if job.recovery and job.recovery.needs else {}
+    return masks, dense if context.recovery and context.recovery.needs else {}
 
 
-def _finished_blocks(job: Job) -> dict[int, dict[str, Any]]:
+def _finished_blocks(context: RunContext) -> dict[int, dict[str, Any]]:
     """What an interrupted run has committed: blocks from the first on, or any where they are independent."""
     found: dict[int, dict[str, Any]] = {}
-    for index in range(len(job.decoder)):
-        part = job.output.part(_part_of(index), alone=blocks_are_independent(job.config))
+    for index in range(len(context.decoder)):
+        part = context.output.part(_part_of(index), alone=context.blocks_are_independent)
         if part is not None:
             found[index] = part
-        elif not blocks_are_independent(job.config):
+        elif not context.blocks_are_independent:
             break
-    if len(found) < len(job.decoder):
-        job.output.forget_others()
-    job.output.write_lines(LINES, [part["line"] for part in found.values()])
+    if len(found) < len(context.decoder):
+        context.output.forget_others()
+    context.output.write_lines(LINES, [part["line"] for part in found.values()])
     return found
 
 
 def _commit_block(
-    job: Job,
+    context: RunContext,
     index: int,
     weights: dict[str, Tensor],
     pruned: dict[str, Tensor] | None,
@@ -107,14 +108,14 @@ def _commit_block(
     line: dict[str, Any],
 ) -> None:
     """Write a finished block, and commit it."""
-    out, name = job.output, job.decoder.names[index]
+    out, name = context.output, context.decoder.names[index]
     full_masks = {f"{name}.{matrix}": mask for matrix, mask in masks.masks.items()}
-    stored = job.decoder.weights.as_stored
+    stored = context.decoder.weights.as_stored
     files = out.write_block(index, stored(weights), full_masks, stored(pruned) if pruned else None)
     with out.writing():
-        position = streams.position() if streams and job.ranks.count == 1 else None
-    out.commit_part(_part_of(index), {"line": line, "streams": position, "clock": job.clock.read()}, files)
-    if job.sharing == job.ranks:  # otherwise others write too
+        position = streams.position() if streams and context.ranks.count == 1 else None
+    out.commit_part(_part_of(index), {"line": line, "streams": position, "clock": context.clock.read()}, files)
+    if context.sharing == context.ranks:  # otherwise others write too
         out.append_line(LINES, line)
 
 
@@ -122,56 +123,56 @@ def _part_of(index: int) -> str:
     return f"block-{index:05d}"
 
 
-def _streams(job: Job, done: int, position: dict[str, Any] | None) -> Streams:
+def _streams(context: RunContext, done: int, position: dict[str, Any] | None) -> Streams:
     """The streams before block ``done``: an interrupted run's from its files, or made again through finished blocks."""
-    assert job.calibration is not None
-    decoder, share = job.decoder, job.sharing.share(len(job.calibration.ids))
+    assert context.calibration is not None
+    decoder, share = context.decoder, context.sharing.share(len(context.calibration.ids))
     make = partial(
         Streams,
-        job.config,
+        context.config,
         decoder,
-        job.teacher,
-        job.calibration.ids[share],
-        job.store,
+        context.teacher,
+        context.calibration.ids[share],
+        context.store,
         share=share,
-        keep_dense_inputs=job.recovery is not None and job.recovery.needs_dense_inputs,
+        keep_dense_inputs=context.recovery is not None and context.recovery.needs_dense_inputs,
     )
-    if position and job.store.kind == "disk" and job.ranks.count == 1:
-        if job.output.are_whole(position["files"]):
+    if position and context.store.kind == "disk" and context.ranks.count == 1:
+        if context.output.are_whole(position["files"]):
             return make(position=position)
-        job.reporter.say("the streams on disk are broken, or further than the last whole commit: made again")
+        context.reporter.say("the streams on disk are broken, or further than the last whole commit: made again")
     streams = make()
     if done:
-        with job.reporter.progress("streams through finished blocks", done) as advance:
+        with context.reporter.progress("streams through finished blocks", done) as advance:
             for index in range(done):
-                _pass_by(job, streams, index)
+                _pass_by(context, streams, index)
                 advance(index + 1)
     return streams
 
 
-def _pass_by(job: Job, streams: Streams, index: int) -> None:
+def _pass_by(context: RunContext, streams: Streams, index: int) -> None:
     """Move the streams past a block that is finished, or another rank's."""
-    decoder = job.decoder
+    decoder = context.decoder
     if streams.follow_the_dense:
-        _dense_pass(job, streams, index, decoder.working_block(index))
-    if blocks_are_independent(job.config):
+        _dense_pass(context, streams, index, decoder.working_block(index))
+    if context.blocks_are_independent:
         streams.sparse_pass(None)
     else:
-        saved = decoder.working_block(index, job.output.block(index))
+        saved = decoder.working_block(index, context.output.block(index))
         streams.sparse_pass(partial(decoder.run_block, index, saved))
 
 
-def _dense_pass(job: Job, streams: Streams, index: int, block: nn.Module) -> tuple[Statistics, Statistics]:
+def _dense_pass(context: RunContext, streams: Streams, index: int, block: nn.Module) -> tuple[Statistics, Statistics]:
     """The dense block on its stream: its outputs become the targets, inputs give statistics (see ``_observe``)."""
-    of_dense = job.recovery.needs if job.recovery else frozenset[str]()
-    source = streams.inputs if job.config.prune.statistics == "input" else streams.dense_source
-    statistics = _observe(job, index, block, of_dense, source, streams.dense_pass, source is streams.dense_source)
-    _check_finite(job, index, streams.targets, "the dense block's outputs")
+    of_dense = context.recovery.needs if context.recovery else frozenset[str]()
+    source = streams.inputs if context.config.prune.statistics == "input" else streams.dense_source
+    statistics = _observe(context, index, block, of_dense, source, streams.dense_pass, source is streams.dense_source)
+    _check_finite(context, index, streams.targets, "the dense block's outputs")
     return statistics
 
 
 def _observe(
-    job: Job,
+    context: RunContext,
     index: int,
     block: nn.Module,
     of_dense: frozenset[str],
@@ -188,9 +189,9 @@ def _observe(
         what the masker needs to know of ``block``, and ``of_dense`` of the dense one: the same unless the streams are
         two or the teacher is another model, where each has a pass of its own.
     """
-    decoder, teacher, of_masker = job.decoder, job.teacher, job.masker.needs
+    decoder, teacher, of_masker = context.decoder, context.teacher, context.masker.needs
     if teacher is decoder and moved:
-        both = _watched(job, decoder, index, block, of_masker | of_dense, move)
+        both = _watched(context, decoder, index, block, of_masker | of_dense, move)
         return both, both
 
     def run_only(run: Run) -> None:
@@ -198,24 +199,29 @@ def _observe(
             for hidden in source.batches():
                 run(hidden)
 
-    own = _watched(job, decoder, index, block, of_masker, run_only) if of_masker else {}
+    own = _watched(context, decoder, index, block, of_masker, run_only) if of_masker else {}
     dense = block if teacher is decoder else teacher.working_block(index)
-    return own, _watched(job, teacher, index, dense, of_dense, move)
+    return own, _watched(context, teacher, index, dense, of_dense, move)
 
 
 def _watched(
-    job: Job, model: Decoder, index: int, block: nn.Module, needs: frozenset[str], move: Callable[[Run], object]
+    context: RunContext,
+    model: Decoder,
+    index: int,
+    block: nn.Module,
+    needs: frozenset[str],
+    move: Callable[[Run], object],
 ) -> Statistics:
     """What flows into the matrices of ``block`` while ``move`` takes a stream through it."""
     observer = InputObserver(block, model.matrices[index], needs)
     with observer.watching() if needs else contextlib.nullcontext():
         move(partial(model.run_block, index, block))
-    sum_over_ranks_(observer.statistics, job.sharing)
+    sum_over_ranks_(observer.statistics, context.sharing)
     return observer.statistics
 
 
 def _recover(
-    job: Job,
+    context: RunContext,
     streams: Streams,
     index: int,
     block: nn.Module,
@@ -225,73 +231,81 @@ def _recover(
     advance: Callable[..., None],
 ) -> BlockResult:
     """Recover ``block`` in place; ``lines``: those of finished blocks."""
-    assert job.recovery is not None
+    assert context.recovery is not None
     dense_inputs = streams.dense_inputs
     task = BlockTask(
         index=index,
         block=block,
-        matrices=job.decoder.matrices[index],
+        matrices=context.decoder.matrices[index],
         masks=masks.masks,
         inputs=streams.inputs.states,
         targets=streams.targets.states,
-        forward=partial(job.decoder.run_block, index),
-        dense_block=partial(job.teacher.working_block, index),
-        dense_forward=partial(job.teacher.run_block, index),
+        forward=partial(context.decoder.run_block, index),
+        dense_block=partial(context.teacher.working_block, index),
+        dense_forward=partial(context.teacher.run_block, index),
         dense_inputs=None if dense_inputs is None else dense_inputs.states,
         statistics=statistics,
         on_step=lambda done, steps: advance(index + done / steps),
         scratch=streams.scratch,
-        following=partial(_following, job, streams, index) if _has_following(job, index) else None,
+        following=partial(_following, context, streams, index) if _has_following(context, index) else None,
         finished=[lines[before] for before in range(index) if before in lines],
     )
-    result = job.recovery.recover(task)
+    result = context.recovery.recover(task)
     if not math.isfinite(result.error_after):
-        raise _not_finite(job, index, "its outputs are NaN or infinity, or too large for a mean square")
+        raise _not_finite(context, index, "its outputs are NaN or infinity, or too large for a mean square")
     masks.masks.update(result.masks)
     return result
 
 
-def _has_following(job: Job, index: int) -> bool:
-    return job.recovery is not None and job.recovery.blocks_at_once > 1 and index + 1 < len(job.decoder)
+def _has_following(context: RunContext, index: int) -> bool:
+    return context.recovery is not None and context.recovery.blocks_at_once > 1 and index + 1 < len(context.decoder)
 
 
-def _following(job: Job, streams: Streams, index: int) -> Following:
+def _following(context: RunContext, streams: Streams, index: int) -> Following:
     """The block after ``index``, pruned by what flows into it where block ``index`` gives its targets."""
-    decoder, after, ahead = job.decoder, index + 1, list[Stream]()
+    decoder, after, ahead = context.decoder, index + 1, list[Stream]()
     block = decoder.working_block(after)
     statistics, _ = _observe(
-        job, after, block, frozenset(), streams.targets, lambda run: ahead.append(streams.look_ahead(run)), moved=True
+        context,
+        after,
+        block,
+        frozenset(),
+        streams.targets,
+        lambda run: ahead.append(streams.look_ahead(run)),
+        moved=True,
     )
-    _check_finite(job, index, ahead[0], "the outputs of the dense block after it")
-    masks = job.masker(decoder.names[after], block, decoder.matrices[after], statistics).masks
+    _check_finite(context, index, ahead[0], "the outputs of the dense block after it")
+    masks = context.masker(decoder.names[after], block, decoder.matrices[after], statistics).masks
     apply_masks(block, masks)
     return Following(block, decoder.matrices[after], masks, partial(decoder.run_block, after), ahead[0].states)
 
 
-def _check_finite(job: Job, index: int, stream: Stream, what: str) -> None:
-    if not job.sharing.all(stream.is_finite()):
-        named = job.teacher.not_finite(index)
-        raise _not_finite(job, index, f"{what} hold NaN or infinity{f', as {named} does' if named else ''}")
+def _check_finite(context: RunContext, index: int, stream: Stream, what: str) -> None:
+    if not context.sharing.all(stream.is_finite()):
+        named = context.teacher.not_finite(index)
+        raise _not_finite(context, index, f"{what} hold NaN or infinity{f', as {named} does' if named else ''}")
 
 
-def check_weights(job: Job, index: int, weights: Mapping[str, Tensor], when: str = "") -> None:
+def check_weights(context: RunContext, index: int, weights: Mapping[str, Tensor], when: str = "") -> None:
     """``EBFTError`` if what would be saved of a block, by full names, holds NaN or infinity."""
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
-            raise _not_finite(job, index, f"{name} holds NaN or infinity{when}")
+            raise _not_finite(context, index, f"{name} holds NaN or infinity{when}")
 
 
-def _not_finite(job: Job, index: int, what: str) -> EBFTError:
+def _not_finite(context: RunContext, index: int, what: str) -> EBFTError:
     """The error that says so of ``what`` in a block, and what was kept."""
-    kept = f"; the {index} finished blocks are kept in {job.output.path}" if index else ""
-    return EBFTError(f"block {index} ({job.decoder.names[index]}): {what}{kept}")
+    kept = f"; the {index} finished blocks are kept in {context.output.path}" if index else ""
+    return EBFTError(f"block {index} ({context.decoder.names[index]}): {what}{kept}")
 
 
-def _block_line(job: Job, index: int, masks: BlockMasks, result: BlockResult | None, seconds: float) -> dict[str, Any]:
+def _block_line(
+    context: RunContext, index: int, masks: BlockMasks, result: BlockResult | None, seconds: float
+) -> dict[str, Any]:
     """One line of ``blocks.jsonl``."""
     line: dict[str, Any] = {
         "block": index,
-        "name": job.decoder.names[index],
+        "name": context.decoder.names[index],
         "sparsity": masks.sparsity(),
         "matrices": {name: 1 - mask.density() for name, mask in masks.masks.items()},
         "kept_weights": sum(mask.count() for mask in masks.masks.values()),
@@ -307,8 +321,8 @@ def _block_line(job: Job, index: int, masks: BlockMasks, result: BlockResult | N
         "seconds": seconds,
         "tuning_seconds": 0.0,
         "epochs": 0,
-        "peak_memory_bytes": peak_memory(job.decoder.device),
-        "implementations": implementations(job.decoder),
+        "peak_memory_bytes": peak_memory(context.decoder.device),
+        "implementations": implementations(context.decoder),
         "notes": masks.notes,
     }
     if result is not None:
@@ -355,11 +369,11 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def say_notes(job: Job) -> None:
+def say_notes(context: RunContext) -> None:
     """Say what of an interrupted run was found broken."""
-    for note in job.output.notes:
-        job.reporter.say(note)
-    job.output.notes.clear()
+    for note in context.output.notes:
+        context.reporter.say(note)
+    context.output.notes.clear()
 
 
 def apply_masks(block: nn.Module, masks: dict[str, PackedMask]) -> None:

@@ -504,7 +504,7 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(output, says, short
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "dangling").symlink_to("/proc/nowhere/x")
     (tmp_path / "file").touch()
-    monkeypatch.setattr("ebft.pipeline.run.prepare_job", lambda *args: pytest.fail("work began"))
+    monkeypatch.setattr("ebft.pipeline.run.prepare_run", lambda *args: pytest.fail("work began"))
     monkeypatch.chdir(tmp_path)
     given = short_run()
     assert says in refused({**given, "output": output})
@@ -515,7 +515,7 @@ def test_an_output_on_a_read_only_file_system(short_run, tmp_path, monkeypatch):
     def read_only(path, *args, **kwargs):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("ebft.pipeline.run.prepare_job", lambda *args: pytest.fail("work began"))
+    monkeypatch.setattr("ebft.pipeline.run.prepare_run", lambda *args: pytest.fail("work began"))
     monkeypatch.setattr(Path, "mkdir", read_only)
     assert "cannot be written: Read-only file system" in refused(short_run())
 
@@ -535,7 +535,7 @@ def test_overwrite_keeps_what_no_run_made(finished, short_run, tmp_path, silent,
     (out / "notes" / "thesis.tex").write_text("precious")
     (out / "link").symlink_to(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr("ebft.pipeline.run.prepare_job", lambda *args: pytest.fail("work began"))
+        patched.setattr("ebft.pipeline.run.prepare_run", lambda *args: pytest.fail("work began"))
         assert "--overwrite would delete link and 1 others" in refused(given)
     (out / "link").unlink()
     assert f"--overwrite would delete notes/thesis.tex in {out}, which no run made" in refused(given)
@@ -625,7 +625,7 @@ def test_resume_notices_another_model_file_and_another_code(short_run, model, tm
         patched.setattr("ebft.pipeline.run._save", lambda job: (_ for _ in ()).throw(EBFTError("stopped")))
         assert refused(given) == "stopped"
     with monkeypatch.context() as patched:
-        patched.setattr("ebft.pipeline.prepare.code_digest", lambda: "another")
+        patched.setattr("ebft.pipeline.summary.code_digest", lambda: "another")
         assert "was begun with another version (code: " in refused(given)
     content = bytearray((model / "model.safetensors").read_bytes())
     content[-1] ^= 1

@@ -77,7 +77,8 @@ def _step(recovery: EBFT, shapes: Shapes) -> dict[str, int]:
             objective = Objective.of(config, lambda: Energies.even(shapes.width))
             tuning = replace(tuning, scaler=unscaled, loss=objective)
             tensors = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
-            tracker.track_external(block, tuning.optimizer, x, y, *tensors)
+            words = [mask.words for mask in masks.values()]
+            tracker.track_external(block, tuning.optimizer, x, y, *words, *tensors)
             with tracker:
                 for _ in range(2):
                     reconstructor.step(tuning, x, y)
@@ -86,7 +87,9 @@ def _step(recovery: EBFT, shapes: Shapes) -> dict[str, int]:
         name = str(getattr(kind, "value", kind))
         if name != "Total":
             rows[_TRACKED.get(name, _OTHERS)] += int(bytes_of_kind)
-    rows[_OTHERS] += 2 * (batch - planned) * seqlen * shapes.width * 4
+    of_masks = sum(of_matrix.nbytes for of_matrix in words)  # the optimizer's, though not among its states
+    rows["optimizer states"] += of_masks
+    rows[_OTHERS] += 2 * (batch - planned) * seqlen * shapes.width * 4 - of_masks
     sizes = [shapes.block.get_parameter(name).numel() for name in shapes.matrices]
     if recovery.changes_masks:
         rows["masks chosen anew"] = 4 * sum(sizes) + EXCHANGED_BYTES * max(sizes)

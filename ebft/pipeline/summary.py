@@ -1,0 +1,100 @@
+"""What a run depends on, so that it is gone on with only as it was begun; and what it says of itself at its end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from ebft.config import ORGANISATION
+from ebft.files import checksum
+from ebft.model.decoder import Decoder
+from ebft.pipeline.context import RunContext
+from ebft.version import __version__, code_digest
+from ebft_kernels import explain
+
+FUSED_OPS = ("masked_adamw_step", "masked_grad_norm")  # the products run on zeroed weights, without masks
+
+
+def fingerprint(context: RunContext) -> dict[str, dict[str, Any]]:
+    """Everything that the results depend on, by heading and name; not where things are."""
+    config, decoder, teacher, masker = context.config, context.decoder, context.teacher, context.masker
+    calibration, evaluation, zero_shot = context.calibration, context.eval_tokens, context.zero_shot
+    named = ORGANISATION | {"model", "teacher", "calibration", "device"}  # what these name is looked at itself
+    return {
+        "model": {"weights": decoder.weights.fingerprint, "configuration": settings_of(decoder.model)},
+        "teacher": {"weights": teacher.weights.fingerprint, "configuration": settings_of(teacher.model)},
+        "text": {
+            "calibration": calibration.use.sha256 if calibration else None,
+            **{name: tokens.use.sha256 for name, tokens in evaluation.items()},
+            **(zero_shot.fingerprint() if zero_shot else {}),
+        },
+        "criterion": {
+            "name": masker.name,
+            "file": checksum(Path(config.prune.criterion)) if Path(config.prune.criterion).is_file() else None,
+            "allocation": checksum(Path(config.prune.allocation)) if Path(config.prune.allocation).is_file() else None,
+        },
+        "setting": {name: value for name, value in config.flat().items() if name not in named},
+        "version": {**_versions(decoder), "products": str(decoder.compute), **implementations(decoder)},
+    }
+
+
+def settings_of(model: PreTrainedModel) -> str:
+    """A digest of a model's configuration."""
+    settings = {name: value for name, value in model.config.to_diff_dict().items() if name != "_name_or_path"}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def summarise(
+    context: RunContext,
+    sparsity: float,
+    stages: dict[str, dict[str, float]],
+    whole_model: dict[str, dict[str, Any]],
+    zero_shot: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """What ``ebft_summary.json`` holds; ``whole_model``: what recoveries of the whole model came to, by name."""
+    config = context.config
+    recovery = "no recovery" if config.recover.method == "none" else f"recovered by {config.recover.method}"
+    return {
+        "model": context.name,
+        "recipe": f"{context.masker.name}, {recovery}",
+        "output": str(context.output.final),
+        "perplexity": {text: {stage: values[text] for stage, values in stages.items()} for text in context.eval_tokens},
+        "zero_shot": zero_shot,
+        "seconds": context.clock.total(),
+        "stage_seconds": context.clock.laps,
+        "sparsity": sparsity,
+        "asked_sparsity": config.asked_sparsity,
+        "whole_model": whole_model,
+        "calibration": context.calibration.use.to_dict() if context.calibration else None,
+        "evaluation": {name: tokens.use.to_dict() for name, tokens in context.eval_tokens.items()},
+        "implementations": implementations(context.decoder),
+        "config": config.flat(),
+        "versions": {"python": platform.python_version(), **_versions(context.decoder)},
+    }
+
+
+def implementations(decoder: Decoder) -> dict[str, str]:
+    """Which kernels do the fused ops."""
+    return {op: explain(op, decoder.device).impl for op in FUSED_OPS}
+
+
+def _versions(decoder: Decoder) -> dict[str, Any]:
+    return {
+        "ebft": __version__,
+        "code": code_digest(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": _device_name(decoder.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
