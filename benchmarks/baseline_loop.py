@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ebft.config import EBFTConfig
+from ebft.recovery.ebft import EBFT
+from ebft.recovery.optimizers.adamw import AdamW
 from ebft.recovery.samples import batch_order
 
 
@@ -85,19 +87,20 @@ def tune(
     **adamw: Any,
 ) -> list[float]:
     """The loop over epochs and batches for one block; the loss of every step."""
+    recipe, betas = config.of_method(EBFT.Settings), config.of_method(AdamW.Settings).betas
     block.requires_grad_(True)
     matrices = [module.weight for module in block.modules() if isinstance(module, MultipliedLinear)]
     others = [p for p in block.parameters() if all(p is not matrix for matrix in matrices)]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, **adamw)
-    steps = config.epochs * -(-len(inputs) // config.recover.batch_size)
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, **adamw)
+    steps = recipe.epochs * -(-len(inputs) // config.recover.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     losses = []
-    for epoch in range(config.epochs):
+    for epoch in range(recipe.epochs):
         for batch in batch_order(len(inputs), config.runtime.seed, index, epoch).split(config.recover.batch_size):
             loss = F.mse_loss(hidden_of(block(inputs[batch], **kwargs)), targets[batch])
             loss.backward()
-            nn.utils.clip_grad_norm_(block.parameters(), config.clip)
+            nn.utils.clip_grad_norm_(block.parameters(), recipe.clip)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

@@ -48,8 +48,8 @@ LARGE = {
 IN_MEMORY = """
 import sys
 from ebft import run_ebft
-from ebft.model.checkpoint import load_model, load_tokenizer
 from ebft.cli.app import parse_args
+from ebft.model.checkpoint import load_model, load_tokenizer
 config, _ = parse_args(sys.argv[1:])
 model = load_model(config.model.source)
 for parameter in model.parameters():

@@ -61,7 +61,7 @@ def models() -> dict[str, Any]:
         ),
     }
     for config in shapes.values():
-        config.runtime.dtype = config.runtime.dtype or torch.bfloat16
+        config.dtype = config.dtype or torch.bfloat16
     return shapes
 
 
@@ -83,7 +83,7 @@ def row(name: str, budget: str, plan: Plan) -> str:
         max(stages, key=stages.__getitem__),
         f"{plan.host_peak / GIB:.1f}",
         f"{sum(plan.disk.values()) / GIB:.0f}",
-        plan.config.streams,
+        plan.config.runtime.streams,
         f"`{flags(chosen)}`" if chosen else "as given",
         *hours,
     ]

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from benchmarks.machine import result_file, write_result
 from ebft.cli.app import parse_args
-from ebft.config import ORGANISATION
+from ebft.config import ORGANISATION, flag
 from ebft.data.calibration import evaluation_tokens
 from ebft.errors import EBFTError
 from ebft.evaluation.perplexity import perplexities
@@ -204,14 +204,7 @@ def _cell(
 ) -> dict[str, Any]:
     """Run one cell, or take up its folder if it is done; gives its row."""
     output = work / "cells" / f"{method}_{target}_{seed}".replace(", ", "-").replace(" ", "-")
-    flags = [*METHODS[method].flags, *TARGETS[target], "--seed", str(seed)]
-    flags = [flag.format(calibration=given.calibration, second=given.second) for flag in flags]
-    flags += ["--samples", str(given.samples), "--seqlen", str(given.seqlen), "--windows", given.windows]
-    flags += ["--dtype", given.dtype]
-    flags += ["--eval", "", *([] if "--calibration" in flags else ["--calibration", given.calibration])]
-    flags += ["--model", given.model] if given.model else []
-    if "--preset" not in flags:
-        flags = ["--preset", "paper", *flags]
+    flags = _flags(given, method, target, seed)
     same_time = METHODS[method].as_long_as
     if same_time:
         of = rows.find(same_time, target, seed)
@@ -230,8 +223,7 @@ def _cell(
     blocks = [json.loads(line) for line in (output / "blocks.jsonl").read_text("utf-8").splitlines()]
     row = {"method": method, "target": target, "seed": seed, "flags": flags, "perplexity": perplexity}
     row["seconds"] = sum(s for stage, s in summary["stage_seconds"].items() if stage not in NOT_WORK)
-    of_whole_model = [summary[name] for name in ("lora", "full") if name in summary]
-    row["memory_bytes"] = max(part["peak_memory_bytes"] for part in (*blocks, *of_whole_model))
+    row["memory_bytes"] = max(part["peak_memory_bytes"] for part in (*blocks, *summary["whole_model"].values()))
     row["sparsity"] = summary["sparsity"]
     row["blocks"] = {name: [block[name] for block in blocks] for name in _ERRORS}
     row["versions"], row["audited"] = summary["versions"], True
@@ -242,6 +234,19 @@ def _cell(
     return row
 
 
+def _flags(given: argparse.Namespace, method: str, target: str, seed: int) -> list[str]:
+    """Of a cell's run; what is said of the calibration text, where the run looks at any."""
+    flags = [said.format(calibration=given.calibration, second=given.second) for said in METHODS[method].flags]
+    flags = [*([] if "--preset" in flags else ["--preset", "paper"]), *flags, *TARGETS[target], "--dtype", given.dtype]
+    flags += ["--eval", "", *(["--model", given.model] if given.model else [])]
+    usual = {"seed": seed, "samples": given.samples, "seqlen": given.seqlen, "windows": given.windows}
+    usual |= {} if "--calibration" in flags else {"calibration": given.calibration}
+    asked, _ = parse_args(flags)
+    return flags + [
+        part for name, value in usual.items() if asked.has_effect(name) for part in (flag(name), str(value))
+    ]
+
+
 def _is_done(output: Path, flags: list[str]) -> bool:
     """Whether ``output`` holds a finished run with these settings."""
     if not (output / "ebft_summary.json").is_file():
@@ -250,7 +255,7 @@ def _is_done(output: Path, flags: list[str]) -> bool:
     said = json.loads((output / "ebft_summary.json").read_text("utf-8"))["config"]
     differ = {
         name
-        for name, value in asked.to_dict().items()
+        for name, value in asked.flat().items()
         if name in said and name not in ORGANISATION and said[name] != value
     }
     if differ:

@@ -15,7 +15,7 @@ from torch import nn
 from ebft import EBFTConfig
 from ebft.distributed import joined
 from ebft.output.folder import OutputFolder
-from ebft.pipeline.walk import walk
+from ebft.pipeline import walk
 from ebft.recovery.ebft.reconstruct import BlockReconstructor
 from ebft_kernels import PackedMask
 

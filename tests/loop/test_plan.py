@@ -20,6 +20,7 @@ from ebft.pruning import Pattern
 from ebft.pruning.protocol import MASK_BYTES
 from ebft.pruning.statistics import InputStatistics
 from ebft.pruning.wanda import Wanda
+from ebft.recovery.optimizers.adamw import AdamW
 from ebft.run import main
 from ebft_kernels import PackedMask, use_impl
 
@@ -267,11 +268,11 @@ def test_a_run_takes_the_settings_and_caps_the_allocator(two_blocks, monkeypatch
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
     config = EBFTConfig.of(model=two_blocks, gpu_memory="4GiB", eval="")
     fitted = fit_to_budget(config, None, said.append)
-    assert fitted.compact
-    assert fitted.weights == "master"
-    assert fitted.streams == "host"
+    assert fitted.of_method(AdamW.Settings).compact
+    assert fitted.of_method(AdamW.Settings).weights == "master"
+    assert fitted.runtime.streams == "host"
     assert fractions == [(4 * GIB - CONTEXT) / (16 * GIB)]
     assert said[0].startswith("--gpu-memory 4GiB: --")
     with pytest.raises(EBFTError, match=r"is needed with the leanest settings, and --gpu-memory is 1\.000 GiB"):
         fit_to_budget(config.replace(gpu_memory="1GiB"), None, said.append)
-    assert fit_to_budget(config.replace(gpu_memory=None), None, said.append).compact is False
+    assert fit_to_budget(config.replace(gpu_memory=None), None, said.append) == config.replace(gpu_memory=None)

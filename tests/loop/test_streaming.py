@@ -5,7 +5,6 @@ import json
 import threading
 import weakref
 
-import ebft.recovery.ebft.recovery.ebft.reconstruct
 import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, random_model, with_effect
@@ -25,6 +24,7 @@ from ebft.model.decoder import Decoder
 from ebft.model.weights import ModelWeights, ShardedWeights, Tensors
 from ebft.output.folder import OutputFolder
 from ebft.plan.planner import make_plan
+from ebft.recovery.optimizers.adamw import AdamW
 
 CPU = torch.device("cpu")
 TIED = ("llama", "qwen2", "opt", "gpt2", "gemma2", "gemma3", "mixtral")
@@ -229,10 +229,7 @@ def test_blocks_and_optimizers_are_gone_after_their_turn(unit, given, silent, mo
         return step(*args, **kwargs)
 
     monkeypatch.setattr(Decoder, "working_block", noted("blocks", Decoder.working_block))
-    monkeypatch.setattr(
-        "ebft.recovery.ebft.recovery.ebft.reconstruct.make_optimizer",
-        noted("optimizers", ebft.recovery.ebft.recovery.ebft.reconstruct.make_optimizer),
-    )
+    monkeypatch.setattr(AdamW, "make", noted("optimizers", AdamW.make))
     monkeypatch.setattr(BlockReconstructor, "step", counted)
     gc.collect()
     gc.disable()
