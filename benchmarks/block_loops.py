@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from benchmarks.baseline_loop import MultipliedLinear, hidden_of, replace
-from ebft.model.fused import fuse_glue_, liger_missing
+from ebft.model.fused import fuse_, liger_missing
 from ebft_kernels import MaskedAdamW, PackedMask, mask_linears_, reconstruction_loss_and_gradient
 
 RECIPE: dict[str, Any] = {"lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -147,7 +147,7 @@ def ours(problem: Problem, lean: bool = False, liger: bool = False) -> Callable[
     """Zeroed weights and ``MaskedAdamW``; ``lean``: as little memory as there is."""
     block, call = _block(problem, torch.bfloat16)
     if liger:
-        fuse_glue_(block)
+        fuse_(block)
     inputs = problem.inputs.bfloat16()
     if lean:
         mask_linears_(block, problem.masks)

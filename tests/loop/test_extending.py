@@ -56,7 +56,7 @@ class Rescaled(BlockRecovery):
     def recover(self, task):
         from ebft.recovery.judge import Judge
 
-        judge = Judge(task, self.config.recover.method, self.place.device, self.place.ranks)
+        judge = Judge(task, self.config.recover, self.place.device, self.place.ranks)
         for matrix in task.matrices:
             task.block.get_parameter(matrix.name).mul_(1 + 0.01 * self.settings.strength)
         return judge.result(notes=["every matrix was rescaled"])

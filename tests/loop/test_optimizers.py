@@ -111,16 +111,24 @@ def test_products_in_float16(optimizer):
     [
         (
             {"weights": "master"},
-            "--weights master is a layout of AdamW, and --optimizer is muon; expected --weights fp32",
+            "--weights is a setting of --optimizer adamw, and --optimizer is muon; expected --optimizer adamw, or no such",
         ),
-        ({"moments": "int8"}, "--moments int8 is a layout of AdamW"),
-        ({"compact": True}, "--compact is a layout of AdamW, and --optimizer is muon; expected no --compact or"),
-        ({"update_in_backward": True, "clip": 0}, "--update-in-backward is a layout of AdamW"),
+        (
+            {"moments": "int8"},
+            "--moments is a setting of --recover lora or full, or --optimizer adamw, and --recover is ebft and --optimizer "
+            "is muon; expected one of these, or no such setting",
+        ),
+        ({"compact": True}, "--compact is a setting of --recover full, or --optimizer adamw, and"),
+        ({"update_in_backward": True, "clip": 0}, "--update-in-backward is a setting of --optimizer adamw, and --opt"),
+        (
+            {"update_in_backward": True, "recover": "layerwise"},
+            "--update-in-backward is a setting of --recover ebft --optimizer adamw, and --recover is layerwise; expected",
+        ),
     ],
 )
 def test_layouts_are_those_of_adamw(given, says):
     with pytest.raises(EBFTError, match=says):
-        EBFTConfig.of(optimizer="muon", **given)
+        EBFTConfig.of(**({} if "recover" in given else {"optimizer": "muon"}), **given)
 
 
 def test_a_plan_counts_their_states(short_run):

@@ -45,6 +45,10 @@ def surgeon(weight, hessian, mask):
     return weight
 
 
+def criterion(**settings):
+    return SparseGPT(SparseGPT.Settings(**settings))
+
+
 def cost(weight, pruned, x):
     return float((x @ (weight - pruned).T).square().sum())
 
@@ -53,7 +57,7 @@ def cost(weight, pruned, x):
 def test_the_update_is_that_of_the_surgeon(act_order):
     weight, _, inputs = made()
     mask = torch.rand(weight.shape) > 0.5
-    pruned = SparseGPT(0.01, act_order).update(weight, mask, inputs)
+    pruned = criterion(act_order=act_order).update(weight, mask, inputs)
     hessian = damped(inputs)
     order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(len(hessian))
     expected = torch.empty_like(weight)
@@ -64,7 +68,7 @@ def test_the_update_is_that_of_the_surgeon(act_order):
 
 def test_n_m_masks_are_the_cheapest_of_each_group_as_it_is_when_its_turn_comes():
     weight, _, inputs = made(outputs=4, inputs=15)
-    mask, pruned = SparseGPT(0.01)(weight, inputs, Pattern.parse("2:5"))
+    mask, pruned = criterion().mask(weight, inputs, Pattern.parse("2:5"))
     hessian = damped(inputs)
     for start in range(0, 15, 5):
         so_far = mask.clone()
@@ -82,7 +86,7 @@ def test_n_m_masks_are_the_cheapest_of_each_group_as_it_is_when_its_turn_comes()
 def test_exact_counts_and_a_smaller_error_than_without_an_update(inputs, act_order):
     weight, x, seen = made(outputs=33, inputs=inputs, tokens=1000, dtype=torch.float32)
     pattern = Pattern(sparsity=0.57)
-    mask, pruned = SparseGPT(0.01, act_order)(weight, seen, pattern)
+    mask, pruned = criterion(act_order=act_order).mask(weight, seen, pattern)
     assert mask.sum() == round(33 * inputs * 0.43)
     assert torch.count_nonzero(pruned[~mask]) == 0
     for other in (Wanda().mask, Magnitude().mask):
@@ -96,13 +100,13 @@ def test_dead_inputs_and_a_gram_matrix_without_a_factor():
     x[:, 3] = 0
     seen = InputStatistics.empty(40, CPU, {"gram"})
     seen.add(x)
-    mask, pruned = SparseGPT(damping=0.0)(weight, seen, Pattern(sparsity=0.5))
+    mask, pruned = criterion(sparsegpt_damping=0.0).mask(weight, seen, Pattern(sparsity=0.5))
     assert torch.isfinite(pruned).all()
     assert mask.sum() == 100
     assert torch.count_nonzero(pruned[:, 3]) == 0
     seen.gram.fill_(torch.nan)
     with pytest.raises(EBFTError, match=r"no Cholesky factor .* expected finite inputs"):
-        SparseGPT()(weight, seen, Pattern(sparsity=0.5))
+        criterion().mask(weight, seen, Pattern(sparsity=0.5))
 
 
 @pytest.mark.parametrize(
@@ -134,17 +138,19 @@ def test_a_run(family, pattern, config, silent, tokenizer):
     """Kept weights change before any recovery, the audit knows, and the report's pruned model is that one."""
     settings = config(prune="sparsegpt", pattern=pattern, recover="none", eval="builtin", samples=4)
     model = random_model(family)
-    model.save_pretrained(settings.output + "-dense")
+    model.save_pretrained(settings.output.folder + "-dense")
     result = run_ebft(model, settings, tokenizer=tokenizer, reporter=silent)
-    values = result.summary["perplexity"]["builtin"]
-    assert values["pruned"] == pytest.approx(values["recovered"], rel=1e-6)
     assert result.summary["recipe"].startswith(f"sparsegpt {pattern or '60%'}")
-    found = audit(str(result.output), settings.output + "-dense")
+    found = audit(str(result.output), settings.output.folder + "-dense")
     assert found.faults == []
     dense = random_model(family)
     for name, mask in result.masks.items():
         kept = mask.dense()
         assert not torch.equal(model.get_parameter(name)[kept], dense.get_parameter(name)[kept])
+    idle = settings.replace(recover="ebft", lr=0.0, output=settings.output.folder + "-idle")
+    idle = run_ebft(random_model(family), idle, tokenizer=tokenizer, reporter=silent)
+    saved, before_recovery = (of.summary["perplexity"]["builtin"]["pruned"] for of in (result, idle))
+    assert before_recovery == pytest.approx(saved, rel=1e-6)
 
 
 def test_memory_is_planned(tiny):
@@ -158,5 +164,5 @@ def test_memory_is_planned(tiny):
 def test_settings_that_do_not_go_together():
     with pytest.raises(EBFTError, match=r"--act-order takes inputs out of the order .* --pattern 2:4"):
         EBFTConfig.of(prune="sparsegpt", act_order=True, pattern="2:4")
-    with pytest.raises(EBFTError, match=r"--sparsegpt-damping is -1\.0; expected a finite number of at least 0"):
-        EBFTConfig.of(sparsegpt_damping=-1)
+    with pytest.raises(EBFTError, match="--sparsegpt-damping is -1; expected a finite number of at least 0"):
+        EBFTConfig.of(prune="sparsegpt", sparsegpt_damping=-1)

@@ -6,7 +6,6 @@ import json
 import math
 from functools import partial
 
-import ebft.recovery.ebft.losses
 import pytest
 import torch
 from conftest import random_model
@@ -14,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ebft import BlockReconstructor, EBFTConfig, EBFTError, run_ebft
+from ebft.recovery.ebft import objective
 from ebft.run import main
 from ebft_kernels import MaskedAdamW, PackedMask
 
@@ -201,7 +201,7 @@ def fails(monkeypatch, times, when, what=torch.OutOfMemoryError):
 def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(monkeypatch):
     expected, usual = fit(dtype=torch.float64)
     # the second step fails whole; then in the second of its two halves; then all is well with quarters
-    fails(monkeypatch, {1, 3}, (ebft.recovery.ebft.losses, "reconstruction_loss_and_gradient"))
+    fails(monkeypatch, {1, 3}, (objective, "reconstruction_loss_and_gradient"))
     block, inputs, targets, masks = problem(torch.float64)
     reconstructor, forward = BlockReconstructor(settings(), CPU), lambda block, hidden: block(hidden)
     result = reconstructor.fit(block, inputs, targets, masks=masks, forward=forward)
@@ -227,7 +227,7 @@ def test_out_of_memory_in_the_backward_pass(monkeypatch):
 
 
 def test_one_sequence_that_does_not_fit_is_one_sentence(monkeypatch):
-    fails(monkeypatch, range(100), (ebft.recovery.ebft.losses, "reconstruction_loss_and_gradient"))
+    fails(monkeypatch, range(100), (objective, "reconstruction_loss_and_gradient"))
     with pytest.raises(EBFTError, match=r"out of GPU memory with --micro-batch 1; expected .*--plan"):
         fit()
 
@@ -243,7 +243,7 @@ def test_a_half_updated_block_is_never_stepped_again(monkeypatch):
 
 
 def test_a_run_says_that_memory_ran_out(monkeypatch, config, silent, tokenizer):
-    fails(monkeypatch, {0}, (ebft.recovery.ebft.losses, "reconstruction_loss_and_gradient"))
+    fails(monkeypatch, {0}, (objective, "reconstruction_loss_and_gradient"))
     result = run_ebft(random_model("llama"), config(sparsity=0.5), tokenizer=tokenizer, reporter=silent)
     notes = [line["notes"] for line in result.blocks]
     assert notes == [["out of GPU memory with 4 sequences at once: 2 from here on"], [], []]

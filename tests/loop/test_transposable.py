@@ -90,7 +90,7 @@ def test_sparsegpt_scores_all_columns_first_and_updates_for_that_mask():
     weight, seen = torch.randn(16, 32), InputStatistics.empty(32, x.device, {"gram"})
     seen.add(x)
     pattern = Pattern.parse("4:8", transposable=True)
-    mask, pruned = SparseGPT()(weight, seen, pattern)
+    mask, pruned = SparseGPT().mask(weight, seen, pattern)
     assert is_transposable(mask, 4, 8)
     assert mask.sum() == 256
     torch.testing.assert_close(pruned, SparseGPT().update(weight, mask, seen))
@@ -128,7 +128,7 @@ def first_of_groups(shape, along, keep, group):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"pattern": None}, "--transposable has no effect with no --pattern: it needs --pattern"),
+        ({"pattern": None}, "--transposable is of N:M masks; expected --pattern with it"),
         (
             {"refine": "dsnot"},
             "--transposable holds along the outputs too, which --refine dsnot would not keep so",
@@ -147,5 +147,7 @@ def test_sizes_that_cannot_be_cut_and_masks_that_are_there(config, silent, token
     with pytest.raises(EBFTError, match="--pattern 2:4 transposable: q has 6 outputs, which 4 does not divide"):
         pattern.check_shape("q", 6, 8)
     settings = config(prune="zeros", pattern="2:4", transposable=True)
-    with pytest.raises(EBFTError, match="--transposable is how a criterion chooses, and --prune is zeros"):
+    with pytest.raises(
+        EBFTError, match="--transposable is how a criterion prunes, and --prune is zeros; expected a criterion"
+    ):
         run_ebft(random_model("llama-gqa"), settings, tokenizer=tokenizer, reporter=silent)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
-from ebft.model.fused import fuse_glue_, liger_missing
+from ebft.model.fused import fuse_, liger_missing
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4}
 
@@ -62,7 +62,7 @@ def test_a_block_computes_the_same_with_it(liger, file, config, layer, rotary, n
     hidden = torch.randn(2, 6, 32)
     places = getattr(file, rotary)(config)(hidden, torch.arange(6).unsqueeze(0))
     fused, own = copy.deepcopy(plain), file.apply_rotary_pos_emb
-    assert fuse_glue_(fused) == ("RMSNorm", "SwiGLU", "rotary embedding")
+    assert fuse_(fused) == ("RMSNorm", "SwiGLU", "rotary embedding")
     outputs = [block(hidden, position_embeddings=places) for block in (plain, fused)]
     outputs = [out[0] if isinstance(out, tuple) else out for out in outputs]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
@@ -79,7 +79,7 @@ def test_a_block_computes_the_same_with_it(liger, file, config, layer, rotary, n
 def test_a_block_is_gone_with_its_last_name(liger):
     """On a GPU its weights would be in the way of the next block's."""
     block = modeling_llama.LlamaDecoderLayer(LlamaConfig(**SIZES), 0)
-    fuse_glue_(block)
+    fuse_(block)
     weight = weakref.ref(block.mlp.down_proj.weight)
     gc.disable()
     try:
@@ -91,7 +91,7 @@ def test_a_block_is_gone_with_its_last_name(liger):
 
 def test_other_modules_are_left_alone(liger):
     block = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-    assert fuse_glue_(block) == ()
+    assert fuse_(block) == ()
     assert liger == {"rms_norm": 0, "rope": 0, "swiglu": 0}
 
 
