@@ -11,7 +11,7 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 demo: $(VENV)/.ready  ## prune SmolLM2-135M to 60 %, win its quality back, save it to ebft-output/ (about 5 minutes on 2 cores)
-	$(RUN) -m ebft.run --output $(OUTPUT) --overwrite
+	$(VENV)/bin/ebft run --output $(OUTPUT) --overwrite
 
 test: $(VENV)/.ready lint  ## lint, types and the tests (under 15 minutes on 2 cores)
 	$(RUN) -m pytest $(PARALLEL) --benchmark-disable -m "not slow"
@@ -21,9 +21,10 @@ test-all: $(VENV)/.ready lint  ## the slow tests and the sanitizers too (they ne
 	EBFT_FUZZ_CASES=5000 $(RUN) -m pytest --benchmark-disable
 	bash tests/native/sanitize.sh $(RUN)
 
-lint: $(VENV)/.ready  ## ruff (lint and format) and mypy
+lint: $(VENV)/.ready  ## ruff (lint and format), the import contracts, and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 	$(RUN) -m mypy
 
 format: $(VENV)/.ready  ## let ruff mend what it can
