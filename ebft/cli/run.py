@@ -121,7 +121,8 @@ def _signals_interrupt() -> Iterator[None]:
             _stop_at_once(number)
         raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}  # in the background a shell turns Ctrl-C off
     try:
         yield
     finally:

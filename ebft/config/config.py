@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ebft.config.fields import Needs, check_name, flag, flat_name, is_file
 from ebft.config.presets import IF_UNIFORM, PRESETS
-from ebft.config.sections import SECTIONS, Data, Evaluate, Model, Output, Prune, Recover, Runtime
+from ebft.config.sections import SECTIONS, Data, Evaluate, Model, Output, Prune, Recover, Runtime, rising_shares
 from ebft.errors import EBFTError
 from ebft.registry import ALL, criteria, nearest, recoveries, refinements
 
@@ -162,9 +162,8 @@ class EBFTConfig:
             close = nearest(unknown[0], all_flat_names()) or f"; expected one of {', '.join(sorted(all_flat_names()))}"
             raise EBFTError(f"there is no setting {unknown[0]!r}{close}")
         values = {**defaults, **settings}
-        if values.get("schedule") and "sparsity" not in settings:
-            shares = values["schedule"]
-            values["sparsity"] = (shares.split(",") if isinstance(shares, str) else shares)[-1]
+        if values.get("schedule") is not None and "sparsity" not in settings:
+            values["sparsity"] = rising_shares(values["schedule"])[-1]
         sections = {
             name: section(
                 **{f.name: values[flat_name(f)] for f in dataclasses.fields(section) if flat_name(f) in values}
@@ -266,14 +265,12 @@ def _chosen(prune: Prune, recover: Recover, made: Iterable[Any]) -> Iterator[Any
 def _in_order(recover: str) -> list[str]:
     """The names that a sum of recoveries is made of."""
     names = recover.split("+")
-    for name in names:
-        if name != "none":
-            recoveries[name]  # which says what is wrong with it
     by_scope = [method.name for scope in ("block", "model") for method in recoveries if method.scope == scope]
     if [name for name in by_scope if name in names] != names and names != ["none"]:
+        unknown = next((name for name in names if name not in [*by_scope, "none"]), None)
         raise EBFTError(
             f"--recover is {recover!r}; expected none, or one or more of {', '.join(by_scope)} in this order, "
-            "joined by +"
+            f"joined by +{nearest(unknown, by_scope) if unknown else ''}"
         )
     return [] if names == ["none"] else names
 

@@ -228,7 +228,9 @@ def _tuple_of(kind: Any) -> Callable[[Any], tuple[Any, ...]]:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
+    if len(text) <= 80:
+        return text
+    return f"{f'{value[:50]!r}' if isinstance(value, str) else text[:50]}… ({len(text)} characters)"
 
 
 def parse_bytes(text: str, what: str) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ebft.config.fields import Needs, check_fields, is_file, parse_bytes, setting
+from ebft.config.fields import Needs, check_fields, is_file, parse_bytes, setting, typed
 from ebft.config.pattern import Pattern
 from ebft.errors import EBFTError
 
@@ -129,7 +129,7 @@ class Prune:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.schedule is not None:
-            self._check_schedule(self.schedule)
+            self._check_schedule()
         if self.uniform and not self.structured:
             raise EBFTError("--uniform is about the widths that --structured leaves; expected --structured with it")
         if self.structured and self.pattern:
@@ -156,12 +156,8 @@ class Prune:
             return Pattern.parse(self.pattern, transposable=self.transposable)
         return Pattern(sparsity=self.sparsity)
 
-    def _check_schedule(self, shares: tuple[float, ...]) -> None:
-        if not shares or not shares[0] > 0 or not shares[-1] < 1 or sorted(set(shares)) != list(shares):
-            raise EBFTError(
-                f"--schedule is {','.join(f'{share:g}' for share in shares)}; expected rising shares between 0 and 1, "
-                "both excluded, such as 0.5,0.6,0.7"
-            )
+    def _check_schedule(self) -> None:
+        rising_shares(self.schedule)
         if self.pattern:
             raise EBFTError(
                 f"--schedule is of shares, and --pattern {self.pattern} is none; expected --sparsity in its place"
@@ -402,6 +398,17 @@ SECTIONS = {
     "runtime": Runtime,
     "output": Output,
 }
+
+
+def rising_shares(schedule: Any) -> tuple[float, ...]:
+    """The shares of ``--schedule``, which may be text; ``EBFTError`` if they do not rise, or not between 0 and 1."""
+    shares: tuple[float, ...] = typed("--schedule", schedule, tuple[float, ...])
+    if not shares or not shares[0] > 0 or not shares[-1] < 1 or sorted(set(shares)) != list(shares):
+        raise EBFTError(
+            f"--schedule is {','.join(f'{share:g}' for share in shares)}; expected rising shares between 0 and 1, both "
+            "excluded, such as 0.5,0.6,0.7"
+        )
+    return shares
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:

@@ -375,7 +375,7 @@ def _default_gguf() -> Path:
 def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A fresh model with the weights of one read from GGUF, which transformers refuses to save as it is."""
     config = type(model.config).from_dict(
-        {k: v for k, v in model.config.flat().items() if k not in ("quantization_config", "_name_or_path")}
+        {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     )
     fresh = type(model)._from_config(config, dtype=model.dtype)
     fresh.load_state_dict(model.state_dict())

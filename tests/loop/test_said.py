@@ -1,6 +1,7 @@
 """Nothing wrong passes in silence: it is said in one sentence, before the work where it can be; nobody need hear."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -16,12 +17,12 @@ from conftest import random_model
 from safetensors.torch import load_file, save_file
 
 from ebft import EBFTConfig, EBFTError, run_ebft
-from ebft.config import RECOVERIES
-from ebft.config.presets import IF_UNIFORM, PRESETS
+from ebft.config import PRESETS, SECTIONS, all_flat_names, flat_name
 from ebft.model.checkpoint import load_model, open_model
 from ebft.model.weights import meant_to_be_used
 from ebft.output.audit import audit
 from ebft.output.lasting import Lasting
+from ebft.registry import recoveries
 from ebft.run import main
 
 SLOW = pytest.mark.slow
@@ -186,7 +187,7 @@ def test_weights_that_are_no_floats(stored, refused, dtype, how):
 def test_weights_in_memory_that_are_no_floats(refused, tokenizer):
     model = random_model("llama-gqa")
     model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(torch.ones(48, 32, dtype=torch.int8), False)
-    assert refused(model, tokenizer) == f"{UP} is stored as torch.int8; expected floating-point weights"
+    assert refused(model, tokenizer) == f"the model's {UP} is torch.int8; expected float weights"
 
 
 # --- shares -----------------------------------------------------------------------------------------------------------
@@ -272,6 +273,7 @@ SETTINGS = {
     "statistics": ("input", {}),
     "mix": (0.25, {"input": "mix", "target": "dense-stream"}),
     "eval_seqlen": (64, {}),
+    "eval_tokens": (500, {}),
     "eval_limit": (5, {"eval_tasks": "piqa"}),
     "seed": (1, {}),
     "streams": ("disk", {}),
@@ -280,8 +282,11 @@ SETTINGS = {
 NOTHING = {"recover": "none", "prune": "zeros", "eval": ""}  # with which none of them has an effect
 
 
+OF_SECTIONS = {flat_name(field) for section in SECTIONS.values() for field in dataclasses.fields(section)}
+
+
 def test_every_setting_is_among_them():
-    assert ALWAYS | SETTINGS.keys() == EBFTConfig.__dataclass_fields__.keys()
+    assert ALWAYS | SETTINGS.keys() == all_flat_names()
     assert not ALWAYS & SETTINGS.keys()
 
 
@@ -289,36 +294,36 @@ def test_every_setting_is_among_them():
 def test_a_setting_without_effect_is_refused_by_name(name):
     value, partners = SETTINGS[name]
     flag = "--" + name.replace("_", "-")
-    flag = flag.replace("--", "--no-") if value is False else flag
-    for preset in PRESETS:
-        if PRESETS[preset].get(name, EBFTConfig.__dataclass_fields__[name].default) != value:
-            with pytest.raises(EBFTError, match=rf"^{flag}\b.* has no effect with .*: it needs "):
-                EBFTConfig.preset(preset, **NOTHING, **{name: value})
     made = EBFTConfig.preset("paper", **partners, **{name: value})
-    assert getattr(made, name) == value
+    assert made.flat()[name] == (list(value) if isinstance(value, tuple) else value)
     assert made.has_effect(name)
-    if all(name not in of for of in (*PRESETS.values(), *IF_UNIFORM.values())):
-        with pytest.raises(EBFTError, match=rf"^{flag}\b.* has no effect with "):
-            EBFTConfig.of(**NOTHING, **{name: value})
-    assert EBFTConfig.of(**made.to_dict()) == made
+    assert EBFTConfig.of(**made.flat()) == made
+    if name in OF_SECTIONS:
+        said = rf"^{flag} .*(has no effect with .*: it needs |; expected --(structured|pattern) with it$)"
+    else:
+        said = rf"^{flag} is a setting of --(prune|refine|recover) \w+.*, and .*; expected .*, or no such setting$"
+    for preset in PRESETS:
+        if PRESETS[preset].get(name) != value:
+            with pytest.raises(EBFTError, match=said):
+                EBFTConfig.preset(preset, **NOTHING, **{name: value})
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("recover", RECOVERIES)
+@pytest.mark.parametrize("recover", ["none", *recoveries.names()])
 def test_what_a_preset_says_is_never_refused(preset, recover):
     for prune in ({"prune": "zeros"}, {"prune": "magnitude"}, {"pattern": "2:4"}, {"structured": True}):
         made = EBFTConfig.preset(preset, recover=recover, eval="", **prune)
-        assert EBFTConfig.of(**made.to_dict()) == made
-        assert EBFTConfig.preset("paper", **made.to_dict()) == made  # as a YAML file gives it back
+        assert EBFTConfig.of(**made.flat()) == made
+        assert EBFTConfig.preset("paper", **made.flat()) == made  # as a YAML file gives it back
 
 
 def test_several_are_named_together_and_a_schedule_takes_the_place_of_a_share():
     with pytest.raises(EBFTError) as error:
-        EBFTConfig.preset("demo", recover="layerwise", moments="int8", lr=0.5, compact=True, unit="pair")
+        EBFTConfig.preset("demo", recover="none", micro_batch=1, holdout=0.5)
     assert str(error.value) == (
-        "--moments int8 has no effect with --recover layerwise: it needs ebft, lora or full in --recover"
+        "--micro-batch 1 --holdout 0.5 have no effect with --recover none: they need a recovery"
     )
-    said = r"^--unit pair --lr 0\.5 have no effect with --recover lora: they need ebft in --recover"
+    said = r"^--lr is a setting of --recover ebft, and --recover is lora; expected --recover ebft, or no such setting$"
     with pytest.raises(EBFTError, match=said):
         EBFTConfig.preset("demo", recover="lora", moments="int8", lr=0.5, unit="pair")
     said = r"^--sparsity 0\.55 has no effect with .*--schedule 0\.5,0\.6: it needs a criterion"
@@ -382,16 +387,16 @@ def test_the_interpreter_ends_in_peace_too(short_run, tmp_path, to):
 
 INTERRUPTED = """
 import os, signal, sys
-import ebft.run
+import ebft.run, ebft.pipeline.run
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def run_ebft(config):
+def run_ebft(config, reporter):
     try:
         os.kill(os.getpid(), signal.{first})
     finally:
         os.kill(os.getpid(), signal.{second}) if "{second}" else None
 
-ebft.run.run_ebft = run_ebft
+ebft.pipeline.run.run_ebft = run_ebft
 code = ebft.run.main([])
 os.kill(os.getpid(), signal.SIGINT) if "{after}" else None
 sys.exit(code)
@@ -420,7 +425,7 @@ def test_a_second_interrupt_is_one_line(first, second, after, code, says, tmp_pa
 
 
 def test_what_the_background_does_not_hear_stays_unheard(monkeypatch):
-    monkeypatch.setattr("ebft.run.run_ebft", lambda config: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("ebft.pipeline.run.run_ebft", lambda config, reporter: os.kill(os.getpid(), signal.SIGINT))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
