@@ -239,12 +239,12 @@ def _flags(given: argparse.Namespace, method: str, target: str, seed: int) -> li
     flags = [said.format(calibration=given.calibration, second=given.second) for said in METHODS[method].flags]
     flags = [*([] if "--preset" in flags else ["--preset", "paper"]), *flags, *TARGETS[target], "--dtype", given.dtype]
     flags += ["--eval", "", *(["--model", given.model] if given.model else [])]
-    usual = {"seed": seed, "samples": given.samples, "seqlen": given.seqlen, "windows": given.windows}
-    usual |= {} if "--calibration" in flags else {"calibration": given.calibration}
+    of_text = {"seed": seed, "samples": given.samples, "seqlen": given.seqlen, "windows": given.windows}
+    of_text |= {} if "--calibration" in flags else {"calibration": given.calibration}
     asked, _ = parse_args(flags)
-    return flags + [
-        part for name, value in usual.items() if asked.has_effect(name) for part in (flag(name), str(value))
-    ]
+    for name, value in of_text.items():
+        flags += [flag(name), str(value)] if asked.has_effect(name) else []
+    return flags
 
 
 def _is_done(output: Path, flags: list[str]) -> bool:
