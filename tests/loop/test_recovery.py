@@ -76,7 +76,7 @@ def test_what_is_saved(trained, settings, silent):
     assert summary.keys() >= {"perplexity", "seconds", "sparsity", "config", "versions"}
     assert summary["perplexity"]["builtin"].keys() == {"dense", "pruned", "recovered"}
     assert summary["sparsity"] == 0.5
-    assert EBFTConfig.of(**summary["config"]) == settings(prune="wanda", pattern="2:4")
+    assert EBFTConfig.of(summary["config"]) == settings(prune="wanda", pattern="2:4")
     lines = [json.loads(line) for line in (out / "blocks.jsonl").read_text().splitlines()]
     assert [line["block"] for line in lines] == [0, 1, 2]
     assert lines[0].keys() >= {
@@ -109,9 +109,8 @@ def test_pruned_is_recover_none(settings, silent):
         for recover in ("ebft", "none")
     ]
     pruned = [summary["perplexity"]["builtin"]["pruned"] for summary in both]
-    none = both[1]["perplexity"]["builtin"]
-    assert none["recovered"] == pytest.approx(none["pruned"], rel=1e-6)
-    plain = settings(prune="magnitude", recover="none", eval="", output=str(settings().output) + "-plain")
+    assert both[1]["perplexity"]["builtin"].keys() == {"dense", "pruned"}  # nothing is recovered, or measured again
+    plain = settings(prune="magnitude", recover="none", eval="", output=str(settings().output.folder) + "-plain")
     out = run_ebft(config=plain, reporter=silent).output
     assert (out / "tokenizer.json").is_file()  # although nothing had to be tokenised
     # Wanda after recovered blocks sees other inputs than Wanda after pruned ones, so these are near, not equal
@@ -120,7 +119,7 @@ def test_pruned_is_recover_none(settings, silent):
 
 def test_the_same_run_twice_is_the_same(settings, silent):
     first, second = (
-        run_ebft(config=settings(epochs=1, output=str(settings().output) + number), reporter=silent).output
+        run_ebft(config=settings(epochs=1, output=str(settings().output.folder) + number), reporter=silent).output
         for number in "12"
     )
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()

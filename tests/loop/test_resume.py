@@ -7,7 +7,6 @@ import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
-import ebft.output.folder.folder
 import pytest
 import torch
 from conftest import random_model
@@ -15,8 +14,9 @@ from faults import assert_same, command, in_child, job, refused
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+import ebft.output.folder
 import ebft.pipeline.prepare
-from ebft import EBFTError, run_ebft
+from ebft import BlockReconstructor, EBFTError, run_ebft
 from ebft.config import EBFTConfig
 from ebft.errors import MemoryRanOut
 from ebft.output.folder import OutputFolder
@@ -341,9 +341,9 @@ def _full(name, number, module, monkeypatch):
         (os, "posix_fallocate", 1, False),  # the stream that the dense perplexity is measured with
         (os, "posix_fallocate", 2, True),  # the inputs
         (os, "fsync", 9, True),
-        (ebft.output.folder.folder, "save_file", 3, True),
-        (ebft.output.folder.folder, "save_file", 4, True),  # the model
-        (ebft.output.folder.folder, "save_masks", 2, True),
+        (ebft.output.folder, "save_file", 3, True),
+        (ebft.output.folder, "save_file", 4, True),  # the model
+        (ebft.output.folder, "save_masks", 2, True),
     ],
 )
 def test_a_full_disk(module, name, number, kept, settings, silent, tmp_path, monkeypatch, capsys):
@@ -379,7 +379,7 @@ def test_signals(number, code, settings, tmp_path):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryRanOut("with --micro-batch 1")])
 def test_memory_that_runs_out_is_one_sentence(error, settings, silent, monkeypatch, tmp_path):
-    real, calls = ebft.pipeline.prepare.BlockReconstructor.fit, []
+    real, calls = BlockReconstructor.fit, []
 
     def starved(self, *args, **kwargs):
         calls.append(args)
@@ -387,7 +387,7 @@ def test_memory_that_runs_out_is_one_sentence(error, settings, silent, monkeypat
             raise error
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(ebft.pipeline.prepare.BlockReconstructor, "fit", starved)
+    monkeypatch.setattr(BlockReconstructor, "fit", starved)
     said = error if isinstance(error, MemoryRanOut) else "memory ran out"
     with pytest.raises(EBFTError, match=rf"^{said}; what was finished is kept in .*: --resume goes on from"):
         run(settings(), silent)

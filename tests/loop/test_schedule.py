@@ -51,7 +51,7 @@ def test_the_runs_by_hand(prune, short_run, silent, tmp_path):
     assert summary["model"] == dense
     assert summary["config"]["teacher"] == dense
     assert summary["config"]["sparsity"] == 0.7
-    assert summary["config"]["schedule"] == "0.3,0.5, 0.7"
+    assert summary["config"]["schedule"] == [0.3, 0.5, 0.7]
     first = json.loads((folders[0] / "ebft_summary.json").read_text())
     assert first["perplexity"].values() != summary["perplexity"].values()
     assert [run["dense"] for run in first["perplexity"].values()] == [

@@ -15,19 +15,28 @@ from torch.nn import functional as F
 import ebft.pipeline.run
 import ebft.recovery.lora
 import ebft.recovery.whole_model
+import ebft_kernels
 from ebft import EBFTConfig, EBFTError, run_ebft
 from ebft.distributed import Ranks
 from ebft.model.decoder import Decoder
 from ebft.model.matrices import router_paths
 from ebft.output.audit import audit
+from ebft.plan.planner import make_plan
 from ebft.recovery.full import FullFineTuning
 from ebft.recovery.lora import LoRA
+from ebft.recovery.lora.adapters import _add_adapters
 from ebft.recovery.samples import batch_order
 from ebft.recovery.whole_model import WholeTask
-from ebft_kernels import PackedMask
+from ebft_kernels import MaskedAdamW, PackedMask
 
 CPU = torch.device("cpu")
-SETTINGS = {"batch_size": 4, "lm_epochs": 3, "lm_lr": 1e-2, "lora_alpha": 24.0, "lora_rank": 3, "clip": 0.5}
+SETTINGS = {"batch_size": 4, "lm_epochs": 3, "lm_lr": 1e-2, "clip": 0.5}
+OWN = {"lora": {"lora_alpha": 24.0, "lora_rank": 3}, "full": {}}
+
+
+def recovery_of(kind, **changes):
+    """A ``LoRA`` or ``FullFineTuning``."""
+    return kind(EBFTConfig.of(recover=kind.name, **{**SETTINGS, **OWN[kind.name], **changes}))
 
 
 def task_of(family: str, **changes) -> tuple[WholeTask, Decoder]:
@@ -98,7 +107,8 @@ def test_lora_is_a_plain_loop(family, masked):
     kept = {name: mask.dense() for name, mask in task.masks.items()}
     adapted = task_of(family)[0].model
     torch.manual_seed(0)
-    layers = LoRA(EBFTConfig.of(**SETTINGS))._add_adapters(adapted, [name.removesuffix(".weight") for name in kept])
+    paths = [name.removesuffix(".weight") for name in kept]
+    layers = _add_adapters(adapted, paths, recovery_of(LoRA).settings)
     pairs = {
         f"{path}.weight": [
             part["default"].weight.detach().double().requires_grad_() for part in (layer.lora_B, layer.lora_A)
@@ -116,7 +126,7 @@ def test_lora_is_a_plain_loop(family, masked):
         [part for pair in pairs.values() for part in pair],
         lambda: {name: before[name] + (product(name) * kept[name] if masked else product(name)) for name in kept},
     )
-    result = LoRA(EBFTConfig.of(**SETTINGS, lora_masked=masked)).recover(task)
+    result = recovery_of(LoRA, lora_masked=masked).recover(task)
     assert result.losses == pytest.approx(losses, rel=1e-4)
     ours = dict(task.model.named_parameters())
     assert ours.keys() == before.keys()  # no layer of peft's is left
@@ -143,7 +153,7 @@ def test_full_is_a_plain_loop():
         trained[name].kept = mask.dense()
     decays = {id(trained[name]): trained[name] for name in task.masks}
     losses = tuned_plainly(reference, weights, list(trained.values()), dict, decays)
-    result = FullFineTuning(EBFTConfig.of(**SETTINGS)).recover(task)
+    result = recovery_of(FullFineTuning).recover(task)
     assert result.losses == pytest.approx(losses, rel=1e-4)
     assert result.left_out == {}
     for name, weight in task.model.named_parameters():
@@ -163,7 +173,7 @@ def test_parts_of_a_batch_and_recomputation_change_nothing(recovery):
     models = []
     for changes in ({}, {"micro_batch": 3, "recompute": "block"}):
         task, _ = task_of("llama-gqa")
-        result = recovery(EBFTConfig.of(**{**SETTINGS, "holdout": 0.3, **changes})).recover(task)
+        result = recovery_of(recovery, holdout=0.3, **changes).recover(task)
         models.append([result.losses, result.held_out_before, result.held_out_after])
     assert len(models[0][0]) == 3
     assert models[0][0] == pytest.approx(models[1][0], rel=1e-3)
@@ -174,10 +184,10 @@ def test_dropout_is_recomputed_alike():
     losses = []
     for recompute in ("none", "block"):
         task, _ = task_of("llama-gqa")
-        config = EBFTConfig.of(**SETTINGS, lora_dropout=0.5, lora_masked=False, recompute=recompute)
-        losses.append(LoRA(config).recover(task).losses)
+        lora = recovery_of(LoRA, lora_dropout=0.5, lora_masked=False, recompute=recompute)
+        losses.append(lora.recover(task).losses)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    plain = LoRA(EBFTConfig.of(**SETTINGS, lora_masked=False)).recover(task_of("llama-gqa")[0]).losses
+    plain = recovery_of(LoRA, lora_masked=False).recover(task_of("llama-gqa")[0]).losses
     assert plain != pytest.approx(losses[0], rel=1e-4)
 
 
@@ -187,15 +197,13 @@ def test_by_time(monkeypatch):
     clock = SimpleNamespace(perf_counter=lambda: float(next(now)))
     monkeypatch.setattr(ebft.recovery.whole_model, "time", clock)
 
-    class Optimizer(ebft.recovery.full.MaskedAdamW):
+    class Optimizer(MaskedAdamW):
         def step(self, *arguments):
             rates.append(self.param_groups[0]["lr"])
             return super().step(*arguments)
 
-    monkeypatch.setattr(ebft.recovery.full, "MaskedAdamW", Optimizer)
-    result = FullFineTuning(EBFTConfig.of(**{**SETTINGS, "lm_epochs": 1000, "lm_seconds": 4})).recover(
-        task_of("llama")[0]
-    )
+    monkeypatch.setattr(ebft_kernels, "MaskedAdamW", Optimizer)
+    result = recovery_of(FullFineTuning, lm_epochs=1000, lm_seconds=4).recover(task_of("llama")[0])
     assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
     assert len(result.losses) == 4
 
@@ -205,7 +213,7 @@ def test_a_loss_that_is_no_number(recovery):
     task, _ = task_of("llama")
     task.model.lm_head.weight.data[0, 0] = float("nan")
     with pytest.raises(EBFTError, match=r"no longer a number with --lm-lr 0\.01; expected a smaller one"):
-        recovery(EBFTConfig.of(**SETTINGS)).recover(task)
+        recovery_of(recovery).recover(task)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -233,10 +241,10 @@ def test_runs(family, changes, config, silent, tokenizer, tmp_path):
     summary = json.loads((result.output / "ebft_summary.json").read_text())
     page, card = ((result.output / name).read_text() for name in ("report.html", "README.md"))
     for name in [name for name in ("lora", "full") if name in changes["recover"]]:
-        entry = summary[name]
+        entry = summary["whole_model"][name]
         assert len(entry["losses"]) == 4 * 3
         assert sum(entry["losses"][-3:]) < sum(entry["losses"][:3])
-        assert name != "full" or "lora" in summary or entry["held_out_after"] < entry["held_out_before"]
+        assert name != "full" or "lora" in summary["whole_model"] or entry["held_out_after"] < entry["held_out_before"]
         assert 0 < entry["seconds"] <= summary["stage_seconds"][name]
         assert entry["peak_memory_bytes"] >= max(block["peak_memory_bytes"] for block in result.blocks)
         assert f"Language-model loss ({name})" in page
@@ -290,13 +298,14 @@ def test_ranks_share_a_batch(short_run, silent, tmp_path):
     assert on_ranks(2, job, short_run("two", **given)) == [0, 0]
     one, two = (json.loads((tmp_path / name / "ebft_summary.json").read_text()) for name in ("one", "two"))
     for name in ("lora", "full"):
-        assert two[name]["losses"] == pytest.approx(one[name]["losses"], rel=1e-4)
-        assert two[name]["held_out_after"] == pytest.approx(one[name]["held_out_after"], rel=1e-4)
+        ours, theirs = (summary["whole_model"][name] for summary in (two, one))
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
+        assert ours["held_out_after"] == pytest.approx(theirs["held_out_after"], rel=1e-4)
 
 
 def test_refused(monkeypatch, short_run):
     with pytest.raises(EBFTError, match="holds the whole model in memory, which neither --plan nor a memory budget"):
-        ebft.plan.planner.make_plan(EBFTConfig.of(**short_run(recover="ebft+full")))
+        make_plan(EBFTConfig.of(**short_run(recover="ebft+full")))
     monkeypatch.setattr(ebft.recovery.lora, "find_spec", lambda name: None)
     with pytest.raises(EBFTError, match=r"needs peft, which is not installed; expected pip install ebft\[lora\]"):
         run_ebft(config=EBFTConfig.of(**short_run(recover="lora")))
