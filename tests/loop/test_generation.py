@@ -98,7 +98,7 @@ def test_a_model_that_cannot_write(tokenizer):
 
 def test_names_and_shares(tmp_path, monkeypatch):
     def parts(calibration, samples=10):
-        return EBFTConfig.of(calibration=calibration, samples=samples).calibration_parts
+        return EBFTConfig.of(calibration=calibration, samples=samples).data.parts
 
     assert parts("c4") == {"c4": 10}
     assert parts("c4, wikitext2,self") == {"c4": 4, "wikitext2": 3, "self": 3}
