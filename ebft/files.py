@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import xxhash
 
@@ -67,6 +68,28 @@ def check_name(name: object, where: str) -> str:
     return name
 
 
+def read_json(file: Path, what: str) -> Any:
+    """What a file of JSON holds.
+
+    Args:
+        what: how the error calls it.
+
+    Raises:
+        EBFTError: it is something else than a file.
+        OSError: it cannot be read.
+        ValueError: it holds no JSON.
+    """
+    return parse_json(ordinary(file, what).read_text(encoding="utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """What JSON says; ``ValueError`` if it says nothing, or is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def indexed_files(index: Path) -> dict[str, str]:
     """Name of a tensor -> name of its file, as the index of a checkpoint in several files says.
 
@@ -74,9 +97,11 @@ def indexed_files(index: Path) -> dict[str, str]:
         EBFTError: it is no index, or names a file outside of its folder.
     """
     try:
-        listed = json.loads(ordinary(index, str(index)).read_text(encoding="utf-8"))["weight_map"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        listed = read_json(index, str(index))["weight_map"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EBFTError(f"{index} is no index of shards: {type(error).__name__} {error}") from None
+    if not listed:
+        raise EBFTError(f"{index} is no index of shards: it lists no tensors")
     return {str(tensor): check_name(name, str(index)) for tensor, name in listed}
 
 

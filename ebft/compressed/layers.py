@@ -8,7 +8,6 @@ widths of their own, and one without zeros is stored, and run, as an ordinary li
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ebft.errors import EBFTError
+from ebft.files import read_json
 from ebft.model.checkpoint import first_line, load_config, load_model, load_tokenizer
 from ebft.model.decoder import find_blocks
 from ebft.model.matrices import find_matrices
@@ -154,8 +154,8 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
 def _read_index(file: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, int]]]:
     """The layers and the numbers of heads that ``compressed.json`` lists, each of the right type."""
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        index = read_json(file, str(file))
+    except (OSError, ValueError) as error:
         raise EBFTError(f"{file.parent} is no compressed model: {' '.join(str(error).split())}") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         given = index.get("format") if isinstance(index, dict) else type(index).__name__

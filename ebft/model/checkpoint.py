@@ -190,8 +190,16 @@ def load_config(source: str | None, *, trust_remote_code: bool = False) -> Any:
             settings, _ = PretrainedConfig.get_config_dict(**where)
         _check_sizes(source, settings)
         check_settings(settings, _shown(source))
+        if not trust_remote_code:
+            _refuse_kernels(source, settings)
     with _by_libraries(source):
         return AutoConfig.from_pretrained(**where, trust_remote_code=trust_remote_code)
+
+
+def model_of(config: Any, source: str | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that ``source``'s configuration describes, on the meta device."""
+    with _by_libraries(source, config), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(source: str | None, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -285,6 +293,17 @@ def _pickled(name: str) -> dict[str, Tensor]:
             )
         tensors |= held
     return tensors
+
+
+def _refuse_kernels(source: str | None, settings: Any) -> None:
+    """``EBFTError`` if config.json asks for an implementation that would be code from the hub."""
+    for name, value in settings.items() if isinstance(settings, Mapping) else ():
+        said = value.values() if isinstance(value, Mapping) else [value]
+        if "implementation" in str(name) and any("/" in part for part in said if isinstance(part, str)):
+            raise EBFTError(
+                f"model {_shown(source)}: its config.json has {name} {value!r}, code from the hub, which runs only "
+                "with --trust-remote-code"
+            )
 
 
 def _check_sizes(source: str | None, settings: Any) -> None:

@@ -6,7 +6,6 @@ Tensors are looked at one after another as they lie in the files. Only a checkpo
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ebft.config.pattern import Pattern
 from ebft.errors import EBFTError
-from ebft.files import check_model_folder, indexed_files, ordinary
+from ebft.files import check_model_folder, indexed_files, ordinary, read_json
 from ebft.model.checkpoint import DEFAULT_MODEL, Source, load_model, open_model
 from ebft.model.decoder import find_blocks
 from ebft.model.matrices import Matrix, find_matrices, router_paths
@@ -60,13 +59,13 @@ def audit(output: str, against: str | None = None, *, trust_remote_code: bool = 
         raise EBFTError(f"{output} holds no {SUMMARY} and config.json; expected the folder of a finished run")
     check_model_folder(folder)
     try:
-        settings = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["config"]
+        settings = read_json(folder / SUMMARY, SUMMARY)["config"]
         transposable = bool(settings.get("transposable"))
         pattern = Pattern.parse(settings["pattern"], transposable=transposable) if settings["pattern"] else None
         recovered = settings["recover"] != "none"
         structured, uniform = bool(settings.get("structured")), bool(settings.get("uniform"))
         updated = settings["prune"] in criteria and criteria[settings["prune"]].updates_weights
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EBFTError(f"{folder / SUMMARY} is not what a run writes: {type(error).__name__} {error}") from None
     found = Audit()
     files = _Files(folder, found.faults)

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ebft.errors import EBFTError
-from ebft.files import checksum
+from ebft.files import checksum, read_json
 from ebft.model.checkpoint import first_line, quiet
 from ebft.model.weights import Tensors
 from ebft_kernels import PackedMask, load_masks, save_masks
@@ -395,8 +395,8 @@ class OutputFolder:
         """``EBFTError`` if replacing ``OUT`` would delete a file that its run did not make."""
         if not (self.final / self._made_by).is_file():
             return
-        with contextlib.suppress(ValueError, AttributeError, RecursionError):
-            listed = json.loads((self.final / self._made_by).read_text(encoding="utf-8")).get("files")
+        with contextlib.suppress(ValueError, AttributeError):
+            listed = read_json(self.final / self._made_by, self._made_by).get("files")
             if isinstance(listed, list):
                 strangers = [name for name in _files(self.final) if name not in listed and name != _WORKING]
                 if strangers:
@@ -531,7 +531,7 @@ def _sealed(record: dict[str, Any]) -> str:
 def _unsealed(file: Path) -> dict[str, Any] | None:
     """What ``_sealed`` made; None if it is not that any more."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file, file.name)
         return record if record.pop("sha256") == _digest_of(record) else None
     except (ValueError, AttributeError, KeyError, TypeError):
         return None

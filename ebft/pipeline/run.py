@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from ebft.data.streams import Store
 from ebft.distributed import joined
 from ebft.errors import EBFTError, MemoryRanOut
 from ebft.evaluation.perplexity import perplexities
+from ebft.files import ordinary, parse_json, read_json
 from ebft.model.checkpoint import load_model, open_saved, quiet
 from ebft.model.decoder import Decoder
 from ebft.model.in_memory import given_model
@@ -66,8 +66,14 @@ class RunResult:
     @classmethod
     def read(cls, output: Path, *, trust_remote_code: bool = False) -> RunResult:
         """What an earlier run left in ``output``; ``trust_remote_code``: ``model`` may run code that lies there."""
-        lines = (output / LINES).read_text(encoding="utf-8").splitlines()
-        summary, blocks = json.loads((output / SUMMARY).read_text(encoding="utf-8")), list(map(json.loads, lines))
+        try:
+            summary = read_json(output / SUMMARY, SUMMARY)
+            lines = ordinary(output / LINES, LINES).read_text(encoding="utf-8").splitlines()
+            blocks = [parse_json(line) for line in lines]
+        except (OSError, ValueError) as error:
+            raise EBFTError(f"{output} is not what a run leaves: {' '.join(str(error).split())}") from None
+        if not isinstance(summary, dict) or not isinstance(summary.get("config"), dict):
+            raise EBFTError(f"{output / SUMMARY} is not what a run writes: it holds no settings")
         return cls(output, summary, blocks, _trust_remote_code=trust_remote_code)
 
     @cached_property

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ebft.config import EBFTConfig
-from ebft.errors import EBFTError
+from ebft.model.checkpoint import model_of
 from ebft.model.decoder import BlockCall, Decoder, find_blocks
 from ebft.model.stand_ins import shapes_only, without_values
 from ebft.pruning.statistics import PRODUCTS, InputStatistics
@@ -98,11 +98,7 @@ class Shapes:
 
 
 def _on_meta(config: EBFTConfig, model_config: Any) -> PreTrainedModel:
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
-    except ValueError:
-        raise EBFTError(f"model {config.model.source} is not a decoder (a causal language model)") from None
+    return model_of(model_config, config.model.source, trust_remote_code=config.model.trust_remote_code)
 
 
 def _stand_in(config: EBFTConfig, model_config: Any) -> PreTrainedModel:

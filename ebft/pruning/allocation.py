@@ -11,14 +11,13 @@ largest and the smallest ratio 2 lambda apart, and may so leave that range.)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebft.config.pattern import Pattern
 from ebft.errors import EBFTError
-from ebft.files import ordinary
+from ebft.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,7 +65,7 @@ def make_allocation(allocation: str, pattern: Pattern) -> Allocation:
     if allocation in ("uniform", "owl"):
         return Allocation(pattern, {}, "" if allocation == "uniform" else "OWL")
     try:
-        shares = json.loads(ordinary(Path(allocation), f"--allocation {allocation}").read_text(encoding="utf-8"))
+        shares = read_json(Path(allocation), f"--allocation {allocation}")
     except (OSError, ValueError) as error:
         raise EBFTError(
             f"--allocation is {allocation!r}; expected uniform, owl or a JSON file: {' '.join(str(error).split())}"
