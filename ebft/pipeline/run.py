@@ -134,7 +134,7 @@ def run_ebft(
             reporter.say(f"--schedule {said}: {step.prune.sparsity:g}")
             if isinstance(source, str):
                 step = step.replace(model=source)
-            if isinstance(dense, str) and source != dense:
+            if isinstance(dense, str) and source != dense and step.has_effect("teacher"):
                 step = step.replace(teacher=dense)
             result = _run_once(source, step, tokenizer, teacher, criterion, text, reporter, name)
             source = result.model if isinstance(source, PreTrainedModel) else str(result.output)

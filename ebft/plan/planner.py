@@ -161,7 +161,7 @@ class _Planner:
 
     def _places(self) -> list[str]:
         """Where streams may be, the fastest first."""
-        if self.config.runtime.streams != "auto":
+        if self.config.runtime.streams != "auto" or not self.config.has_effect("streams"):
             return [self.config.runtime.streams]
         if not self.gpu:
             return ["host", "disk"]

@@ -212,6 +212,12 @@ def test_more_memory_never_costs_speed(two_blocks):
     assert chosen[2] == {"streams": "device"}
 
 
+def test_a_plan_where_nothing_is_kept_in_streams(two_blocks):
+    """Where they would be is nothing that could be chosen."""
+    config = EBFTConfig.of(model=two_blocks, prune="magnitude", recover="none", eval="", host_memory="12GiB")
+    assert make_plan(config).chosen == {}
+
+
 def test_what_cannot_fit_is_said(two_blocks, capsys):
     argv = ["--model", two_blocks, "--plan", "--gpu-memory", "1GiB"]
     assert main(argv) == 2

@@ -60,6 +60,17 @@ def test_the_runs_by_hand(prune, short_run, silent, tmp_path):
     assert result.output == tmp_path / "out"
 
 
+def test_where_no_run_looks_at_the_dense_model(short_run, silent, tmp_path):
+    """Nothing to recover, nothing to measure: no run has a teacher."""
+    given = short_run(schedule="0.3,0.6", prune="magnitude", recover="none", eval="")
+    run_ebft(config=EBFTConfig.of(**given), reporter=silent)
+    first, last = (
+        load_masks(folder / "masks.safetensors") for folder in (tmp_path / "out.schedule/0.3", tmp_path / "out")
+    )
+    assert all((last[name].dense() <= mask.dense()).all() for name, mask in first.items())
+    assert all(mask.density() == pytest.approx(0.4, abs=0.02) for mask in last.values())
+
+
 def test_a_model_in_memory(short_run, silent, tokenizer, tmp_path):
     """It takes the recovered weights, and is its own teacher as it was."""
     settings = short_run("file", schedule="0.4,0.6")
