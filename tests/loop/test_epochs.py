@@ -3,8 +3,8 @@
 import pytest
 from faults import assert_same
 
-import ebft.pipeline.walk
 from ebft import EBFTConfig, EBFTError, run_ebft
+from ebft.recovery.ebft import EBFT, reconstruct
 from ebft.recovery.ebft.epochs import epochs_for
 
 WHERE = {"epochs_where": "error", "holdout": 0.3}
@@ -26,8 +26,8 @@ def line(error, epochs):
     ],
 )
 def test_what_a_block_may_take(finished, error, most):
-    assert epochs_for(EBFTConfig.of(epochs=4, **WHERE), finished, error) == most
-    assert epochs_for(EBFTConfig.of(epochs=4), finished, error) == 4
+    assert epochs_for(EBFT.Settings(epochs=4, epochs_where="error"), finished, error) == most
+    assert epochs_for(EBFT.Settings(epochs=4), finished, error) == 4
 
 
 @pytest.fixture
@@ -48,11 +48,11 @@ def test_a_run_spends_no_more_in_all(given, short_run, silent, monkeypatch):
     """Errors are those of the pruned blocks, although the closed form comes first."""
     asked = []
 
-    def told(config, finished, error):
-        asked.append((finished, error, epochs_for(config, finished, error)))
+    def told(own, finished, error):
+        asked.append((finished, error, epochs_for(own, finished, error)))
         return asked[-1][2]
 
-    monkeypatch.setattr(ebft.pipeline.walk, "epochs_for", told)
+    monkeypatch.setattr(reconstruct, "epochs_for", told)
     lines = run_ebft(config=EBFTConfig.of(**short_run(**given)), reporter=silent).blocks
     for index, ((finished, error, most), line) in enumerate(zip(asked, lines, strict=True)):
         assert [before["block"] for before in finished] == list(range(index))
@@ -70,12 +70,12 @@ def test_it_is_gone_on_with(given, short_run, silent, tmp_path, monkeypatch):
     class Stop(Exception):
         pass
 
-    def stopped(config, finished, error):
+    def stopped(own, finished, error):
         if finished:
             raise Stop
-        return epochs_for(config, finished, error)
+        return epochs_for(own, finished, error)
 
-    monkeypatch.setattr(ebft.pipeline.walk, "epochs_for", stopped)
+    monkeypatch.setattr(reconstruct, "epochs_for", stopped)
     with pytest.raises(Stop):
         run_ebft(config=EBFTConfig.of(**short_run(**given)), reporter=silent)
     monkeypatch.undo()

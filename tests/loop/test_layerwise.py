@@ -163,7 +163,7 @@ def test_first_layers_have_the_same_inputs_in_both_blocks(holdout, config, token
     """q, k and v of the first block are solved alike from either; what is held out takes no part in it."""
     solved, few = {}, {"samples": 8, "recover": "layerwise", "target": "sparse-stream", "holdout": holdout}
     for inputs in ("dense", "sparse"):
-        settings = config(**few, cg_inputs=inputs, output=config().output + inputs)
+        settings = config(**few, cg_inputs=inputs, output=config().output.folder + inputs)
         model = run_ebft(random_model("llama-gqa"), settings, tokenizer=tokenizer, reporter=silent).model
         solved[inputs] = dict(model.model.layers[0].named_parameters())
     for name in ("q_proj", "k_proj", "v_proj"):
@@ -195,7 +195,7 @@ def test_it_beats_the_pruned_model_and_helps_what_follows(trained, config, silen
         of_ebft = {"epochs": 1, "lr": 1e-3} if "ebft" in recover else {}
         settings = config(
             model=str(trained), recover=recover, samples=32, seqlen=64, eval="builtin", eval_seqlen=128,
-            sparsity=0.7, output=config().output + recover, **of_ebft,
+            sparsity=0.7, output=config().output.folder + recover, **of_ebft,
         )  # fmt: skip
         result = run_ebft(config=settings, reporter=silent)
         perplexity[recover] = result.summary["perplexity"]["builtin"]["recovered"]

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from several import on_ranks
 from torch import nn
 
-import ebft.pipeline.prepare
 import ebft.pipeline.run
 import ebft.pipeline.walk
 from ebft import BlockReconstructor, EBFTConfig, EBFTError, run_ebft
@@ -18,6 +17,7 @@ from ebft.audit import main as audit
 from ebft.data.streams import Streams
 from ebft.model.decoder import Decoder
 from ebft.plan.planner import make_plan
+from ebft.recovery.ebft import reconstruct
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def watched(monkeypatch):
         make(self, config, decoder, teacher, ids, *others, **named)
 
     monkeypatch.setattr(Streams, "__init__", made)
-    monkeypatch.setattr(ebft.pipeline.prepare, "BlockReconstructor", Watching)
+    monkeypatch.setattr(reconstruct, "BlockReconstructor", Watching)
     return tokens, tasks
 
 
@@ -155,8 +155,8 @@ def test_the_plan(short_run):
     """Twice the states and the best weights, half as many streams again, and the work of the blocks that are tuned."""
     one, two = (make_plan(EBFTConfig.of(**short_run(unit=unit, eval="", epochs=200))) for unit in ("block", "pair"))
     for row in ("weights", "optimizer states"):
-        assert two.device[row] == 2 * one.runtime.device[row]
-    assert two.device["activations"] > 1.5 * one.runtime.device["activations"]
+        assert two.device[row] == 2 * one.device[row]
+    assert two.device["activations"] > 1.5 * one.device["activations"]
     assert two.host["the best weights of a block"] == 2 * one.host["the best weights of a block"]
     assert two.host["streams"] == 1.5 * one.host["streams"]
     assert two.flops == pytest.approx(5 / 3 * one.flops, rel=0.01)  # of three blocks the last is tuned alone
@@ -165,7 +165,7 @@ def test_the_plan(short_run):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"recover": "layerwise"}, "--recover is layerwise; expected ebft among it"),
+        ({"recover": "layerwise"}, "--unit is a setting of --recover ebft, and --recover is layerwise; expected --recover ebft"),
         ({"input": "dense-stream"}, "does not go with --input dense-stream"),
         ({"epochs_where": "error", "holdout": 0.1}, "does not go with --epochs-where error"),
         ({"refresh_every": 10}, "does not go with --refresh-every"),
