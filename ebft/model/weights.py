@@ -6,8 +6,12 @@ into each other is transformers' knowledge, and its own converters do it here, a
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
+import mmap
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,6 +36,8 @@ from ebft.errors import EBFTError
 from ebft.files import checksum, ordinary
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Tensors:
@@ -64,6 +70,16 @@ class Tensors:
         for name in names:
             del self._where[name]
 
+    def let_go(self, names: Iterable[str]) -> None:
+        """Take the pages of these out of this process's memory until they are touched again.
+
+        The system keeps them cached as long as it likes; but pages of a mapped file that were once read stay resident,
+        and in the end that is the whole checkpoint.
+        """
+        for name in names:
+            if name in self._where:
+                _drop_pages(self._where[name].get_tensor(name))
+
     def with_zeros(self, zeros: Mapping[str, Tensor]) -> Tensors:
         """The same and ``zeros``, which are in no file."""
         more = copy.copy(self)
@@ -77,6 +93,25 @@ class Tensors:
     def shapes(self) -> dict[str, Tensor]:
         """Every tensor without its values (on the meta device)."""
         return {name: torch.empty_like(self[name], device="meta") for name in self.names()}
+
+
+def _drop_pages(tensor: Tensor) -> None:
+    """Tell the system that the pages that lie wholly in a tensor of a mapped file are done with (Linux)."""
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    past = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if _LIBC is not None and past > first and _is_mapped(first, past):
+        _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(past - first), mmap.MADV_DONTNEED)
+
+
+def _is_mapped(first: int, past: int) -> bool:
+    """Whether these addresses are a file's, whose pages can be had again."""
+    with contextlib.suppress(OSError), Path("/proc/self/maps").open(encoding="utf-8") as maps:
+        for line in maps:
+            addresses, _, rest = line.partition(" ")
+            start, stop = (int(address, 16) for address in addresses.split("-"))
+            if start <= first and past <= stop:
+                return "/" in rest
+    return False
 
 
 class Weights(Protocol):
@@ -182,8 +217,10 @@ class ShardedWeights:
         found: dict[str, Tensor] = {}
         for name in names:
             if name not in found:
-                made = self._made_by[name].read(self._tensors if tensors is None else tensors, self._model)
+                group, source = self._made_by[name], self._tensors if tensors is None else tensors
+                made = group.read(source, self._model)
                 found |= {other: tensor.clone(memory_format=torch.contiguous_format) for other, tensor in made.items()}
+                source.let_go(group.keys)
                 found.setdefault(name, found[self._made_by[name].names[0]])  # a tied one, stored under its other name
         return {name: found[name] for name in names}
 
