@@ -1,123 +1,126 @@
-"""A criterion and a recovery that somebody else writes, each in a file like this one, are there wherever ours are."""
+"""docs/extending.md's criterion and recovery: what somebody else writes is wherever ours are."""
 
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from types import ModuleType
 
 import pytest
+from faults import assert_same
+from safetensors.torch import load_file
 
 from ebft import EBFTError, registry
 from ebft.audit import main as audit
+from ebft.cli.app import main as ebft
 from ebft.config import EBFTConfig
-from ebft.config.fields import setting
-from ebft.pruning import Criterion, mask_of_best
-from ebft.recovery import BlockRecovery, Footprint
-from ebft.recovery.settings import Checked
-from ebft.registry import register_criterion, register_recovery
+from ebft.output.folder import OutputFolder
 from ebft.run import main
+from ebft_kernels import load_masks
 
-# --- what docs/extending.md walks through ---------------------------------------------------------------------------
-
-
-class Alternating(Criterion):
-    """Every other weight of a row is worth more: a criterion of no use, to show what one is."""
-
-    needs = frozenset({"squares"})
-
-    @dataclass(frozen=True)
-    class Settings(Checked):
-        """Its flags."""
-
-        parity: int = setting(0, "which of every two weights is worth more", at_least=0, at_most=1)
-
-    def mask(self, weight, inputs, pattern):
-        worth = weight.abs() * inputs.norm()
-        worth[:, self.settings.parity :: 2] += worth.max()
-        return mask_of_best(worth, pattern, per_row=True)
-
-
-class Rescaled(BlockRecovery):
-    """Every matrix is multiplied by one number: a recovery of little use, to show what one is."""
-
-    told: ClassVar[str] = "by a number a matrix"
-
-    @dataclass(frozen=True)
-    class Settings(Checked):
-        """Its flags."""
-
-        strength: float = setting(1.0, "how far the number is followed", at_least=0, at_most=1)
-
-    def footprint(self, shapes):
-        return Footprint(device={"the number of each matrix": 4 * len(shapes.matrices)}, flops=1e9)
-
-    def recover(self, task):
-        from ebft.recovery.judge import Judge
-
-        judge = Judge(task, self.config.recover, self.place.device, self.place.ranks)
-        for matrix in task.matrices:
-            task.block.get_parameter(matrix.name).mul_(1 + 0.01 * self.settings.strength)
-        return judge.result(notes=["every matrix was rescaled"])
-
-
-# --- and that it works ----------------------------------------------------------------------------------------------
+GUIDE = Path(__file__).parents[2] / "docs" / "extending.md"
+NAMES = ("alternating", "rescaled")
 
 
 @pytest.fixture
-def made_up() -> Iterator[None]:
-    register_criterion("alternating")(Alternating)
-    register_recovery("rescaled", scope="block")(Rescaled)
-    yield
-    for kind, name in ((registry.criteria, "alternating"), (registry.recoveries, "rescaled")):
+def made_up(monkeypatch) -> Iterator[ModuleType]:
+    """A module of the guide's Python, in the guide's order, whose import registers both methods."""
+    module = ModuleType("of_the_guide")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    code = "\n\n".join(re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL))
+    exec(compile(code, str(GUIDE), "exec"), module.__dict__)
+    yield module
+    for kind, name in zip((registry.criteria, registry.recoveries), NAMES, strict=True):
         kind.forget(name)
-
-
-FLAGS = ["--prune", "alternating", "--parity", "1", "--recover", "rescaled", "--strength", "0.5"]
 
 
 @pytest.fixture
 def flags(tiny, tmp_path, made_up) -> list[str]:
+    """Of a run with both, whose settings come from the command line and from a file."""
+    (tmp_path / "settings.yaml").write_text("recover: rescaled\nstrength: 0.5\n")
     text = str(tiny / "text.txt")
     small = ["--samples", "4", "--seqlen", "16", "--batch-size", "2", "--eval-seqlen", "32", "--device", "cpu"]
     files = ["--model", str(tiny / "model"), "--calibration", text, "--eval", text, "--windows", "packed"]
-    return [*files, *small, *FLAGS, "--output", str(tmp_path / "out")]
+    chosen = ["--prune", "alternating", "--parity", "1", "--config", str(tmp_path / "settings.yaml")]
+    return [*files, *small, *chosen, "--output", str(tmp_path / "out")]
 
 
 def test_they_are_listed(made_up, capsys):
-    assert main(["--help", "all"]) == 0
-    shown = capsys.readouterr().out
-    assert "--parity" in shown
-    assert "--strength" in shown
-    from ebft.cli.app import main as command
-
-    assert command(["methods"]) == 0
+    assert ebft(["methods"]) == 0
     listed = capsys.readouterr().out
-    for said in ("alternating", "rescaled", "to show what one is", "--parity", "--strength"):
+    for said in (*NAMES, made_up.Alternating.__doc__, made_up.Rescaled.__doc__, "--parity", "--strength"):
         assert said in listed
+    assert main(["--help", "all"]) == 0
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    for said in ("--prune alternating", "--parity N", "which of every two weights", "--recover rescaled", "--strength"):
+        assert said in shown
+    assert main(["--help"]) == 0
+    assert "--parity" not in capsys.readouterr().out  # it is not among the settings that matter to most
 
 
-def test_they_are_planned_run_resumed_reported_and_audited(flags, tmp_path, capsys):
+def test_they_are_planned(flags, tmp_path, capsys):
     assert main([*flags, "--plan"]) == 0
-    assert "the number of each matrix" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r"the number of each matrix +0\.000 GiB", said)
+    assert not (tmp_path / "out").exists()
+    assert main([*flags, "--plan", "--recover", "none"]) == 2  # the file's --strength is of no recovery now
+    assert "--strength is a setting of --recover rescaled, and --recover is none" in capsys.readouterr().err
+
+
+def test_they_run_and_are_reported_and_audited(flags, tiny, tmp_path):
     assert main(flags) == 0
     out = tmp_path / "out"
     summary = json.loads((out / "ebft_summary.json").read_text())
-    assert summary["config"]["parity"] == 1
-    assert summary["config"]["strength"] == 0.5
-    assert "alternating" in summary["recipe"]
+    assert (summary["config"]["parity"], summary["config"]["strength"]) == (1, 0.5)
+    assert summary["recipe"].startswith("alternating 70%, recovered by rescaled")
+    assert list(*summary["perplexity"].values()) == ["dense", "pruned", "recovered"]
     for file in ("report.html", "README.md"):
         shown = (out / file).read_text()
-        for said in ("alternating", "rescaled", "parity", "strength"):
+        for said in (*NAMES, "parity", "strength"):
             assert said in shown, (file, said)
-    assert "by a number a matrix" in (out / "README.md").read_text()
-    assert audit([str(out)]) == 0
+    assert "tuned by a number a matrix, on" in (out / "README.md").read_text()
+    page = (out / "report.html").read_text()
+    assert "every matrix was rescaled" in page
+    assert "Reconstruction error, block by block" in page  # although it has no losses to draw
+    assert "No recovery was asked for" not in page
+    dense, saved = (load_file(folder / "model.safetensors") for folder in (tiny / "model", out))
+    for name, mask in load_masks(out / "masks.safetensors").items():
+        assert mask.dense()[:, 1::2].sum() > 5 * mask.dense()[:, 0::2].sum()  # what --parity 1 says
+        assert saved[name].equal(dense[name] * mask.dense() * 1.005), name  # what --strength 0.5 says
+    assert audit([str(out), "--against", str(tiny / "model")]) == 0
+
+
+def test_a_run_with_them_is_gone_on_with(flags, tmp_path, monkeypatch):
+    assert main(flags) == 0
+    (tmp_path / "out").rename(tmp_path / "whole")
+    commit = OutputFolder.commit_part
+
+    def interrupted(self, name, content, files=()):
+        commit(self, name, content, files)
+        if name == "block-00000":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OutputFolder, "commit_part", interrupted)
+        assert main(flags) != 0
+    assert not (tmp_path / "out").exists()
+    assert main([*flags, "--resume", "--strength", "1"]) == 2  # other settings are another run
     assert main([*flags, "--resume"]) == 0
+    assert_same(tmp_path / "out", tmp_path / "whole")
 
 
 def test_their_settings_are_theirs(made_up):
-    with pytest.raises(EBFTError, match="--parity is a setting of --prune alternating, and --prune is wanda"):
+    chosen = EBFTConfig.of(prune="alternating", parity=1, recover="rescaled")
+    assert chosen.of_method(made_up.Alternating.Settings) == made_up.Alternating.Settings(parity=1)
+    assert chosen.of_method(made_up.Rescaled.Settings).strength == 1.0
+    with pytest.raises(EBFTError, match="--parity is a setting of --prune alternating, and --prune is wanda; expected"):
         EBFTConfig.of(parity=1)
+    with pytest.raises(EBFTError, match="methods holds a setting of --prune alternating, and --prune is wanda"):
+        EBFTConfig(methods=(made_up.Alternating.Settings(parity=1),))
     with pytest.raises(EBFTError, match="--strength is 2; expected a share from 0 to 1"):
         EBFTConfig.of(recover="rescaled", strength=2)
+    with pytest.raises(EBFTError, match="--recover is 'rescald'; .* did you mean rescaled?"):
+        EBFTConfig.of(recover="rescald")
