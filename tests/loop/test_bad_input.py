@@ -6,7 +6,6 @@ import pickle
 import shutil
 from pathlib import Path
 
-import ebft.output.folder
 import pytest
 import torch
 import yaml
@@ -15,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import ebft.model.checkpoint
+import ebft.output.folder
 from ebft import EBFTError, run_ebft
+from ebft.compress import main as compress_main
 from ebft.run import main
 from ebft_kernels import save_masks, use_impl
 
@@ -77,7 +78,7 @@ def refuse(model, tmp_path, capsys):
         (("--recover", "none+ebft"), "--recover is 'none+ebft'; expected none, or one or more of layerwise, ebft"),
         (("--holdout", "1"), "--holdout is 1; expected a share from 0 up to, not including, 1"),
         (("--holdout", "0.1", "--samples", "1"), "--holdout is 0.1 of 1 sequence; expected --samples 2 or more"),
-        (("--recover", "layerwise", "--cg-iterations", "0"), "--cg-iterations is 0; expected a whole number of at least 1"),
+        (("--recover", "layerwise", "--cg-iterations", "0"), "--cg-iterations is 0; expected a whole number of at"),
         (("--schedule", "0.5,0.4"), "--schedule is 0.5,0.4; expected rising shares between 0 and 1, both excluded"),
         (("--schedule", "0.5,half"), "--schedule is '0.5,half'; expected numbers, separated by commas"),
         (("--schedule", "0.5,nan"), "--schedule is 0.5,nan; expected rising shares between 0 and 1"),
@@ -151,6 +152,8 @@ def test_texts(refuse, tmp_path):
 def test_yaml_files(refuse, tmp_path):
     file = tmp_path / "run.yaml"
     for content, says in (
+        ("prune:\n  sparsty: 0.5", "there is no setting 'sparsty'"),
+        ("pruning:\n  sparsity: 0.5", "has a section 'pruning'; expected model, prune, recover, data"),
         ("- a list", "holds list; expected settings"),
         ("learning_rate: 1", "there is no setting 'learning_rate'; expected one of act_order"),
         ("lr: small", "--lr is 'small'; expected a number"),
@@ -225,6 +228,13 @@ def changed(model, folder, **settings):
 )  # fmt: skip
 def test_configurations_that_cannot_be(refuse, model, tmp_path, settings, says):
     assert says in refuse("--model", changed(model, tmp_path / "m", **settings))
+
+
+def test_a_model_of_no_layers_is_not_compressed(model, tmp_path, capsys):
+    folder = changed(model, tmp_path / "m", num_hidden_layers=0)
+    assert compress_main([str(folder), str(tmp_path / "small")]) == 2
+    assert "its config.json has num_hidden_layers 0; expected a whole number of at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
 
 
 def test_a_configuration_of_another_model_is_not_built_in_memory(refuse, model, tmp_path):
@@ -320,9 +330,8 @@ def test_an_environment_that_torchrun_did_not_make(refuse, monkeypatch, variable
 
 
 def test_what_the_hub_cannot_give(refuse):
-    assert "model nobody/nothing is no folder here, is not in the hub's cache, and" in refuse(
-        "--model", "nobody/nothing"
-    )
+    said = refuse("--model", "nobody/nothing")
+    assert "model nobody/nothing is no folder here, is not in the hub's cache, and the hub does not answer" in said
     assert "text c4 (allenai/c4) cannot be read from the hub" in refuse("--calibration", "c4")
     assert "text wikitext2 (Salesforce/wikitext) cannot be read" in refuse("--eval", "wikitext2")
 

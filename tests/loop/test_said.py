@@ -92,6 +92,11 @@ def test_what_is_in_no_block_is_looked_at_too(stored, refused, name, value, eval
     assert refused(model, **eval) == f"model {model}: {name} holds NaN or infinity; expected finite weights"
 
 
+def test_nan_in_the_embedding_of_a_token_that_no_text_has(stored, refused):
+    model = stored(lambda tensors: tensors[EMBEDDING][-1].fill_(float("nan")))
+    assert refused(model, eval="") == f"model {model}: {EMBEDDING} holds NaN or infinity; expected finite weights"
+
+
 def test_so_it_is_in_a_model_in_memory_and_in_a_teacher(stored, refused, tiny, tokenizer):
     model = random_model("llama-gqa")
     with torch.no_grad():

@@ -142,15 +142,31 @@ def test_resume_takes_no_permission_from_what_it_finds(finished, tiny, short_run
     assert run_ebft(config=EBFTConfig.of(**config.flat() | {"trust_remote_code": True}))._trust_remote_code
 
 
+@pytest.mark.parametrize("value", ["evil/kernel:attention", {"": "evil/kernel"}])
+def test_a_configuration_cannot_bring_kernels_from_the_hub(model, value, short_run, tmp_path):
+    change_json(model / "config.json", attn_implementation=value, _attn_implementation=value)
+    for use in (
+        lambda: open_model(str(model)),
+        lambda: load_model(str(model)),
+        lambda: make_plan(EBFTConfig.of(**short_run(model=str(model)))),
+        lambda: save_compressed(str(model), str(tmp_path / "small")),
+    ):
+        with pytest.raises(EBFTError, match=r"attn_implementation .*, code from the hub, which runs only with --trust"):
+            use()
+
+
 def test_a_settings_file_cannot_allow_code(tmp_path):
     file = tmp_path / "run.yaml"
     for name in ("trust_remote_code", "trust-remote-code"):
         file.write_text(f"{name}: true\n")
         with pytest.raises(EBFTError, match="has trust_remote_code; expected --trust-remote-code on the command line"):
             parse_args(["--config", str(file)])
+    file.write_text("model:\n  trust-remote-code: true\n")  # in its section
+    with pytest.raises(EBFTError, match="has trust_remote_code; expected --trust-remote-code on the command line"):
+        parse_args(["--config", str(file)])
     file.write_text("trust_remote_code: false\n")
-    assert not parse_args(["--config", str(file)])[0].trust_remote_code
-    assert parse_args(["--config", str(file), "--trust-remote-code"])[0].trust_remote_code
+    assert not parse_args(["--config", str(file)])[0].model.trust_remote_code
+    assert parse_args(["--config", str(file), "--trust-remote-code"])[0].model.trust_remote_code
 
 
 # --- names --------------------------------------------------------------------------------------------------------
@@ -175,7 +191,8 @@ def a_summary(name, text):
         "zero_shot": {text: {"documents": 3, "acc,none": 0.5, "acc_stderr,none": 0.1}},
         "seconds": 75.0,
         "sparsity": 0.6,
-        "lora": {**whole, "plain_merge": merged},
+        "asked_sparsity": 0.6,
+        "whole_model": {"lora": {**whole, "plain_merge": merged}},
         "calibration": {"tokens": 5, "source": text, "windows": "packed"},
         "versions": {"ebft": "0.1.0"},
         "config": {**config, "model": name, "eval": text},
@@ -227,7 +244,8 @@ def test_a_name_in_a_card_reads_as_given(name):
 @given(name=NAMES, text=NAMES)
 def test_no_name_becomes_markup_in_the_page(name, text):
     """Curves aside, which hold no name and take matplotlib its time."""
-    block = {"name": text, "notes": [text], "block": 0, "losses": [], "matrices": {"a": 0.5}}
+    block = {"name": text, "notes": [text], "block": 0, "losses": [], "relative_error_after": 0.1}
+    block |= {"matrices": {"a": 0.5}}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("ebft.output.page._section", lambda title, note, draw: _Section(title, note, "<svg></svg>"))
         page, plain = (Tags(report_page(a_summary(*names), [block])) for names in ((name, text), ("a", "b")))
@@ -284,6 +302,43 @@ def test_an_index_that_leads_out_of_the_folder(sharded, elsewhere):
         load_model(str(sharded))
 
 
+def test_an_index_of_nothing(sharded, tmp_path, out):
+    index = sharded / "model.safetensors.index.json"
+    change_json(index, weight_map={})
+    everything_refuses(sharded, "model.safetensors.index.json is no index of shards: it lists no tensors")
+    assert compress_main([str(sharded), str(tmp_path / "small")]) == 2
+    shutil.copy(index, out / index.name)
+    assert f"{out / index.name} is no index of shards: it lists no tensors" in audit(str(out)).faults
+
+
+def test_json_that_is_nested_too_deeply(sharded, out, short_run, tmp_path):
+    deep = 100_000 * "["
+    (tmp_path / "shares.json").write_text(deep)
+    said = refused(short_run("other", allocation=str(tmp_path / "shares.json")))
+    assert said.endswith("expected uniform, owl or a JSON file: it is nested too deeply")
+    (sharded / "model.safetensors.index.json").write_text(deep)
+    everything_refuses(sharded, "is no index of shards: ValueError it is nested too deeply")
+    (out / "model.safetensors.index.json").write_text(deep)
+    assert any("it is nested too deeply" in fault for fault in audit(str(out)).faults)
+    (out / "compressed.json").write_text(deep)
+    with pytest.raises(EBFTError, match="is no compressed model: it is nested too deeply"):
+        ebft.load_compressed(out)
+    for name in ("blocks.jsonl", "ebft_summary.json"):
+        (out / name).write_text(deep)
+        with pytest.raises(EBFTError, match="is not what a run leaves: it is nested too deeply"):
+            RunResult.read(out)
+    assert "is not what a run leaves" in refused(short_run(resume=True))
+    assert audit_main([str(out)]) == 2
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"config": 3}'])
+def test_a_summary_of_something_else(out, content):
+    (out / "ebft_summary.json").write_text(content)
+    with pytest.raises(EBFTError, match=r"ebft_summary\.json is not what a run writes"):
+        RunResult.read(out)
+    assert audit_main([str(out)]) == 2
+
+
 def test_a_tensor_in_two_shards(sharded):
     one, other = sorted(sharded.glob("model-*.safetensors"))[:2]
     tensors = load_file(one)
@@ -334,16 +389,19 @@ def test_pipes_beside_a_model(model, short_run, tmp_path, finished, tiny):
     pipe = tmp_path / "pipe.txt"
     os.mkfifo(pipe)
     for said in (
-        refused(short_run(calibration=str(pipe))),
-        refused(short_run(eval=str(pipe))),
-        refused(short_run(prune=str(pipe))),
-        refused(short_run(allocation=str(pipe))),
+        refused(short_run() | {"calibration": str(pipe)}),
+        refused(short_run() | {"eval": str(pipe)}),
+        refused(short_run() | {"prune": str(pipe)}),
+        refused(short_run() | {"allocation": str(pipe)}),
     ):
         assert "pipe.txt" in said
     with pytest.raises(EBFTError, match="is a pipe; expected a file"):
         parse_args(["--config", str(pipe)])
     with pytest.raises(ValueError, match="is no file; expected a safetensors file"):
         load_masks(pipe)
+    os.mkfifo(model / "compressed.json")
+    with pytest.raises(EBFTError, match="is a pipe; expected a file"):
+        ebft.load_compressed(model)
     broken = shutil.copytree(finished, tmp_path / "broken")
     (broken / "masks.safetensors").unlink()
     os.mkfifo(broken / "masks.safetensors")
@@ -644,6 +702,7 @@ def test_the_code_of_both_packages_counts(monkeypatch, tmp_path):
     copy = shutil.copytree(Path(ebft.__file__).parent, tmp_path / "ebft", ignore=shutil.ignore_patterns("__pycache__"))
     before = digest(Path(ebft.__file__).parent)
     assert digest(copy) == before
-    (copy / "walk.py").write_text((copy / "walk.py").read_text() + "\n")
+    walk = copy / "pipeline" / "walk.py"
+    walk.write_text(walk.read_text() + "\n")
     assert digest(copy) != before
     version.code_digest.cache_clear()
