@@ -392,12 +392,15 @@ def _default_gguf() -> Path:
 
 
 def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A fresh model with the weights of one read from GGUF, which transformers refuses to save as it is."""
+    """A fresh model on the very weights of one read from GGUF, which transformers refuses to save as it is."""
     config = type(model.config).from_dict(
         {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     )
-    fresh = type(model)._from_config(config, dtype=model.dtype)
-    fresh.load_state_dict(model.state_dict())
+    with torch.device("meta"):
+        fresh = type(model)._from_config(config, dtype=model.dtype)
+    fresh.load_state_dict(model.state_dict(), assign=True)
+    fresh.tie_weights()
+    make_buffers_real(fresh)
     fresh.generation_config = model.generation_config
     return fresh
 
