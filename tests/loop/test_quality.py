@@ -65,6 +65,20 @@ def test_a_cell_that_cannot_be_does_not_keep_others_from_being(flags, monkeypatc
     assert '"method": "none"' in (tmp_path / "work" / "rows.jsonl").read_text()
 
 
+@pytest.mark.parametrize(
+    ("method", "target", "left_out"),
+    [
+        ("none", "structured 26%, magnitude", {"--seed", "--samples", "--seqlen", "--windows", "--calibration"}),
+        ("light", "structured 26%, magnitude", set()),
+        ("light, self-generated text", "60%", {"--windows"}),
+    ],
+)
+def test_a_cell_says_nothing_of_text_that_its_run_does_not_look_at(method, target, left_out):
+    flags = quality._flags(quality._arguments(["--quick"]), method, target, 1)
+    quality.parse_args(flags)  # which refuses what has no effect
+    assert {"--seed", "--samples", "--seqlen", "--windows", "--calibration"} - {*flags} == left_out
+
+
 def test_seeds_are_means_and_deviations():
     def row(seed, perplexity, seconds):
         blocks = {"relative_error_after": [0.1, 0.3], "relative_held_out_after": [None, None]}
