@@ -52,15 +52,16 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"plan for {self.model}"]
         lines += [f"settings chosen: {flags(self.chosen)}"] if self.chosen else []
-        lines.append(f"{'GPU' if self.gpu else 'CPU, for the work'}: {gib(self.device_peak)} at most")
+        lines.append(f"peak memory, {'GPU' if self.gpu else 'CPU, of the work'}: {gib(self.device_peak)}")
         lines += _table("while a block is tuned", self.device)
         lines += [f"  {name:<44} {gib(size)}" for name, size in self.stages.items()]
-        lines.append(f"host: {gib(self.host_peak)}{'' if self.gpu else ', the work among it'}")
+        lines.append(f"peak memory, host: {gib(self.host_peak)}{'' if self.gpu else ', the work among it'}")
         lines += [f"    {name:<42} {gib(size)}" for name, size in self.host.items()]
         lines.append(f"disk: {gib(sum(self.disk.values()))}")
         lines += [f"    {name:<42} {gib(size)}" for name, size in self.disk.items()]
         times = ", ".join(f"{duration(seconds)} on {name}" for name, seconds in self.seconds.items())
-        lines.append(f"blocks: {self.flops / 1e12:.1f} TFLOP, {times}; loading and perplexities come on top")
+        lines.append(f"blocks: {self.flops / 1e12:.1f} TFLOP, {times}")
+        lines.append("left out: the time of loading, saving and perplexities; pages that the system keeps of files")
         return "\n".join([*lines, *self.faults])
 
 
