@@ -84,6 +84,7 @@ def _parameter(field: dataclasses.Field[Any], group: Group, *, show: bool) -> in
         group=group,
         show=show,
         show_default=False,
+        allow_repeating=True,  # the last one counts, so that a flag can be put after those of a script
         negative=None if switch else (),
         metavar=None if switch else meta["metavar"] or _stands_for(field),
     )

@@ -131,6 +131,9 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
     _tell_heads(model, heads, folder / INDEX)
     make_buffers_real(model, but=CompressedLinear)
     expected = model.state_dict()
+    torn = [name for name in expected if name not in stored and name.rpartition(".")[0] in layers]
+    if torn:
+        raise EBFTError(f"{folder} does not fit its {INDEX}: {torn[0]} is missing")
     for name, shard in stored.items():
         shard.check(name, expected.get(name), INDEX)
     try:

@@ -230,7 +230,7 @@ NUMBERS = (
     Hostile("NaN in the head", _value(_HEAD, float("nan")), refused=True),
     Hostile("infinity in the final norm", _value(_NORM, float("inf")), refused=True),
     Hostile("NaN in a block", _value(_UP, float("nan")), refused=True),
-    Hostile("NaN in the embeddings", _value(_EMBEDDINGS, float("nan"))),  # it may be of a token that no text has
+    Hostile("NaN in the embeddings", _value(_EMBEDDINGS, float("nan")), refused=True),
     Hostile(
         "a bias that the model does not take", _more(model__layers__0__self_attn__o_proj__bias=(32,)), refused=True
     ),

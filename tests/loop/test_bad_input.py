@@ -523,4 +523,4 @@ def test_settings_from_yaml_are_those_of_the_flags(tmp_path):
     assert parse_args(["--config", str(tmp_path / "named.yaml"), "--model", "x/y"])[0].data.samples == 96
     given = ["--config", str(tmp_path / "named.yaml"), "--model", "x/y", "--preset", "paper"]
     assert parse_args(given)[0].data.samples == 256  # a flag beats the file
-    assert parse_args(["--config", str(tmp_path / "run.yaml"), "--sparsity", "0.6"])[0].prune.sparsity == 0.6
+    assert parse_args([*flags, "--config", str(tmp_path / "run.yaml"), "--sparsity", "0.6"])[0].prune.sparsity == 0.6

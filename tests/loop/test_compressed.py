@@ -165,7 +165,7 @@ def test_a_folder_that_is_none_or_torn(pruned, compressed, tmp_path):
     for file in compressed.iterdir():
         if file.suffix == ".json":
             (torn / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(EBFTError, match="is missing"):
+    with pytest.raises(EBFTError, match=r"config\.json has more layers than there are tensors in"):
         load_compressed(torn)
 
 
@@ -308,8 +308,8 @@ DAMAGES = {
         _of_file("config.json", lambda old: old.replace(b'"vocab_size": ', b'"vocab_size": 1')),
         r"is BF16 \(512, 48\); expected .* \(1512, 48\)",
     ),
-    "a million layers": (
-        _of_file("config.json", lambda old: old.replace(b'"num_hidden_layers": 3', b'"num_hidden_layers": 1000000')),
+    "thousands of layers": (
+        _of_file("config.json", lambda old: old.replace(b'"num_hidden_layers": 3', b'"num_hidden_layers": 4000')),
         "has more layers than there are tensors",
     ),
     "generation settings that are not JSON": (
