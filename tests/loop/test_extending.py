@@ -122,5 +122,5 @@ def test_their_settings_are_theirs(made_up):
         EBFTConfig(methods=(made_up.Alternating.Settings(parity=1),))
     with pytest.raises(EBFTError, match="--strength is 2; expected a share from 0 to 1"):
         EBFTConfig.of(recover="rescaled", strength=2)
-    with pytest.raises(EBFTError, match="--recover is 'rescald'; .* did you mean rescaled?"):
+    with pytest.raises(EBFTError, match=r"--recover is 'rescald'; .* did you mean rescaled"):
         EBFTConfig.of(recover="rescald")

@@ -165,7 +165,10 @@ def test_the_plan(short_run):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"recover": "layerwise"}, "--unit is a setting of --recover ebft, and --recover is layerwise; expected --recover ebft"),
+        (
+            {"recover": "layerwise"},
+            "--unit is a setting of --recover ebft, and --recover is layerwise; expected --recover ebft",
+        ),
         ({"input": "dense-stream"}, "does not go with --input dense-stream"),
         ({"epochs_where": "error", "holdout": 0.1}, "does not go with --epochs-where error"),
         ({"refresh_every": 10}, "does not go with --refresh-every"),

@@ -154,7 +154,14 @@ def test_a_masker_may_change_weights_and_look_at_all_blocks_first(trained, confi
 
     def run(output):
         settings = config(
-            model=str(trained), recover="none", samples=4, seqlen=16, eval="builtin", eval_seqlen=64, output=output
+            model=str(trained),
+            recover="ebft",
+            lr=0.0,
+            samples=4,
+            seqlen=16,
+            eval="builtin",
+            eval_seqlen=64,
+            output=output,
         )
         return run_ebft(config=settings, reporter=silent)
 

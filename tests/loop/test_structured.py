@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, with_effect
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -132,8 +132,9 @@ def test_biases_make_up_for_the_mean_of_what_is_removed(family):
 @pytest.fixture
 def flap_run(short_run):
     def make(**changes):
-        settings = {"structured": True, "prune": "flap", "sparsity": 0.3, "weight_decay": 0.0}
-        return run_ebft(config=EBFTConfig.preset("demo", **short_run(**{**settings, **changes})))
+        changes = {"structured": True, "prune": "flap", **changes}
+        settings = with_effect({"sparsity": 0.3, "weight_decay": 0.0}, changes)
+        return run_ebft(config=EBFTConfig.preset("demo", **short_run(**settings)))
 
     return make
 
@@ -164,7 +165,11 @@ def test_a_run_of_a_model_without_biases(flap_run, tiny, silent):
         config=EBFTConfig.preset(
             "demo",
             **{
-                **{k: v for k, v in result.summary["config"].items() if k not in ("output", "prune", "teacher")},
+                **{
+                    k: v
+                    for k, v in result.summary["config"].items()
+                    if k not in ("output", "prune", "sparsity", "teacher")
+                },
                 "model": str(tiny / "model"),
                 "prune": str(result.output / "masks.safetensors"),
                 "output": f"{result.output}-again",
@@ -179,7 +184,8 @@ def test_a_run_of_a_model_without_biases(flap_run, tiny, silent):
 def test_the_pruned_perplexity_is_that_of_the_model_saved_without_recovery(flap_run, tiny):
     result = flap_run(recover="none")
     (perplexity,) = result.summary["perplexity"].values()
-    assert perplexity["pruned"] == pytest.approx(perplexity["recovered"], rel=1e-6)
+    (idle,) = flap_run(recover="ebft", lr=0.0, output=f"{result.output}-idle").summary["perplexity"].values()
+    assert idle["pruned"] == pytest.approx(perplexity["pruned"], rel=1e-6)
     assert audit(str(result.output), str(tiny / "model")).faults == []
 
 
@@ -251,7 +257,12 @@ def weights_in_blocks(model):
 def test_a_run_of_uniform_widths_measures_what_it_saves(flap_run, tiny):
     result = flap_run(uniform=True, recover="none", sparsity=0.26)
     (perplexity,) = result.summary["perplexity"].values()
-    assert perplexity["pruned"] == pytest.approx(perplexity["recovered"], rel=1e-5)
+    (idle,) = (
+        flap_run(uniform=True, recover="ebft", lr=0.0, sparsity=0.26, output=f"{result.output}-idle")
+        .summary["perplexity"]
+        .values()
+    )
+    assert idle["pruned"] == pytest.approx(perplexity["pruned"], rel=1e-5)
     saved = load_file(result.output / "model.safetensors")
     assert not any(saved[name].any() for name in saved if name.endswith(("q_proj.bias", "up_proj.bias")))
     assert any(saved[name].any() for name in saved if name.endswith("down_proj.bias"))
@@ -340,7 +351,7 @@ def test_layerwise_reckons_with_what_the_biases_hold():
     ("settings", "says"),
     [
         ({"structured": True, "pattern": "2:4"}, "--structured prunes whole heads and channels, and --pattern is 2:4"),
-        ({"uniform": True}, "--uniform has no effect with --no-structured: it needs --structured"),
+        ({"uniform": True}, "--uniform is about the widths that --structured leaves; expected --structured"),
         ({"prune": "flap"}, "--prune flap scores whole heads and channels; expected --structured"),
     ],
 )
@@ -351,13 +362,17 @@ def test_settings_that_make_no_sense(settings, says):
 
 def test_models_and_masks_that_are_refused(tiny, short_run, tokenizer, tmp_path):
     def refused(says, model=None, **settings):
-        made = EBFTConfig.preset("demo", **short_run(structured=True, **settings))
+        given = {"structured": True, **settings}
         with pytest.raises(EBFTError, match=says):
-            run_ebft(model, made, tokenizer=tokenizer)
+            run_ebft(model, EBFTConfig.preset("demo", **short_run(**given)), tokenizer=tokenizer)
 
     refused("qwen3.*|model.layers.0.mlp.experts holds gate_up_proj", random_model("qwen3-moe"), prune="flap")
-    refused("--structured: --prune is 'hope'; expected flap, magnitude, wanda, zeros or", prune="hope")
-    refused("--uniform chooses the widths, and --prune is zeros; expected flap,", prune="zeros", uniform=True)
+    refused("--prune is 'hope'; expected .*flap, wanda, zeros or an existing file", prune="hope")
+    refused(
+        "--uniform chooses the widths, and --prune is zeros; expected magnitude, flap, wanda",
+        prune="zeros",
+        uniform=True,
+    )
     refused("no configuration of LlamaConfig says widths with 95% of", prune="flap", uniform=True, sparsity=0.95)
     masks = {
         f"model.layers.{i}.{m.name}": torch.rand(m.outputs, m.inputs) > 0.5
@@ -371,7 +386,7 @@ def test_models_and_masks_that_are_refused(tiny, short_run, tokenizer, tmp_path)
 def test_a_preset_may_aim_otherwise_with_uniform():
     uniform = {"structured": True, "uniform": True, "prune": "flap"}
     targets = [
-        EBFTConfig.preset("light", model="x", **given).target
+        EBFTConfig.preset("light", model="x", **given).recover.target
         for given in ({"structured": True, "prune": "flap"}, uniform, {**uniform, "target": "dense-stream"})
     ]
     assert targets == ["dense-stream", "sparse-stream", "dense-stream"]
