@@ -82,7 +82,7 @@ def test_nothing_seen_changes_nothing():
 def test_rows_in_parts_are_rows_at_once(monkeypatch):
     given = system(33, 13, 13, 60, torch.float64)
     whole = solve(*given, iterations=9, damping=0.01)
-    monkeypatch.setattr("ebft.recovery.layerwise.ROWS_AT_ONCE", 40)
+    monkeypatch.setattr("ebft.recovery.layerwise.solve.ROWS_AT_ONCE", 40)
     torch.testing.assert_close(solve(*given, iterations=9, damping=0.01), whole, rtol=1e-9, atol=1e-12)
 
 
