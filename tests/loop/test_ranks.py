@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import with_effect
 from faults import job
 from safetensors.torch import load_file
 from several import CPU, dies, on_ranks, tune
@@ -23,7 +24,8 @@ def settings(short_run):
     """Of a run of samples that two or three ranks cannot share evenly."""
 
     def make(output="out", **changes):
-        return short_run(output, samples=7, batch_size=3, epochs=2, **{"target": "sparse-stream", **changes})
+        usual = {"samples": 7, "batch_size": 3, "epochs": 2, "target": "sparse-stream"}
+        return short_run(output, **with_effect(usual, changes))
 
     return make
 
