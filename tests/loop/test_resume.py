@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import ebft.output.folder
-import ebft.pipeline.prepare
+import ebft.pipeline.summary
 from ebft import BlockReconstructor, EBFTError, run_ebft
 from ebft.config import EBFTConfig
 from ebft.errors import MemoryRanOut
@@ -274,7 +274,7 @@ def test_another_model_text_version_or_number_of_threads_is_refused(
     assert "was begun with another text (calibration: " in refused(settings(resume=True, **own))
     (tmp_path / "text.txt").write_text(text)
     with monkeypatch.context() as other:
-        other.setattr(ebft.pipeline.prepare, "__version__", "0.0.0")
+        other.setattr(ebft.pipeline.summary, "__version__", "0.0.0")
         assert "was begun with another version (ebft: " in refused(settings(resume=True, **own))
     torch.set_num_threads(2)
     assert "was begun with another version (threads: 1, now 2)" in refused(settings(resume=True, **own))
