@@ -49,6 +49,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        prune="zeros",  # nothing is pruned or recovered: no calibration text
         recover="none",
     )
     reporter = Reporter(quiet=quiet)
