@@ -14,8 +14,8 @@ from random import Random
 
 import yaml
 
+import ebft.audit
 import ebft.compress
-import ebft.output.audit
 from ebft import EBFTError, RunResult, load_compressed
 from tests.attack.arena import Arena, command
 from tests.attack.case import Case
@@ -89,7 +89,7 @@ def _compress(hostile: Hostile, arena: Arena, folder: Path, random: Random) -> i
 
 
 def _expect_sound(folder: Path) -> None:
-    ended = finish(partial(ebft.output.audit.main, [str(folder / "out")]), folder)
+    ended = finish(partial(ebft.audit.main, [str(folder / "out")]), folder)
     if ended.code or not ended.said.rstrip().endswith("sound"):
         raise Fallen(f"it was run with, and the output is not sound: {ended}")
 
@@ -100,7 +100,7 @@ def _expect_sound(folder: Path) -> None:
 def _audit(hostile: Hostile, arena: Arena, folder: Path, random: Random) -> int:
     trap = _trap(folder)
     output = copied(arena.earlier, folder / "finished", hostile, trap)
-    ended = _attacked(partial(ebft.output.audit.main, [str(output)]), folder)
+    ended = _attacked(partial(ebft.audit.main, [str(output)]), folder)
     found_faults = ended.code == 1 and "\nfault: " in f"\n{ended.said}" and "Traceback" not in ended.said
     _judge(Ended(0, "") if found_faults else ended, trap, hostile.refused and not found_faults)
     return 1
@@ -109,7 +109,7 @@ def _audit(hostile: Hostile, arena: Arena, folder: Path, random: Random) -> int:
 def _audit_against(hostile: Hostile, arena: Arena, folder: Path, random: Random) -> int:
     trap = _trap(folder)
     dense = copied(arena.earlier, folder / "dense", hostile, trap)
-    ended = _attacked(partial(ebft.output.audit.main, [str(arena.earlier), "--against", str(dense)]), folder)
+    ended = _attacked(partial(ebft.audit.main, [str(arena.earlier), "--against", str(dense)]), folder)
     if trap.sprung() or ended.code not in (0, 1, 2) or "Traceback" in ended.said:
         raise Fallen(f"{'its code ran; ' if trap.sprung() else ''}{ended}")
     return 1
