@@ -2,8 +2,8 @@
 
 A compressed folder is a Hugging Face folder whose safetensors hold, in place of ``X.weight``, ``X.bitmap`` (words),
 ``X.values`` (kept weights, row by row) and with 8-bit values ``X.scales`` (docs/layouts.md); ``compressed.json`` lists
-the layers. Heads and MLP channels of which nothing is left are cut out first (``ebft/pruning/structured/narrow.py``): layers then have
-widths of their own, and one without zeros is stored, and run, as an ordinary linear layer.
+the layers. Heads and MLP channels of which nothing is left are cut out first (``pruning/structured/narrow.py``): layers
+then have widths of their own, and one without zeros is stored, and run, as an ordinary linear layer.
 """
 
 from __future__ import annotations
