@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tomllib
 from faults import assert_same
 from safetensors.torch import load_file
 
@@ -25,13 +28,16 @@ GUIDE = Path(__file__).parents[2] / "docs" / "extending.md"
 NAMES = ("alternating", "rescaled")
 
 
+def blocks_of_the_guide(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+
+
 @pytest.fixture
 def made_up(monkeypatch) -> Iterator[ModuleType]:
-    """A module of the guide's Python, in the guide's order, whose import registers both methods."""
+    """A module of the guide's Python, which registers both methods."""
     module = ModuleType("of_the_guide")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    code = "\n\n".join(re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL))
-    exec(compile(code, str(GUIDE), "exec"), module.__dict__)
+    exec(compile("\n\n".join(blocks_of_the_guide("python")), str(GUIDE), "exec"), module.__dict__)
     yield module
     for kind, name in zip((registry.criteria, registry.recoveries), NAMES, strict=True):
         kind.forget(name)
@@ -59,6 +65,31 @@ def test_they_are_listed(made_up, capsys):
         assert said in shown
     assert main(["--help"]) == 0
     assert "--parity" not in capsys.readouterr().out  # it is not among the settings that matter to most
+
+
+def test_an_installed_package_is_found_by_its_entry_points(tmp_path):
+    """As pip would leave it: two files, and what the guide's lines of pyproject.toml become."""
+    (tmp_path / "my_package").mkdir()
+    for name, code in zip(NAMES, blocks_of_the_guide("python"), strict=True):
+        (tmp_path / "my_package" / f"{name}.py").write_text(code)
+    told = tmp_path / "my_package-1.0.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    points = tomllib.loads("".join(blocks_of_the_guide("toml")))["project"]["entry-points"]
+    lines = [f"[{group}]\n{name} = {where}" for group, of in points.items() for name, where in of.items()]
+    (told / "entry_points.txt").write_text("\n".join(lines))
+
+    def listed() -> subprocess.CompletedProcess[str]:
+        paths = os.pathsep.join([str(tmp_path), str(GUIDE.parents[1])])
+        command = [sys.executable, "-m", "ebft", "methods"]
+        return subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+
+    said = listed().stdout
+    assert all(f"  {name} " in said for name in NAMES)
+    (tmp_path / "my_package" / "rescaled.py").write_text("import not_there")
+    broken = listed()
+    assert broken.returncode == 2
+    assert "the recovery 'rescaled' of my_package.rescaled:Rescaled cannot be imported: No module" in broken.stderr
 
 
 def test_they_are_planned(flags, tmp_path, capsys):
