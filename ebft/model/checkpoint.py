@@ -190,8 +190,8 @@ def load_config(source: str | None, *, trust_remote_code: bool = False) -> Any:
             settings, _ = PretrainedConfig.get_config_dict(**where)
         if not isinstance(settings, Mapping):
             raise EBFTError(
-                f"model {_shown(source)} cannot be loaded: its config.json holds {type(settings).__name__}; expected an "
-                "object"
+                f"model {_shown(source)} cannot be loaded: its config.json holds {type(settings).__name__}; expected "
+                "an object"
             )
         _check_sizes(source, settings)
         check_settings(settings, _shown(source))
