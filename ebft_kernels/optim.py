@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ebft_kernels import sharding, updates
-from ebft_kernels.functional import masked_adamw_step, masked_dw_adamw_step, masked_grad_norm
+from ebft_kernels.adamw import AdamWStep
+from ebft_kernels.functional import masked_grad_norm, take_step, take_step_on_product, words_of
 from ebft_kernels.mask import MaskLike, PackedMask, as_packed
 from ebft_kernels.reference import dequantize, quantize
 
@@ -218,30 +219,13 @@ class MaskedAdamW(torch.optim.Optimizer):
                 "expected it to be used by masked_linear alone"
             )
         self._updated = []
-        numbers = self._numbers()
         for group in self.param_groups:
             with_grad = [p for p in group["params"] if p.grad is not None]
             for p in with_grad:
                 self._begin(p)
             for (step, *_), params in _grouped(with_grad, self._goes_with):
-                states, grads = [self.state[p] for p in params], [_gradient(p) for p in params]
-                extras: dict[str, Any] = {f"{key}s": _all_stored(states, key, params[0]) for key in _EXTRAS}
-                masked_adamw_step(
-                    [sharding.local(p) for p in params],
-                    grads,
-                    [sharding.local(state["exp_avg"]) for state in states],
-                    [sharding.local(state["exp_avg_sq"]) for state in states],
-                    [self._held_mask(p) for p in params],
-                    step=step,
-                    grad_scale=self._grad_scale,
-                    row_offsets=_all_stored(states, "row_offsets", params[0]),
-                    seed=self._seed,
-                    stochastic=self._stochastic(params[0]),
-                    param_ids=[numbers[p] for p in params],
-                    zero_grads=self._zero_grads,
-                    **_settings(group),
-                    **extras,
-                )
+                grads = [_gradient(p) for p in params]
+                take_step(self._step_of(group, params, grads, step))
                 for p, used in zip(params, grads, strict=True):
                     if self._zero_grads and used is not sharding.local(p.grad):  # the step took a copy
                         p.grad.zero_()
@@ -259,23 +243,39 @@ class MaskedAdamW(torch.optim.Optimizer):
             )
         self._updated.append(weight)  # before it is touched: if this fails, it must not be done again
         self._begin(weight)
-        state, mask = self.state[weight], self.mask_of(weight)
-        assert mask is not None
         group = next(group for group in self.param_groups if any(weight is p for p in group["params"]))
-        masked_dw_adamw_step(
-            dy,
-            x,
-            weight,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            mask,
-            step=state["step"],
-            row_offsets=_all_stored([state], "row_offsets", weight)[0],
+        take_step_on_product(dy, x, self._step_of(group, [weight], [], self.state[weight]["step"]))
+
+    def _step_of(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], step: int) -> AdamWStep:
+        """Step number ``step`` of parameters that go with each other: ``_goes_with``."""
+        numbers, beta = self._numbers(), group["betas"]
+
+        def states(key: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+            """A state of each; an empty tensor, one for all, where this layout has none."""
+            nothing = torch.empty(0, dtype=dtype, device=params[0].device)
+            return [sharding.local(self.state[p].get(key, nothing)) for p in params]
+
+        return AdamWStep(
+            params=[sharding.local(p) for p in params],
+            grads=grads,
+            exp_avgs=states("exp_avg"),
+            exp_avg_sqs=states("exp_avg_sq"),
+            exp_avg_scales=states("exp_avg_scale"),
+            exp_avg_sq_scales=states("exp_avg_sq_scale"),
+            masters=states("master"),
+            words=[words_of(self._held_mask(p), sharding.local(p), "MaskedAdamW") for p in params],
+            row_offsets=states("row_offsets", torch.int64),
+            grad_scale=self._grad_scale,
+            lr=float(group["lr"]),
+            beta1=beta[0],
+            beta2=beta[1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=step,
+            stochastic=self._weights == "stochastic" and params[0].dtype == torch.bfloat16,
             seed=self._seed,
-            stochastic=self._stochastic(weight),
-            param_id=self._numbers()[weight],
-            **_settings(group),
-            **{key: _all_stored([state], key, weight)[0] for key in _EXTRAS},
+            param_ids=[numbers[p] for p in params],
+            zero_grads=self._zero_grads,
         )
 
     @property
@@ -299,9 +299,6 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _numbers(self) -> dict[Tensor, int]:
         return {p: number for number, p in enumerate(self._params())}
-
-    def _stochastic(self, param: Tensor) -> bool:
-        return self._weights == "stochastic" and param.dtype == torch.bfloat16
 
     def __getstate__(self) -> dict[str, Any]:
         layout = {name: getattr(self, name) for name in _LAYOUT}
@@ -457,19 +454,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_EXTRAS = ("exp_avg_scale", "exp_avg_sq_scale", "master")  # states that not every layout has
 _LAYOUT = ("_weights", "_moments", "_compact", "_seed", "_zero_grads", "_in_backward")
-
-
-def _all_stored(states: list[dict[str, Any]], key: str, like: Tensor) -> list[Tensor]:
-    """A state of each parameter, or an empty tensor where this layout has none: one for all, on ``like``'s device."""
-    nothing = torch.empty(0, dtype=torch.int64 if key == "row_offsets" else torch.float32, device=like.device)
-    return [sharding.local(state.get(key, nothing)) for state in states]
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """What a step takes from its parameter group."""
-    return {"lr": float(group["lr"]), **{key: group[key] for key in ("betas", "eps", "weight_decay")}}
 
 
 def _processes() -> int:

@@ -52,6 +52,7 @@ ORDER = {
     "ebft_kernels": [
         "_build",
         "_extension",
+        "adamw",
         "reference",
         "_triton",
         "ops",
