@@ -33,6 +33,7 @@ from ebft_kernels.ops import NATIVE, OF_A_STEP
 from ebft_kernels.testing import ADAMW_LAYOUTS, MASK_KINDS, make_mask, one_adamw_step, poisoned
 
 OPS = torch.ops.ebft_kernels
+IN_PLACE = ("masked_adamw_step", "zero_pruned_")
 # How an op says no. Anything else that it raises is a fault.
 REFUSALS = (ValueError, RuntimeError, IndexError, NotImplementedError)
 
@@ -68,6 +69,8 @@ def valid_call(case: Case) -> dict[str, object]:
         return {"words": words, "width": width}
     if case.op == "row_offsets":
         return {"words": words}
+    if case.op == "zero_pruned_":
+        return {"tensor": floats(rows, width), "words": words}
     if case.op == "topk_mask":
         return {"scores": floats(rows, width), "k": dice.randint(0, width)}
     m = dice.choice([m for m in (1, 2, 3, 4, 8, 32, width) if width % m == 0])
@@ -277,13 +280,14 @@ def check(case: Case) -> str:
         call[name] = changed(before, how, number)
         gone = gone or (how in NOT_THERE and memory_of(before) != memory_of(call[name]))
     arguments = [each(value, guarded) for value in call.values()]
-    in_place = case.op == "masked_adamw_step"
     kept = None if gone else [each(value, lambda t: t.clone()) for value in arguments]
     got = outcome(getattr(OPS, case.op).native, arguments)
     if isinstance(got, Exception):
         assert isinstance(got, REFUSALS), f"{case} raised {got!r}"
         assert case.changes, f"{case} is valid and was refused: {got}"
-        assert gone or not in_place or same(arguments, kept), f"{case} was refused and changed something: {got}"
+        assert gone or case.op not in IN_PLACE or same(arguments, kept), (
+            f"{case} was refused and changed something: {got}"
+        )
         return "refused"
     assert not gone, f"{case} was answered without memory to read"
     compare(case, got, arguments, kept)
@@ -309,7 +313,9 @@ def compare(case, got, arguments, kept):
     if isinstance(true, Exception) and isinstance(got, torch.Tensor) and got.numel() == 0:
         return  # an answer without a number in it cannot be wrong
     assert not isinstance(true, Exception), f"{case} was answered; the reference: {true!r}"
-    if case.op == "masked_adamw_step":
+    if case.op == "zero_pruned_":
+        assert same(arguments, kept), f"{case}: other weights than the reference"
+    elif case.op == "masked_adamw_step":
         for lists in (arguments, kept):
             forget_codes(lists)
         assert same(arguments, kept), f"{case}: other weights or states than the reference"

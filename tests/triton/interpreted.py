@@ -10,6 +10,8 @@ import sys
 import time
 
 import torch
+import triton
+import triton.language as tl
 
 from ebft_kernels import (
     MaskedAdamW,
@@ -22,6 +24,7 @@ from ebft_kernels import (
     reference,
     use_impl,
 )
+from ebft_kernels._triton.adamw_math import dequantized
 from ebft_kernels.adamw import AdamWStep
 from ebft_kernels.testing import (
     ADAMW_LAYOUTS,
@@ -169,24 +172,20 @@ def adamw():
                     assert_exact_zeros(param, reference.unpack_mask(words, param.shape[-1]), str(layout))
 
 
+@triton.jit
+def codes_kernel(code_ptr, scale_ptr, out_ptr, SIGNED: tl.constexpr):
+    place = tl.arange(0, 256)
+    tl.store(out_ptr + place, dequantized(tl.load(code_ptr + place), tl.load(scale_ptr), SIGNED))
+
+
 def codes():
     """Codes of every kind, under scales of every kind (negative ones too), stand for what the reference says, to the
     sign of zero."""
-    import triton
-    import triton.language as tl
-
-    from ebft_kernels._triton.adamw_math import dequantized
-
-    @triton.jit
-    def kernel(code_ptr, scale, out_ptr, SIGNED: tl.constexpr):
-        place = tl.arange(0, 256)
-        tl.store(out_ptr + place, dequantized(tl.load(code_ptr + place), tl.load(scale), SIGNED))
-
     for dtype in (torch.int8, torch.uint8):
         every = torch.arange(256).to(torch.uint8).view(dtype)
         for number in (0.0, -0.0, 1.0, -1.0, -3e-7, 1e-44, -2e38, float("inf"), -float("inf"), float("nan")):
             scale, got = torch.tensor([number]), torch.empty(256)
-            kernel[(1,)](every, scale, got, SIGNED=dtype == torch.int8)
+            codes_kernel[(1,)](every, scale, got, SIGNED=dtype == torch.int8)
             true = reference.dequantize(every, scale)
             same = (got.view(torch.int32) == true.view(torch.int32)) | (got.isnan() & true.isnan())
             assert same.all(), f"{dtype}, scale {number}: {got[~same]} for {true[~same]}"
