@@ -7,12 +7,13 @@ is called with) look at it as a list of arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
-TENSORS, WRITTEN = 9, 7  # how many fields are lists of tensors, and how many of these a step writes: the first
+TENSORS: Final = 9  # how many fields are lists of tensors: the first
+WRITTEN: Final = 7  # how many of these a step writes: the first again
 
 
 class AdamWStep(NamedTuple):
@@ -67,13 +68,17 @@ class AdamWStep(NamedTuple):
         """Of these, what a step writes: the fields from ``params`` to ``masters``."""
         return self[:WRITTEN]
 
+    def with_tensors(self, lists: Iterable[list[Tensor]]) -> AdamWStep:
+        """The same step with other ``tensors``."""
+        fields: dict[str, Any] = dict(zip(self._fields[:TENSORS], lists, strict=True))
+        return self._replace(**fields)
+
     def only(self, n: int) -> AdamWStep:
         """The step of parameter number ``n`` alone."""
-        lists = ([of[n]] for of in self.tensors)
-        return AdamWStep(*lists, *self[TENSORS:])._replace(param_ids=[self.param_ids[n]])
+        alone = self.with_tensors([of[n]] for of in self.tensors)
+        return alone._replace(param_ids=[self.param_ids[n]])
 
     def each(self, do: Callable[[Tensor], Tensor]) -> AdamWStep:
         """The same step with ``do(tensor)`` in place of each of its tensors."""
-        lists = ([do(tensor) for tensor in of] for of in self.tensors)
-        scale = None if self.grad_scale is None else do(self.grad_scale)
-        return AdamWStep(*lists, *self[TENSORS:])._replace(grad_scale=scale)
+        done = self.with_tensors([do(tensor) for tensor in of] for of in self.tensors)
+        return done if self.grad_scale is None else done._replace(grad_scale=do(self.grad_scale))

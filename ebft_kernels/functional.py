@@ -216,18 +216,38 @@ def masked_adamw_step(
     Raises:
         ValueError: shapes, dtypes or lengths do not fit each other.
     """
-    none = [torch.empty(0, dtype=torch.float32, device=p.device) for p in params]
-    no_rows = [torch.empty(0, dtype=torch.int64, device=p.device) for p in params]
-    lists = [list(params), list(grads), list(exp_avgs), list(exp_avg_sqs)]
-    lists += [list(given) if given is not None else none for given in (exp_avg_scales, exp_avg_sq_scales, masters)]
-    offsets, ids = list(row_offsets) if row_offsets is not None else no_rows, list(param_ids or range(len(params)))
-    lengths = [len(of) for of in (*lists, masks, offsets, ids)]
+
+    def or_empty(tensors: Sequence[Tensor] | None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return [torch.empty(0, dtype=dtype, device=p.device) for p in params] if tensors is None else list(tensors)
+
+    adamw = AdamWStep(
+        params=list(params),
+        grads=list(grads),
+        exp_avgs=list(exp_avgs),
+        exp_avg_sqs=list(exp_avg_sqs),
+        exp_avg_scales=or_empty(exp_avg_scales),
+        exp_avg_sq_scales=or_empty(exp_avg_sq_scales),
+        masters=or_empty(masters),
+        words=[],  # made of the masks below
+        row_offsets=or_empty(row_offsets, torch.int64),
+        grad_scale=grad_scale,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+        step=step,
+        stochastic=stochastic,
+        seed=seed,
+        param_ids=list(param_ids or range(len(params))),
+        zero_grads=zero_grads,
+    )
+    lengths = [len(of) for of in (*adamw.written, masks, adamw.row_offsets, adamw.param_ids)]
     if len(set(lengths)) != 1:
         given = ", ".join(map(str, lengths))
         raise ValueError(f"masked_adamw_step got lists of {given}; expected equal lengths")
     words = [words_of(mask, param, "masked_adamw_step") for mask, param in zip(masks, params, strict=True)]
-    settings = (grad_scale, lr, *betas, eps, weight_decay, step, stochastic, seed, ids, zero_grads)
-    take_step(AdamWStep(*lists, words, offsets, *settings))
+    take_step(adamw._replace(words=words))
 
 
 def take_step(adamw: AdamWStep) -> None:

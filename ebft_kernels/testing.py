@@ -157,9 +157,9 @@ def adamw_step(
         elif moments == "bf16":
             m, v = m.bfloat16(), v.bfloat16()
         steps.append(one_adamw_step(param.to(dtype), grad.to(dtype), m, v, **fields))
-    lists: list[Any] = [[tensor for (tensor,) in of] for of in zip(*(step.tensors for step in steps), strict=True)]
-    usual = {"stochastic": weights == "stochastic", "param_ids": list(range(len(steps)))}
-    whole = AdamWStep(*lists, *steps[0][TENSORS:])._replace(**usual)
+    all_of_them = zip(*(step.tensors for step in steps), strict=True)
+    whole = steps[0].with_tensors([tensor for (tensor,) in of] for of in all_of_them)
+    whole = whole._replace(stochastic=weights == "stochastic", param_ids=list(range(len(steps))))
     return whole.each(lambda tensor: tensor.contiguous().to(device))._replace(**changes)
 
 
@@ -169,7 +169,7 @@ def one_adamw_step(param: Tensor, grad: Tensor | None, exp_avg: Tensor, exp_avg_
     none["words"], none["row_offsets"] = none["words"].int(), none["row_offsets"].long()
     given = {"params": param, "grads": grad, "exp_avgs": exp_avg, "exp_avg_sqs": exp_avg_sq}
     tensors = {name: fields.pop(name, given.get(name, empty)) for name, empty in none.items()}
-    lists = {name: [] if tensor is None else [tensor] for name, tensor in tensors.items()}
+    lists: dict[str, Any] = {name: [] if tensor is None else [tensor] for name, tensor in tensors.items()}
     return AdamWStep(**lists, **{**_USUAL, **fields})
 
 

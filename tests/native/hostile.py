@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from ebft_kernels import reference
 from ebft_kernels._extension import native_reason
-from ebft_kernels.adamw import TENSORS, AdamWStep
+from ebft_kernels.adamw import AdamWStep
 from ebft_kernels.ops import NATIVE, OF_A_STEP
 from ebft_kernels.testing import ADAMW_LAYOUTS, MASK_KINDS, make_mask, one_adamw_step, poisoned
 
@@ -121,7 +121,7 @@ def adamw_call(dice, floats, mask_of):
     settings = {"beta2": 0.99, "step": dice.randint(1, 9), "stochastic": weights == "stochastic"}
     settings |= {"seed": dice.getrandbits(62), "param_ids": [3, 5]}
     settings |= {"grad_scale": dice.choice([None, torch.tensor(0.25)]), "zero_grads": dice.random() < 0.5}
-    return AdamWStep(*lists, *one[TENSORS:])._replace(**settings)._asdict()
+    return one.with_tensors(lists)._replace(**settings)._asdict()
 
 
 # --- changes --------------------------------------------------------------------------------------------------------
