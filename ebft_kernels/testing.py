@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ebft_kernels.adamw import TENSORS, AdamWStep
-from ebft_kernels.optim import MOMENTS, WEIGHTS
 from ebft_kernels.reference import (
     masked_linear,
     masked_linear_dw,
@@ -25,6 +24,7 @@ from ebft_kernels.reference import (
     quantize,
     row_offsets,
 )
+from ebft_kernels.states import MOMENTS, WEIGHTS
 
 # (tokens, outputs N, inputs K): no multiple of a tile, K no multiple of 8 or 32, one word, one weight, no tokens
 UGLY_SHAPES = [

@@ -65,6 +65,7 @@ ORDER = {
         "functional",
         "compressed",
         "nn",
+        "states",
         "optim",
         "compressed",
         "testing",
