@@ -36,10 +36,11 @@ from ebft_kernels import (
     reference,
     use_impl,
 )
+from ebft_kernels.adamw import AdamWStep
 from ebft_kernels.dispatch import TRITON
 from ebft_kernels.testing import (
     ADAMW_LAYOUTS,
-    adamw_lists,
+    adamw_step,
     assert_exact_zeros,
     check_linear,
     linear_cases,
@@ -201,20 +202,17 @@ def right_products(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 def right_adamw(device: torch.device) -> dict[str, Any]:
     """A step in every layout: moments and codes bit for bit as on the CPU, weights to an ulp."""
     for layout in ADAMW_LAYOUTS:
-        lists = adamw_lists(*layout, device=device)
-        truth = [[t.cpu() for t in of] for of in lists]
-        settings: list[Any] = [1e-2, 0.9, 0.95, 1e-8, 0.1, 3, layout[0] == "stochastic", 2**40 + 17]
-        settings += [list(range(len(lists[0]))), False]
-        OPS.masked_adamw_step(*lists, torch.tensor(0.25, device=device), *settings)
-        on_host: list[Any] = [*truth, torch.tensor(0.25), *settings]
-        reference.masked_adamw_step(*on_host)
-        for n, (got, true) in enumerate(zip(lists[:7], truth[:7], strict=True)):
+        step = adamw_step(*layout, device=device, grad_scale=torch.tensor(0.25, device=device))
+        truth = step.each(Tensor.cpu)
+        OPS.masked_adamw_step(*step)
+        reference.masked_adamw_step(truth)
+        for name, got, true in zip(AdamWStep._fields, step.written, truth.written, strict=False):
             for a, b in zip(got, true, strict=True):
                 floats = b.is_floating_point() and b.numel() > 0
                 ulp = torch.finfo(b.dtype).eps * float(b.nan_to_num().abs().max()) if floats else 0.0
                 close = torch.allclose(a.cpu().double(), b.double(), rtol=0, atol=ulp, equal_nan=True)
-                assert close, f"{layout}: list {n} is not the reference's"
-        for param, words in zip(lists[0], lists[7], strict=True):
+                assert close, f"{layout}: {name} are not the reference's"
+        for param, words in zip(step.params, step.words, strict=True):
             if words.numel():
                 assert_exact_zeros(param, reference.unpack_mask(words, param.shape[-1]), str(layout))
     return {"right": f"{len(ADAMW_LAYOUTS)} layouts in {explain('masked_adamw_step', device).impl}"}

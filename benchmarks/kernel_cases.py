@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebft_kernels import CompressedLinear, MaskedAdamW, PackedMask, explain, reconstruction_loss_and_gradient, use_impl
-from ebft_kernels.testing import ADAMW_LAYOUTS
+from ebft_kernels.testing import ADAMW_LAYOUTS, one_adamw_step
 
 OPS = torch.ops.ebft_kernels
 SHAPES = {
@@ -282,28 +282,24 @@ def adamw(
 def gradient_step(shape: tuple[int, int], tokens: int, device: torch.device, dtype: torch.dtype) -> Prepared:
     """Weight gradient and step: in one op, and as torch's product followed by our step."""
     (n, k), mask = shape, mask_of(shape, 0.5, device)
-    words, empty = PackedMask.from_dense(mask).words, torch.empty(0, device=device)
-    no_rows = torch.empty(0, dtype=torch.int64, device=device)
     x, dy = randn(tokens, k, device=device, dtype=dtype), randn(tokens, n, device=device, dtype=dtype, seed=2)
     start = (randn(n, k, device=device, dtype=dtype) * mask).to(dtype)
-    states = [
-        [start.clone(), *(torch.zeros(shape, device=device) for _ in range(2)), empty, empty, start.float()]
-        for _ in range(2)
-    ]
-    settings = (1e-4, 0.9, 0.95, 1e-8, 0.1, 1, False, 0)
+    m, v = (torch.zeros(shape, device=device) for _ in range(2))
+    fields = {"masters": start.float(), "words": PackedMask.from_dense(mask).words}
+    step = one_adamw_step(start, None, m, v, **fields, lr=1e-4, step=1)
+    one, other = step.each(torch.clone), step.each(torch.clone)
 
     def together() -> None:
-        OPS.masked_dw_adamw_step(dy, x, *states[0], words, no_rows, *settings, 0)
+        OPS.masked_dw_adamw_step(dy, x, *one)
 
     def apart() -> None:
-        lists = [[of] for of in (states[1][0], dy.T @ x, *states[1][1:], words, no_rows)]
-        OPS.masked_adamw_step(*lists, None, *settings, [0], False)
+        OPS.masked_adamw_step(*other._replace(grads=[dy.T @ x]))
 
     def validate() -> None:
         together()
         apart()
-        torch.testing.assert_close(states[0][0], states[1][0], rtol=2e-2, atol=1e-3)
-        assert torch.count_nonzero(states[0][0][~mask]) == 0
+        torch.testing.assert_close(one.params[0], other.params[0], rtol=2e-2, atol=1e-3)
+        assert torch.count_nonzero(one.params[0][~mask]) == 0
 
     return Prepared({"torch's product, then the step": apart, "ours, in one": together}, validate, 2.0 * tokens * n * k)
 

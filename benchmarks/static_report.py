@@ -44,7 +44,8 @@ from ebft_kernels._triton import (
     tiles,
 )
 from ebft_kernels._triton.configs import CAPABILITIES, SHARED_MEMORY, Config
-from ebft_kernels.testing import ADAMW_LAYOUTS
+from ebft_kernels.adamw import AdamWStep
+from ebft_kernels.testing import ADAMW_LAYOUTS, one_adamw_step
 
 META = torch.device("meta")
 STACK_ELSEWHERE = 32  # bytes, in kernels that multiply no matrices: ptxas for sm_100 lays down 8 to 16 here and there
@@ -169,11 +170,9 @@ def product_cases(arch: int, dtype: torch.dtype, precision: str, shape: str, tok
 
 def gradient_step(dy: Tensor, x: Tensor, weights: str, moments: str) -> None:
     """``masked_dw_adamw_step`` on a dense layout; float32 weights beside 16-bit operands are those of autocast."""
-    n, k = dy.shape[1], x.shape[1]
-    param, _, *states = adamw_lists_like(n, k, torch.float32 if weights == "fp32" else x.dtype, weights, moments, False)
-    arguments: list[Any] = [dy, x, param[0], *(state[0] for state in states)]
-    arguments += [1e-3, 0.9, 0.95, 1e-8, 0.1, 3, weights == "stochastic", 0, 0]
-    masked_dw_adamw.masked_dw_adamw_step(*arguments)
+    dtype = torch.float32 if weights == "fp32" else x.dtype
+    step = adamw_step_like(dy.shape[1], x.shape[1], dtype, weights, moments, compact=False)
+    masked_dw_adamw.masked_dw_adamw_step(dy, x, step._replace(grads=[]))
 
 
 def with_lines(run: Callable[[], Any], skip: bool) -> Callable[[], Any]:
@@ -201,27 +200,28 @@ def adamw_cases(dtype: torch.dtype) -> Iterator[Case]:
             continue
         for width in (4096, 4001):
             what = f"{NUMBERS[dtype]}, {weights} weights, {moments} moments" + ("" if width == 4096 else ", ragged")
-            arguments: list[Any] = [*adamw_lists_like(4096, width, dtype, weights, moments, compact)]
-            arguments += [None, 1e-3, 0.9, 0.95, 1e-8, 0.1, 3, weights == "stochastic", 0, [0], False]
+            step = adamw_step_like(4096, width, dtype, weights, moments, compact)
             yield Case(
                 "compact_kernel" if compact else "dense_kernel", what,
-                partial(masked_adamw.masked_adamw_step, *arguments), dtype, default=width == 4096 and moments != "bf16",
+                partial(masked_adamw.masked_adamw_step, step), dtype, default=width == 4096 and moments != "bf16",
             )  # fmt: skip
 
 
-def adamw_lists_like(
-    n: int, k: int, dtype: torch.dtype, weights: str, moments: str, compact: bool
-) -> list[list[Tensor]]:
-    """The lists of ``masked_adamw_step`` for one matrix, half of it pruned, without values."""
+def adamw_step_like(n: int, k: int, dtype: torch.dtype, weights: str, moments: str, compact: bool) -> AdamWStep:
+    """A step of one matrix, half of it pruned, without values."""
     shape = (n * k // 2,) if compact else (n, k)
     kinds = {"fp32": (torch.float32,) * 2, "bf16": (torch.bfloat16,) * 2, "int8": (torch.int8, torch.uint8)}[moments]
     m, v = (empty(*shape, dtype=kind) for kind in kinds)
-    scales = [empty(common.cdiv(m.numel(), 256) if moments == "int8" else 0, dtype=torch.float32) for _ in range(2)]
-    master = empty(*(shape if weights == "master" else (0,)), dtype=torch.float32)
-    words = empty(n, common.cdiv(k, 32), dtype=torch.int32)
-    offsets = empty(n + 1 if compact else 0, dtype=torch.int64)
-    param, grad = empty(n, k, dtype=dtype), empty(n, k, dtype=dtype)
-    return [[tensor] for tensor in (param, grad, m, v, *scales, master, words, offsets)]
+    fields: dict[str, Tensor] = {"words": empty(n, common.cdiv(k, 32), dtype=torch.int32)}
+    if compact:
+        fields["row_offsets"] = empty(n + 1, dtype=torch.int64)
+    if weights == "master":
+        fields["masters"] = empty(*shape, dtype=torch.float32)
+    if moments == "int8":
+        for name in ("exp_avg_scales", "exp_avg_sq_scales"):
+            fields[name] = empty(common.cdiv(m.numel(), 256), dtype=torch.float32)
+    param, grad = (empty(n, k, dtype=dtype) for _ in range(2))
+    return one_adamw_step(param, grad, m, v, stochastic=weights == "stochastic", **fields)
 
 
 def other_cases(dtype: torch.dtype) -> Iterator[Case]:

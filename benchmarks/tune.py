@@ -29,6 +29,7 @@ from ebft_kernels import PackedMask
 from ebft_kernels._triton import common, configs, masked_dw_adamw, masked_linear
 from ebft_kernels._triton.configs import Config
 from ebft_kernels.ops import TORCH_KERNELS
+from ebft_kernels.testing import one_adamw_step
 
 TOKENS = {"many": 8192, "some": 128, "few": 16}
 MODULES = {"product": masked_linear, "gradient": masked_linear, "gradient step": masked_dw_adamw}
@@ -153,12 +154,10 @@ def runs_of(kernel: str, given: Operands) -> list[Callable[[], Any]]:
 
 def gradient_step(given: Operands) -> Callable[[], None]:
     """A step with float32 moments and masters."""
-    weight, device = given.zeroed.clone(), given.x.device
-    empty, no_rows = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
-    states = [weight, *(torch.zeros(weight.shape, device=device) for _ in range(2)), empty, empty, weight.float()]
-    settings: Any = (1e-4, 0.9, 0.95, 1e-8, 0.1, 1, False, 0, 0)
-    tensors: Any = (given.dy, given.x, *states, given.words, no_rows)
-    return lambda: masked_dw_adamw.masked_dw_adamw_step(*tensors, *settings)
+    weight = given.zeroed.clone()
+    m, v = (torch.zeros(weight.shape, device=weight.device) for _ in range(2))
+    step = one_adamw_step(weight, None, m, v, masters=weight.float(), words=given.words, lr=1e-4, step=1)
+    return lambda: masked_dw_adamw.masked_dw_adamw_step(given.dy, given.x, step)
 
 
 if __name__ == "__main__":

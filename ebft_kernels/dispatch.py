@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ebft_kernels._extension import native_reason
 from ebft_kernels._triton import configs
-from ebft_kernels.ops import LIBRARY, NATIVE, SCHEMAS, TORCH_KERNELS
+from ebft_kernels.adamw import AdamWStep
+from ebft_kernels.ops import LIBRARY, NATIVE, OF_A_STEP, SCHEMAS, TORCH_KERNELS
 
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
 NATIVE_ON_CUDA = ("compressed_linear", "masked_adamw_step")  # csrc/cuda/
@@ -212,8 +213,9 @@ def _native_missing(op: str, device: torch.device, dtype: torch.dtype, args: tup
     if op == "compressed_linear" and torch.int8 in dtypes:
         return "the CUDA kernel takes no 8-bit values"
     if op == "masked_adamw_step" and len(args) > 1:
-        moments, row_offsets, stochastic = args[2], args[8], args[16]
-        if stochastic or not all(t.numel() for t in row_offsets) or any(t.dtype != torch.float32 for t in moments):
+        adamw = AdamWStep(*args)
+        compact = all(offsets.numel() for offsets in adamw.row_offsets)
+        if adamw.stochastic or not compact or any(m.dtype != torch.float32 for m in adamw.exp_avgs):
             return "the CUDA kernel takes survivor-only float32 states"
     return None
 
@@ -223,7 +225,7 @@ _announced: set[str] = set()  # reasons for falling back to torch that have been
 
 def _install(op: str) -> None:
     """Make the chooser the op's kernel on every device."""
-    kernels: dict[str, Callable[..., Any]] = {"torch": TORCH_KERNELS[op]}
+    kernels: dict[str, Callable[..., Any]] = {"torch": _from_arguments(op, TORCH_KERNELS[op])}
     overloads = getattr(torch.ops.ebft_kernels, op)
     if op in NATIVE:
         kernels["native"] = overloads.native
@@ -232,7 +234,11 @@ def _install(op: str) -> None:
     ]
 
     def kernel(*args: Any) -> Any:
-        first = next(_tensors(args))
+        first = next(_tensors(args), None)
+        if first is None:  # lists of none
+            if written:
+                return None
+            raise ValueError(f"{op} got no tensors; expected at least one")
         tokens = first.shape[:-1].numel() if op in PRODUCTS else 0
         zeroed = op in ("masked_linear", "masked_linear_dx") and bool(args[-1])
         choice = _choose(op, first.device, args, tokens, zeroed)
@@ -240,7 +246,8 @@ def _install(op: str) -> None:
             _announced.add(choice.reason)
             _LOG.warning("%s", choice)
         if choice.impl == "triton" and "triton" not in kernels:  # triton is imported when it is first wanted
-            kernels["triton"] = getattr(importlib.import_module(f"ebft_kernels._triton.{TRITON[op]}"), op)
+            launchers = importlib.import_module(f"ebft_kernels._triton.{TRITON[op]}")
+            kernels["triton"] = _from_arguments(op, getattr(launchers, op))
         result = kernels[choice.impl](*args)
         if choice.fused and written:  # torch's own operations count themselves; writing through a pointer does not
             changed = _tensors([args[n] for n in written])
@@ -248,6 +255,14 @@ def _install(op: str) -> None:
         return result
 
     LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
+
+
+def _from_arguments(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel written in Python, as the op calls it: with the fields of a step, not the object."""
+    if op not in OF_A_STEP:
+        return kernel
+    count = len(AdamWStep._fields)
+    return lambda *args: kernel(*args[:-count], AdamWStep(*args[-count:]))
 
 
 def _tensors(args: Any) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ebft_kernels.adamw import AdamWStep
 from ebft_kernels.mask import MaskLike, PackedMask, as_packed
 from ebft_kernels.reference import QUANTIZED_BLOCK
 from ebft_kernels.sharding import beside, is_sharded
@@ -46,7 +47,7 @@ def masked_linear(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"masked_linear got bias {tuple(bias.shape)}; expected ({weight.shape[0]},)")
-    words = _words(mask, weight, "masked_linear")
+    words = words_of(mask, weight, "masked_linear")
     if is_sharded(weight) or is_transformed():
         kept = beside(PackedMask(words, weight.shape).dense(), weight)
         return F.linear(x, torch.where(kept, weight, 0.0), bias)
@@ -169,7 +170,7 @@ def masked_grad_norm(grads: Sequence[Tensor], masks: Sequence[MaskLike | None]) 
         grads: float tensors (..., K) on one device.
         masks: a mask for each, or None for a parameter without one.
     """
-    words = [_words(mask, grad, "masked_grad_norm") for mask, grad in zip(masks, grads, strict=True)]
+    words = [words_of(mask, grad, "masked_grad_norm") for mask, grad in zip(masks, grads, strict=True)]
     return _OPS.masked_grad_norm(list(grads), words)
 
 
@@ -215,19 +216,47 @@ def masked_adamw_step(
     Raises:
         ValueError: shapes, dtypes or lengths do not fit each other.
     """
-    none = [torch.empty(0, dtype=torch.float32, device=p.device) for p in params]
-    no_rows = [torch.empty(0, dtype=torch.int64, device=p.device) for p in params]
-    lists = [list(params), list(grads), list(exp_avgs), list(exp_avg_sqs)]
-    lists += [list(given) if given is not None else none for given in (exp_avg_scales, exp_avg_sq_scales, masters)]
-    offsets, ids = list(row_offsets) if row_offsets is not None else no_rows, list(param_ids or range(len(params)))
-    lengths = [len(of) for of in (*lists, masks, offsets, ids)]
-    if step < 1 or len(set(lengths)) != 1:
+
+    def or_empty(tensors: Sequence[Tensor] | None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return [torch.empty(0, dtype=dtype, device=p.device) for p in params] if tensors is None else list(tensors)
+
+    adamw = AdamWStep(
+        params=list(params),
+        grads=list(grads),
+        exp_avgs=list(exp_avgs),
+        exp_avg_sqs=list(exp_avg_sqs),
+        exp_avg_scales=or_empty(exp_avg_scales),
+        exp_avg_sq_scales=or_empty(exp_avg_sq_scales),
+        masters=or_empty(masters),
+        words=[],  # made of the masks below
+        row_offsets=or_empty(row_offsets, torch.int64),
+        grad_scale=grad_scale,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+        step=step,
+        stochastic=stochastic,
+        seed=seed,
+        param_ids=list(param_ids or range(len(params))),
+        zero_grads=zero_grads,
+    )
+    lengths = [len(of) for of in (*adamw.written, masks, adamw.row_offsets, adamw.param_ids)]
+    if len(set(lengths)) != 1:
         given = ", ".join(map(str, lengths))
-        raise ValueError(
-            f"masked_adamw_step got step {step} and lists of {given}; expected step >= 1 and equal lengths"
-        )
-    words = [_words(mask, param, "masked_adamw_step") for mask, param in zip(masks, params, strict=True)]
-    for param, grad, *states in zip(*lists, strict=True):
+        raise ValueError(f"masked_adamw_step got lists of {given}; expected equal lengths")
+    words = [words_of(mask, param, "masked_adamw_step") for mask, param in zip(masks, params, strict=True)]
+    take_step(adamw._replace(words=words))
+
+
+def take_step(adamw: AdamWStep) -> None:
+    """The op ``masked_adamw_step``, on lists of equal lengths.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit each other.
+    """
+    for param, grad, *states in zip(*adamw.written, strict=True):
         if grad.shape != param.shape or grad.dtype != param.dtype:
             raise ValueError(
                 f"masked_adamw_step got a gradient {grad.dtype} {tuple(grad.shape)} for a parameter {param.dtype} "
@@ -238,81 +267,57 @@ def masked_adamw_step(
                 raise ValueError(
                     f"masked_adamw_step got a state on {state.device}; expected {param.device}, the parameter's"
                 )
-    for param, m, v, m_scale, v_scale, master, rows in zip(params, *lists[2:], offsets, strict=True):
-        _check_states(param, m, v, m_scale, v_scale, master, compact=rows.numel() > 0)
-    _OPS.masked_adamw_step(
-        *lists, words, offsets, grad_scale, lr, *betas, eps, weight_decay, step, stochastic, seed, ids, zero_grads
-    )
+    _check_states(adamw)
+    _OPS.masked_adamw_step(*adamw)
 
 
-def masked_dw_adamw_step(
-    dy: Tensor,
-    x: Tensor,
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    mask: MaskLike,
-    *,
-    lr: float,
-    step: int,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 1e-2,
-    exp_avg_scale: Tensor,
-    exp_avg_sq_scale: Tensor,
-    master: Tensor,
-    row_offsets: Tensor,
-    stochastic: bool = False,
-    seed: int = 0,
-    param_id: int = 0,
-) -> None:
-    """``masked_adamw_step`` of one parameter (N, K) on the gradient dy^T x, which need never be written.
+def take_step_on_product(dy: Tensor, x: Tensor, adamw: AdamWStep) -> None:
+    """The op ``masked_dw_adamw_step``: a step of one parameter (N, K) on the gradient dy^T x, which need never be
+    written.
 
     Args:
         dy, x: (..., N) and (..., K), of one dtype; the parameter's may be another, as under autocast.
-        row_offsets, exp_avg_scale, exp_avg_sq_scale, master: empty tensors where the layout has none.
+        adamw: of that parameter, without a gradient.
 
     Raises:
         ValueError: shapes or dtypes do not fit each other.
     """
-    rows = (dy.shape[:-1].numel(), x.shape[:-1].numel())
-    if param.shape != (dy.shape[-1], x.shape[-1]) or rows[0] != rows[1] or dy.dtype != x.dtype or step < 1:
+    (param,), rows = adamw.params, (dy.shape[:-1].numel(), x.shape[:-1].numel())
+    if param.shape != (dy.shape[-1], x.shape[-1]) or rows[0] != rows[1] or dy.dtype != x.dtype:
         raise ValueError(
             f"masked_dw_adamw_step got dy {dy.dtype} {tuple(dy.shape)} and x {x.dtype} {tuple(x.shape)} for a parameter"
-            f" {tuple(param.shape)} and step {step}; expected (..., N), (..., K), (N, K), one dtype, and step >= 1"
+            f" {tuple(param.shape)}; expected (..., N), (..., K), (N, K), and one dtype"
         )
-    words = _words(mask, param, "masked_dw_adamw_step")
-    _check_states(param, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master, compact=row_offsets.numel() > 0)
-    states = (exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master)
-    _OPS.masked_dw_adamw_step(
-        dy, x, param, *states, words, row_offsets, lr, *betas, eps, weight_decay, step, stochastic, seed, param_id
-    )
+    _check_states(adamw)
+    _OPS.masked_dw_adamw_step(dy, x, *adamw)
 
 
-def _check_states(
-    param: Tensor, m: Tensor, v: Tensor, m_scale: Tensor, v_scale: Tensor, master: Tensor, *, compact: bool
-) -> None:
-    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-    kinds = {(wide, wide), (torch.bfloat16, torch.bfloat16), (torch.int8, torch.uint8)}
-    if (m.dtype, v.dtype) not in kinds:
-        given = f"moments {m.dtype} and {v.dtype}"
-        raise ValueError(
-            f"masked_adamw_step got {given}; expected {wide}, torch.bfloat16, or torch.int8 and torch.uint8"
-        )
-    stored = m.numel() if compact else param.numel()
-    scales = -(-stored // QUANTIZED_BLOCK) if m.dtype == torch.int8 else 0
-    for name, state, expected in (
-        ("first moments", m, stored),
-        ("second moments", v, stored),
-        ("scales of the first moments", m_scale, scales),
-        ("scales of the second moments", v_scale, scales),
-        ("master weights", master, stored if master.numel() else 0),
-    ):
-        if state.numel() != expected:
-            raise ValueError(f"masked_adamw_step got {state.numel()} {name}; expected {expected}")
+def _check_states(adamw: AdamWStep) -> None:
+    if adamw.step < 1:
+        raise ValueError(f"masked_adamw_step got step {adamw.step}; expected at least 1")
+    states = (adamw.exp_avgs, adamw.exp_avg_sqs, adamw.exp_avg_scales, adamw.exp_avg_sq_scales, adamw.masters)
+    for param, rows, m, v, m_scale, v_scale, master in zip(adamw.params, adamw.row_offsets, *states, strict=True):
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        kinds = {(wide, wide), (torch.bfloat16, torch.bfloat16), (torch.int8, torch.uint8)}
+        if (m.dtype, v.dtype) not in kinds:
+            given = f"moments {m.dtype} and {v.dtype}"
+            raise ValueError(
+                f"masked_adamw_step got {given}; expected {wide}, torch.bfloat16, or torch.int8 and torch.uint8"
+            )
+        stored = m.numel() if rows.numel() else param.numel()
+        scales = -(-stored // QUANTIZED_BLOCK) if m.dtype == torch.int8 else 0
+        for name, state, expected in (
+            ("first moments", m, stored),
+            ("second moments", v, stored),
+            ("scales of the first moments", m_scale, scales),
+            ("scales of the second moments", v_scale, scales),
+            ("master weights", master, stored if master.numel() else 0),
+        ):
+            if state.numel() != expected:
+                raise ValueError(f"masked_adamw_step got {state.numel()} {name}; expected {expected}")
 
 
-def _words(mask: MaskLike | None, weight: Tensor, who: str) -> Tensor:
+def words_of(mask: MaskLike | None, weight: Tensor, who: str) -> Tensor:
     """The words of ``mask``, checked against ``weight``; no words (numel 0) where there is no mask."""
     if mask is None:
         return torch.empty(0, dtype=torch.int32, device=weight.device)

@@ -7,19 +7,32 @@ Which kernel runs (this file's, a Triton or a native one) is chosen in ``dispatc
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.adamw import adamw
+from torch.optim.adamw import adamw as torch_adamw
 
 from ebft_kernels import reference
+from ebft_kernels.adamw import WRITTEN, AdamWStep
 from ebft_kernels.reference import SCALE_GROUP, WORD_BITS
 
 NAMESPACE = "ebft_kernels"
 _OPS = torch.ops.ebft_kernels
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _fields_of_a_step() -> str:
+    """``AdamWStep`` as a schema has it. The step's number is symbolic: what is compiled serves the next step too."""
+    kinds: dict[Any, str] = {
+        list[Tensor]: "Tensor[]", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool", list[int]: "int[]"
+    }  # fmt: skip
+    fields = {name: kinds[hint] for name, hint in get_type_hints(AdamWStep).items()} | {"step": "SymInt"}
+    for name, letter in zip(list(fields)[:WRITTEN], "abcdefg", strict=True):
+        fields[name] = f"Tensor({letter}!)[]"
+    return ", ".join(f"{kind} {name}" for name, kind in fields.items())
+
 
 SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd formula would not be told either
     "pack_mask": "(Tensor mask) -> Tensor",
@@ -40,18 +53,11 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
     "decompress": "(Tensor words, Tensor values, Tensor row_offsets, Tensor? scales, SymInt width) -> Tensor",
     "reconstruction_loss": "(Tensor output, Tensor target, Tensor? residual) -> (Tensor loss, Tensor gradient)",
     "masked_grad_norm": "(Tensor[] grads, Tensor[] words) -> Tensor",
-    "masked_adamw_step": (
-        "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
-        "Tensor(e!)[] exp_avg_scales, Tensor(f!)[] exp_avg_sq_scales, Tensor(g!)[] masters, Tensor[] words, "
-        "Tensor[] row_offsets, Tensor? grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, "
-        "SymInt step, bool stochastic, int seed, int[] param_ids, bool zero_grads) -> ()"
-    ),
-    "masked_dw_adamw_step": (
-        "(Tensor dy, Tensor x, Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) exp_avg_scale, "
-        "Tensor(e!) exp_avg_sq_scale, Tensor(f!) master, Tensor words, Tensor row_offsets, float lr, float beta1, "
-        "float beta2, float eps, float weight_decay, SymInt step, bool stochastic, int seed, int param_id) -> ()"
-    ),
+    "masked_adamw_step": f"({_fields_of_a_step()}) -> ()",
+    "masked_dw_adamw_step": f"(Tensor dy, Tensor x, {_fields_of_a_step()}) -> ()",
 }
+# Their kernels in Python take an AdamWStep in place of its fields, which are the op's last arguments.
+OF_A_STEP = ("masked_adamw_step", "masked_dw_adamw_step")
 # What csrc/ has kernels for.
 NATIVE = tuple(
     name
@@ -179,51 +185,34 @@ def row_offsets(words: Tensor) -> Tensor:
     return F.pad(counts.cumsum(0), (1, 0))
 
 
-def masked_adamw_step(*args: Any) -> None:
-    """Arguments as in the schema: lists of tensors, the gradient scale, settings."""
-    lists, (grad_scale, *settings, stochastic, seed, param_ids, zero_grads) = args[:9], args[9:]
-    for n, number in enumerate(param_ids):
-        param, grad, exp_avg, exp_avg_sq, exp_avg_scale, _, master, words, rows = one = [of[n] for of in lists]
+def masked_adamw_step(adamw: AdamWStep) -> None:
+    for n, tensors in enumerate(zip(*adamw.tensors, strict=True)):
+        param, grad, exp_avg, exp_avg_sq, exp_avg_scale, _, master, words, rows = tensors
         packed = any(state.numel() for state in (exp_avg_scale, master))
         plain = param.dtype in (torch.float32, torch.float64) and exp_avg.dtype == param.dtype
-        if packed or stochastic or not plain:
-            alone: Any = [[tensor] for tensor in one]
-            alone += [grad_scale, *settings, stochastic, seed, [number], zero_grads]
-            reference.masked_adamw_step(*alone)
+        if packed or adamw.stochastic or not plain:
+            reference.masked_adamw_step(adamw.only(n))
             continue
         if rows.numel():  # the step of dense states, spread out for it: another arithmetic would give other bits
             kept = unpack_mask(words, param.shape[-1])
             m, v = (torch.zeros_like(param).masked_scatter_(kept, state) for state in (exp_avg, exp_avg_sq))
-            _fused_step(param, grad, m, v, words, grad_scale, *settings)
+            _fused_step(param, grad, m, v, words, adamw)
             for state, dense in ((exp_avg, m), (exp_avg_sq, v)):
                 state.copy_(dense[kept].view_as(state))
         else:
-            _fused_step(param, grad, exp_avg, exp_avg_sq, words, grad_scale, *settings)
-        if zero_grads:
+            _fused_step(param, grad, exp_avg, exp_avg_sq, words, adamw)
+        if adamw.zero_grads:
             grad.zero_()
 
 
-def masked_dw_adamw_step(dy: Tensor, x: Tensor, param: Tensor, *rest: Any) -> None:
-    *states, words, row_offsets, lr, beta1, beta2, eps, weight_decay, step, stochastic, seed, param_id = rest
+def masked_dw_adamw_step(dy: Tensor, x: Tensor, adamw: AdamWStep) -> None:
+    (param,), (words,) = adamw.params, adamw.words
     grad = _OPS.masked_linear_dw(dy, x, words).to(param.dtype)
-    lists = ([of] for of in (param, grad, *states, words, row_offsets))
-    settings = (lr, beta1, beta2, eps, weight_decay, step, stochastic, seed, [param_id], False)
-    _OPS.masked_adamw_step(*lists, None, *settings)
+    _OPS.masked_adamw_step(*adamw._replace(grads=[grad], zero_grads=False))
 
 
 def _fused_step(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    words: Tensor,
-    grad_scale: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, words: Tensor, adamw: AdamWStep
 ) -> None:
     """torch's fused step between two masks, for states in the parameter's shape and dtype."""
     # It takes every tensor for contiguous, whatever its strides.
@@ -232,23 +221,23 @@ def _fused_step(
     g = grad.contiguous()
     if bits is not None:
         g = (_as_int(g) & bits).view(g.dtype)
-    if grad_scale is not None:
-        g = g * grad_scale
-    adamw(
+    if adamw.grad_scale is not None:
+        g = g * adamw.grad_scale
+    torch_adamw(
         [w],
         [g],
         [m],
         [v],
         [],
-        [torch.full((), step - 1.0, device=w.device)],  # it counts the step itself
+        [torch.full((), adamw.step - 1.0, device=w.device)],  # it counts the step itself
         fused=True,
         amsgrad=False,
         maximize=False,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
+        lr=adamw.lr,
+        beta1=adamw.beta1,
+        beta2=adamw.beta2,
+        eps=adamw.eps,
+        weight_decay=adamw.weight_decay,
     )
     for given, used in ((param, w), (exp_avg, m), (exp_avg_sq, v)):
         if bits is not None:

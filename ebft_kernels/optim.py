@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ebft_kernels import sharding, updates
-from ebft_kernels.functional import masked_adamw_step, masked_dw_adamw_step, masked_grad_norm
+from ebft_kernels.adamw import AdamWStep
+from ebft_kernels.functional import masked_grad_norm, take_step, take_step_on_product, words_of
 from ebft_kernels.mask import MaskLike, PackedMask, as_packed
-from ebft_kernels.reference import dequantize, quantize
-
-WEIGHTS = ("fp32", "master", "stochastic")
-MOMENTS = ("fp32", "bf16", "int8")
+from ebft_kernels.states import MOMENT_KEYS, Layout, wide
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -88,10 +86,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                 raise ValueError(
                     f"MaskedAdamW got {name} = {value}; expected at least 0 and less than {most or 'infinity'}"
                 )
-        for name, given, allowed in (("weights", weights, WEIGHTS), ("moments", moments, MOMENTS)):
-            if given not in allowed:
-                raise ValueError(f"MaskedAdamW got {name} = {given!r}; expected one of {', '.join(allowed)}")
-        self._weights, self._moments, self._compact = weights, moments, compact
+        self._layout = Layout(weights, moments, compact)
         self._seed, self._zero_grads = seed, zero_grads
         self._in_backward = update_in_backward
         self._masks: dict[Tensor, PackedMask] = {}  # whole ones, also of sharded parameters
@@ -121,21 +116,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer``'s, with the dtypes checked."""
         super().add_param_group(param_group)
-        allowed = {"fp32": [], "master": [torch.bfloat16, torch.float16], "stochastic": [torch.bfloat16]}[self._weights]
-        allowed = [torch.float32, *([torch.float64] if self._moments == "fp32" else []), *allowed]
         for param in self.param_groups[-1]["params"]:
-            whole = self._weights == "stochastic" or self._moments == "int8" or self._compact
-            if whole and sharding.is_sharded(param):
-                raise ValueError(
-                    f"MaskedAdamW got a sharded parameter {tuple(param.shape)} with weights={self._weights!r}, "
-                    f"moments={self._moments!r}, compact={self._compact}; expected weights 'fp32' or 'master', moments "
-                    "'fp32' or 'bf16' and compact=False, whose states are sharded as the parameter is"
-                )
-            if param.dtype not in allowed:
-                raise TypeError(
-                    f"MaskedAdamW got a parameter of {param.dtype}; expected {', '.join(map(str, allowed))} with "
-                    f"weights={self._weights!r}, moments={self._moments!r}"
-                )
+            self._layout.check_param(param)
 
     def mask_of(self, param: Tensor) -> PackedMask | None:
         """The mask of a parameter, or None; of all of it, if it is sharded."""
@@ -161,12 +143,12 @@ class MaskedAdamW(torch.optim.Optimizer):
                 f"MaskedAdamW got a mask {tuple(packed.shape)}; expected {tuple(param.shape)}, the parameter's shape"
             )
         state = self.state.get(param, {})
-        dense = {key: self._dense(param, key) for key in ("master", *_MOMENTS) if key in state}
+        dense = {key: self._dense(param, key) for key in ("master", *MOMENT_KEYS) if key in state}
         self._take_mask(param, packed)
-        if self._compact and state:
-            state["row_offsets"] = packed.row_offsets()
+        if state:
+            self._layout.note_rows(state, packed)
         for key, value in dense.items():
-            self._store(param, key, self._zero_pruned_(param, value))
+            self._layout.store(state, key, self._zero_pruned_(param, value), param, packed)
         self._zero_pruned_(param, param)
 
     def second_moment(self, param: Tensor) -> Tensor | None:
@@ -218,30 +200,13 @@ class MaskedAdamW(torch.optim.Optimizer):
                 "expected it to be used by masked_linear alone"
             )
         self._updated = []
-        numbers = self._numbers()
         for group in self.param_groups:
             with_grad = [p for p in group["params"] if p.grad is not None]
             for p in with_grad:
                 self._begin(p)
             for (step, *_), params in _grouped(with_grad, self._goes_with):
-                states, grads = [self.state[p] for p in params], [_gradient(p) for p in params]
-                extras: dict[str, Any] = {f"{key}s": _all_stored(states, key, params[0]) for key in _EXTRAS}
-                masked_adamw_step(
-                    [sharding.local(p) for p in params],
-                    grads,
-                    [sharding.local(state["exp_avg"]) for state in states],
-                    [sharding.local(state["exp_avg_sq"]) for state in states],
-                    [self._held_mask(p) for p in params],
-                    step=step,
-                    grad_scale=self._grad_scale,
-                    row_offsets=_all_stored(states, "row_offsets", params[0]),
-                    seed=self._seed,
-                    stochastic=self._stochastic(params[0]),
-                    param_ids=[numbers[p] for p in params],
-                    zero_grads=self._zero_grads,
-                    **_settings(group),
-                    **extras,
-                )
+                grads = [_gradient(p) for p in params]
+                take_step(self._step_of(group, params, grads, step))
                 for p, used in zip(params, grads, strict=True):
                     if self._zero_grads and used is not sharding.local(p.grad):  # the step took a copy
                         p.grad.zero_()
@@ -259,23 +224,39 @@ class MaskedAdamW(torch.optim.Optimizer):
             )
         self._updated.append(weight)  # before it is touched: if this fails, it must not be done again
         self._begin(weight)
-        state, mask = self.state[weight], self.mask_of(weight)
-        assert mask is not None
         group = next(group for group in self.param_groups if any(weight is p for p in group["params"]))
-        masked_dw_adamw_step(
-            dy,
-            x,
-            weight,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            mask,
-            step=state["step"],
-            row_offsets=_all_stored([state], "row_offsets", weight)[0],
+        take_step_on_product(dy, x, self._step_of(group, [weight], [], self.state[weight]["step"]))
+
+    def _step_of(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], step: int) -> AdamWStep:
+        """Step number ``step`` of parameters that go with each other: ``_goes_with``."""
+        numbers, beta = self._numbers(), group["betas"]
+
+        def states(key: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+            """A state of each; an empty tensor, one for all, where this layout has none."""
+            nothing = torch.empty(0, dtype=dtype, device=params[0].device)
+            return [sharding.local(self.state[p].get(key, nothing)) for p in params]
+
+        return AdamWStep(
+            params=[sharding.local(p) for p in params],
+            grads=grads,
+            exp_avgs=states("exp_avg"),
+            exp_avg_sqs=states("exp_avg_sq"),
+            exp_avg_scales=states("exp_avg_scale"),
+            exp_avg_sq_scales=states("exp_avg_sq_scale"),
+            masters=states("master"),
+            words=[words_of(self._held_mask(p), sharding.local(p), "MaskedAdamW") for p in params],
+            row_offsets=states("row_offsets", torch.int64),
+            grad_scale=self._grad_scale,
+            lr=float(group["lr"]),
+            beta1=beta[0],
+            beta2=beta[1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=step,
+            stochastic=self._layout.rounds_stochastically(params[0]),
             seed=self._seed,
-            stochastic=self._stochastic(weight),
-            param_id=self._numbers()[weight],
-            **_settings(group),
-            **{key: _all_stored([state], key, weight)[0] for key in _EXTRAS},
+            param_ids=[numbers[p] for p in params],
+            zero_grads=self._zero_grads,
         )
 
     @property
@@ -300,12 +281,9 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _numbers(self) -> dict[Tensor, int]:
         return {p: number for number, p in enumerate(self._params())}
 
-    def _stochastic(self, param: Tensor) -> bool:
-        return self._weights == "stochastic" and param.dtype == torch.bfloat16
-
     def __getstate__(self) -> dict[str, Any]:
-        layout = {name: getattr(self, name) for name in _LAYOUT}
-        return {**super().__getstate__(), **layout, "_masks": self._masks}
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return {**super().__getstate__(), **kept, "_masks": self._masks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -363,36 +341,13 @@ class MaskedAdamW(torch.optim.Optimizer):
             _refuse_flattened([param])
         state = self.state[param]
         if "step" not in state:
-            state["step"], held = 0, sharding.local(param)
-            for key in _MOMENTS:
-                self._store(param, key, torch.zeros(held.shape, dtype=_wide(param), device=param.device))
-            if self._weights == "master" and param.dtype in (torch.bfloat16, torch.float16):
-                self._store(param, "master", held.float())
-            if mask is not None and self._compact:
-                state["row_offsets"] = mask.row_offsets()
+            state["step"] = 0
+            self._layout.begin(state, param, mask)
         state["step"] += 1
 
     def _dense(self, param: Tensor, key: str) -> Tensor:
         """A state as it is meant: float32 (float64) in the parameter's (local) shape, 0 where nothing is stored."""
-        state = self.state[param]
-        stored = sharding.local(state[key]).flatten()
-        stored = dequantize(stored, state[f"{key}_scale"]) if f"{key}_scale" in state else stored.to(_wide(param))
-        mask = self.mask_of(param)
-        if mask is None or not self._compact:
-            return stored.view(sharding.local(param).shape).clone()
-        return torch.zeros(param.shape, dtype=stored.dtype, device=param.device).masked_scatter_(mask.dense(), stored)
-
-    def _store(self, param: Tensor, key: str, dense: Tensor) -> None:
-        """Store a state of the parameter's (local) shape in the layout of this optimizer."""
-        state, mask = self.state[param], self.mask_of(param)
-        stored = dense[mask.dense()] if self._compact and mask is not None else dense.contiguous()
-        if key == "master" or self._moments == "fp32":
-            state[key] = sharding.sharded_as(stored, param)
-        elif self._moments == "bf16":
-            state[key] = sharding.sharded_as(stored.to(torch.bfloat16), param)
-        else:
-            codes, state[f"{key}_scale"] = quantize(stored.flatten(), signed=key == "exp_avg")
-            state[key] = codes.view(stored.shape)
+        return self._layout.dense(self.state[param], key, param, self.mask_of(param))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -414,7 +369,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                 k: v.to(param.device, copy=True) if isinstance(v, Tensor) else v
                 for k, v in state_dict["state"].get(number, {}).items()
             }
-            for key in saved.keys() & {*_MOMENTS, "master"}:
+            for key in saved.keys() & {*MOMENT_KEYS, "master"}:
                 if sharding.is_sharded(param) and saved[key].shape == param.shape:
                     held = saved[key] if sharding.is_sharded(saved[key]) else sharding.part_of(saved[key], param)
                     saved[key] = sharding.sharded_as(sharding.local(held), param)
@@ -431,55 +386,20 @@ class MaskedAdamW(torch.optim.Optimizer):
                 self.state[param] = saved
             self._zero_pruned_(param, param)
             if plain and "exp_avg" in saved:  # dense, and in whatever dtype
-                for key in _MOMENTS:
-                    dense = sharding.local(saved[key]).to(_wide(param))
-                    self._store(param, key, self._zero_pruned_(param, dense))
-                if mask is not None and self._compact:
-                    saved["row_offsets"] = mask.row_offsets()
-            self._check_layout(param)
-
-    def _check_layout(self, param: Tensor) -> None:
-        state = self.state.get(param, {})
-        if "exp_avg" not in state:
-            return
-        mask = self.mask_of(param)
-        dtype = {"fp32": _wide(param), "bf16": torch.bfloat16, "int8": torch.int8}[self._moments]
-        stored = mask.count() if mask is not None and self._compact else param.numel()
-        master = self._weights == "master" and param.dtype in (torch.bfloat16, torch.float16)
-        if state["exp_avg"].dtype != dtype or state["exp_avg"].numel() != stored or ("master" in state) != master:
-            given = f"{state['exp_avg'].dtype} moments of {state['exp_avg'].numel()} entries"
-            given += " and a master" if "master" in state else ""
-            raise ValueError(
-                f"MaskedAdamW got a state dict with {given} for a parameter {tuple(param.shape)}; expected {dtype} "
-                f"moments of {stored} entries{' and a master' if master else ''}, those of weights={self._weights!r}, "
-                f"moments={self._moments!r}, compact={self._compact}"
-            )
+                for key in MOMENT_KEYS:
+                    dense = self._zero_pruned_(param, sharding.local(saved[key]).to(wide(param)))
+                    self._layout.store(saved, key, dense, param, mask)
+                self._layout.note_rows(saved, mask)
+            self._layout.check(saved, param, mask)
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_EXTRAS = ("exp_avg_scale", "exp_avg_sq_scale", "master")  # states that not every layout has
-_LAYOUT = ("_weights", "_moments", "_compact", "_seed", "_zero_grads", "_in_backward")
-
-
-def _all_stored(states: list[dict[str, Any]], key: str, like: Tensor) -> list[Tensor]:
-    """A state of each parameter, or an empty tensor where this layout has none: one for all, on ``like``'s device."""
-    nothing = torch.empty(0, dtype=torch.int64 if key == "row_offsets" else torch.float32, device=like.device)
-    return [sharding.local(state.get(key, nothing)) for state in states]
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """What a step takes from its parameter group."""
-    return {"lr": float(group["lr"]), **{key: group[key] for key in ("betas", "eps", "weight_decay")}}
+_KEPT = ("_layout", "_seed", "_zero_grads", "_in_backward")  # of a copy
 
 
 def _processes() -> int:
     """How many share the work."""
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _wide(param: Tensor) -> torch.dtype:
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def _gradient(param: Tensor) -> Tensor:

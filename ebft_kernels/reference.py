@@ -6,10 +6,10 @@ choose (ties, what happens to pruned entries, NaN). Arithmetic is float64 for fl
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from ebft_kernels.adamw import AdamWStep
 
 WORD_BITS = 32  # weights in one mask word
 
@@ -242,28 +242,7 @@ def masked_grad_norm(grads: list[Tensor], words: list[Tensor]) -> Tensor:
     return total.sqrt()
 
 
-def masked_adamw_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    exp_avg_scales: list[Tensor],
-    exp_avg_sq_scales: list[Tensor],
-    masters: list[Tensor],
-    words: list[Tensor],
-    row_offsets: list[Tensor],
-    grad_scale: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    stochastic: bool,
-    seed: int,
-    param_ids: list[int],
-    zero_grads: bool,
-) -> None:
+def masked_adamw_step(adamw: AdamWStep) -> None:
     """One AdamW step (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2) on kept weights, in place.
 
     With g = grad_scale * gradient, for every kept weight w:
@@ -275,42 +254,27 @@ def masked_adamw_step(
 
     Pruned weights become exactly 0, whatever stood there, and so do their moments where they are stored. States are
     *stored* either dense, in the parameter's shape, or compact: 1-D, row-major over kept weights.
-
-    Args:
-        params: float parameters (..., K); 16-bit ones have a master weight or are rounded stochastically.
-        grads: of the parameters' shapes and dtypes; read, and then set to 0 if ``zero_grads``.
-        exp_avgs, exp_avg_sqs: m and v, stored as float32 (float64 for float64 parameters), bfloat16, or 8-bit codes
-            (int8 for m, uint8 for v; ``quantize``).
-        exp_avg_scales, exp_avg_sq_scales: float32 scales of 8-bit codes; empty tensors otherwise.
-        masters: float32 weights, stored as the moments are; empty tensors where the parameter itself is the weight.
-        words: int32 mask words of each parameter; no words (numel 0) for a parameter without a mask.
-        row_offsets: int64 (rows + 1), how many weights are kept before each row: the states are compact; empty: dense.
-        grad_scale: scalar tensor that multiplies the gradients (a clip factor, 1 / loss scale), or None.
-        step: number of this step, from 1.
-        stochastic: round bfloat16 parameters stochastically, with the bits of ``philox``.
-        seed, param_ids: what those bits depend on, with step and place.
-        zero_grads: set the gradients to 0 in the same pass.
     """
+    lr, beta1, beta2, eps, step = adamw.lr, adamw.beta1, adamw.beta2, adamw.eps, adamw.step
     step_size = lr / (1 - beta1**step)
     correction = (1 - beta2**step) ** -0.5
-    for n, (param, grad, mask) in enumerate(zip(params, grads, words, strict=True)):
-        kept = unpack_mask(mask, param.shape[-1]) if mask.numel() else torch.ones_like(param, dtype=torch.bool)
-        if row_offsets[n].numel():
-            check_kept_rows(mask, row_offsets[n], param.shape[-1], exp_avgs[n].numel())
+    for param_id, *tensors in zip(adamw.param_ids, *adamw.tensors, strict=True):
+        param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master, words, offsets = tensors
+        compact = offsets.numel() > 0
+        kept = unpack_mask(words, param.shape[-1]) if words.numel() else torch.ones_like(param, dtype=torch.bool)
+        if compact:
+            check_kept_rows(words, offsets, param.shape[-1], exp_avg.numel())
         # In storage order: all places, or kept ones alone.
-        places = kept.flatten().nonzero().flatten() if row_offsets[n].numel() else torch.arange(kept.numel())
+        places = kept.flatten().nonzero().flatten() if compact else torch.arange(kept.numel())
         places = places.to(param.device)
         alive = kept.flatten()[places]
-        m, v = (
-            _load_moment(code, scale)
-            for code, scale in ((exp_avgs[n], exp_avg_scales[n]), (exp_avg_sqs[n], exp_avg_sq_scales[n]))
-        )
+        m, v = _load_moment(exp_avg, exp_avg_scale), _load_moment(exp_avg_sq, exp_avg_sq_scale)
         g = wide(grad).flatten()[places].masked_fill(~alive, 0.0)
-        if grad_scale is not None:
-            g = g * grad_scale
-        w = masters[n].flatten() if masters[n].numel() else wide(param).flatten()[places]
+        if adamw.grad_scale is not None:
+            g = g * adamw.grad_scale
+        w = master.flatten() if master.numel() else wide(param).flatten()[places]
 
-        w = w * (1 - lr * weight_decay)
+        w = w * (1 - lr * adamw.weight_decay)
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
         # Rounded correctly by way of float64: torch's float32 root on a CPU may be off by a bit.
@@ -318,49 +282,26 @@ def masked_adamw_step(
         w = w - step_size * m / (root * correction + eps)
 
         w, m, v = (t.masked_fill(~alive, 0.0) for t in (w, m, v))
-        _store_moment(m, exp_avgs[n], exp_avg_scales[n])
-        _store_moment(v, exp_avg_sqs[n], exp_avg_sq_scales[n])
-        if masters[n].numel():
-            masters[n].copy_(w.view_as(masters[n]))
-        if stochastic:
-            w = round_stochastically(w, philox(seed, step, param_ids[n], places))
+        _store_moment(m, exp_avg, exp_avg_scale)
+        _store_moment(v, exp_avg_sq, exp_avg_sq_scale)
+        if master.numel():
+            master.copy_(w.view_as(master))
+        if adamw.stochastic:
+            w = round_stochastically(w, philox(adamw.seed, step, param_id, places))
         full = torch.zeros(param.numel(), dtype=w.dtype, device=param.device)
         full[places] = w
         param.copy_(full.view_as(param))
-        if zero_grads:
+        if adamw.zero_grads:
             grad.zero_()
 
 
-def masked_dw_adamw_step(
-    dy: Tensor,
-    x: Tensor,
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    exp_avg_scale: Tensor,
-    exp_avg_sq_scale: Tensor,
-    master: Tensor,
-    words: Tensor,
-    row_offsets: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    stochastic: bool,
-    seed: int,
-    param_id: int,
-) -> None:
-    """``masked_linear_dw`` of dy (..., N) and x (..., K), and with it ``masked_adamw_step`` on one parameter (N, K).
+def masked_dw_adamw_step(dy: Tensor, x: Tensor, adamw: AdamWStep) -> None:
+    """``masked_adamw_step`` of one parameter (N, K) on ``masked_linear_dw`` of dy (..., N) and x (..., K).
 
     The gradient is not rounded between the two. A back end that writes it may round it to the parameter's dtype.
     """
-    grad = masked_linear_dw(wide(dy), wide(x), words)
-    states = (exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master)
-    arguments: list[Any] = [[of] for of in (param, grad, *states, words, row_offsets)]
-    arguments += [None, lr, beta1, beta2, eps, weight_decay, step, stochastic, seed, [param_id], False]
-    masked_adamw_step(*arguments)
+    (words,) = adamw.words
+    masked_adamw_step(adamw._replace(grads=[masked_linear_dw(wide(dy), wide(x), words)]))
 
 
 def _load_moment(code: Tensor, scale: Tensor) -> Tensor:

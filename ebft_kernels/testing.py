@@ -10,11 +10,12 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ebft_kernels.optim import MOMENTS, WEIGHTS
+from ebft_kernels.adamw import TENSORS, AdamWStep
 from ebft_kernels.reference import (
     masked_linear,
     masked_linear_dw,
@@ -23,6 +24,7 @@ from ebft_kernels.reference import (
     quantize,
     row_offsets,
 )
+from ebft_kernels.states import MOMENTS, WEIGHTS
 
 # (tokens, outputs N, inputs K): no multiple of a tile, K no multiple of 8 or 32, one word, one weight, no tokens
 UGLY_SHAPES = [
@@ -109,25 +111,26 @@ def linear_cases(
 ADAMW_LAYOUTS = [(w, m, c) for w in WEIGHTS for m in MOMENTS for c in (False, True)]
 
 
-def adamw_lists(
+def adamw_step(
     weights: str,
     moments: str,
     compact: bool,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     seed: int = 0,
-) -> list[list[Tensor]]:
-    """The tensor lists of the op ``masked_adamw_step``, in its order, with old states and garbage in pruned places.
+    **changes: Any,
+) -> AdamWStep:
+    """A step in a layout of ``ADAMW_LAYOUTS``, with old states and garbage in pruned places.
 
     Parameters of ugly shapes, with masks (random, all pruned, all kept, one row empty) and without. ``dtype`` is that
     of the parameters, unless ``weights`` is ``"fp32"``. Gradients span 1e-6 to 1; where pruned they are NaN.
+    ``changes`` are fields of the step that are not as usual.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.float32 if weights == "fp32" else dtype
     shapes = [((7, 33), "random"), ((5,), None), ((2, 3, 70), "random"), ((1, 600), "random"), ((4, 40), "all pruned")]
     shapes += [((3, 96), "all kept"), ((9, 260), "one empty row"), ((1500,), None), ((40, 300), "random")]
-    lists: list[list[Tensor]] = [[] for _ in range(9)]
-    empty, no_rows = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    steps = []
     for shape, kind in shapes:
 
         def floats(shape: tuple[int, ...] = shape) -> Tensor:
@@ -140,23 +143,40 @@ def adamw_lists(
             floats() * scale * 0.1,
             (floats() * scale).square(),
         )
-        words, rows, stored = torch.empty(0, dtype=torch.int32), no_rows, slice(None)
+        fields, stored = {}, slice(None)
         if kind is not None:
             mask = make_mask(kind, math.prod(shape[:-1]), shape[-1], generator).view(shape)
-            words = pack_mask(mask)
+            fields["words"] = pack_mask(mask)
             grad[~mask], m[~mask], v[~mask] = float("nan"), 0.0, 0.0
             if compact:
-                m, v, stored, rows = m[mask], v[mask], mask, row_offsets(words).to(device)
-        master = param[stored] + 1e-4 * floats()[stored] if weights == "master" else empty
-        scales = [empty, empty]
+                m, v, stored, fields["row_offsets"] = m[mask], v[mask], mask, row_offsets(fields["words"])
+        if weights == "master":
+            fields["masters"] = param[stored] + 1e-4 * floats()[stored]
         if moments == "int8":
-            (m, scales[0]), (v, scales[1]) = _codes(m, True), _codes(v, False)
+            (m, fields["exp_avg_scales"]), (v, fields["exp_avg_sq_scales"]) = _codes(m, True), _codes(v, False)
         elif moments == "bf16":
             m, v = m.bfloat16(), v.bfloat16()
-        row = (param.to(dtype), grad.to(dtype), m, v, *scales, master, words, rows)
-        for of, tensor in zip(lists, row, strict=True):
-            of.append(tensor.contiguous().to(device))
-    return lists
+        steps.append(one_adamw_step(param.to(dtype), grad.to(dtype), m, v, **fields))
+    all_of_them = zip(*(step.tensors for step in steps), strict=True)
+    whole = steps[0].with_tensors([tensor for (tensor,) in of] for of in all_of_them)
+    whole = whole._replace(stochastic=weights == "stochastic", param_ids=list(range(len(steps))))
+    return whole.each(lambda tensor: tensor.contiguous().to(device))._replace(**changes)
+
+
+def one_adamw_step(param: Tensor, grad: Tensor | None, exp_avg: Tensor, exp_avg_sq: Tensor, **fields: Any) -> AdamWStep:
+    """A step of one parameter, from single tensors; what is not among ``fields`` is empty or as usual."""
+    none = {name: torch.empty(0, device=param.device) for name in AdamWStep._fields[:TENSORS]}
+    none["words"], none["row_offsets"] = none["words"].int(), none["row_offsets"].long()
+    given = {"params": param, "grads": grad, "exp_avgs": exp_avg, "exp_avg_sqs": exp_avg_sq}
+    tensors = {name: fields.pop(name, given.get(name, empty)) for name, empty in none.items()}
+    lists: dict[str, Any] = {name: [] if tensor is None else [tensor] for name, tensor in tensors.items()}
+    return AdamWStep(**lists, **{**_USUAL, **fields})
+
+
+_USUAL: dict[str, Any] = {
+    "grad_scale": None, "lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3,
+    "stochastic": False, "seed": 2**40 + 17, "param_ids": [0], "zero_grads": False,
+}  # fmt: skip
 
 
 def _codes(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

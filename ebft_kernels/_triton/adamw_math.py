@@ -43,7 +43,8 @@ def dequantized(code, scale, SIGNED: tl.constexpr):
     root = tl.abs(code)
     fraction = ((root.to(tl.int32, bitcast=True) - OFFSET) << 3).to(tl.float32, bitcast=True)
     value = tl.where(root == 0, 0.0, fraction) * scale
-    return tl.where(code < 0, -value, value) if SIGNED else value
+    # Not -value: Triton has that as 0 - value, which makes another zero of 0.
+    return tl.where(code < 0, value * -1.0, value) if SIGNED else value
 
 
 @triton.jit

@@ -48,6 +48,7 @@ from ebft_kernels._triton.adamw_math import (
 )
 from ebft_kernels._triton.common import cdiv, entry_of, kept_at, narrowed, number, pointer, popcount
 from ebft_kernels._triton.configs import Config
+from ebft_kernels.adamw import AdamWStep
 from ebft_kernels.reference import QUANTIZED_BLOCK
 
 # Columns of the table.
@@ -250,75 +251,53 @@ def word_holding(words_ptr, words_in_row, entry):
 # --- launcher -----------------------------------------------------------------------------------------------------
 
 
-def masked_adamw_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    exp_avg_scales: list[Tensor],
-    exp_avg_sq_scales: list[Tensor],
-    masters: list[Tensor],
-    words: list[Tensor],
-    row_offsets: list[Tensor],
-    grad_scale: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    stochastic: bool,
-    seed: int,
-    param_ids: list[int],
-    zero_grads: bool,
-) -> None:
+def masked_adamw_step(adamw: AdamWStep) -> None:
     """As the op ``masked_adamw_step``."""
-    states = [params, grads, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, masters]
-    used = [[tensor.contiguous() for tensor in of] for of in states]
-    masks, offsets = ([tensor.contiguous() for tensor in of] for of in (words, row_offsets))
-    numbers = hyperparameters(lr, beta1, beta2, eps, weight_decay, step)
+    used, numbers = adamw.each(Tensor.contiguous), hyperparameters(adamw)
+    scale = None if used.grad_scale is None else used.grad_scale.float()
 
     def layout(i: int) -> tuple[Any, ...]:
-        param, grad, m, v, _, _, master = (of[i] for of in used)
-        compact = bool(offsets[i].numel())
+        param, grad, m, v, _, _, master, words, offsets = (of[i] for of in used.tensors)
+        compact = bool(offsets.numel())
         if compact:
             aligned = common.is_aligned(common.width_of(param), param, grad)
         else:
             aligned = common.is_aligned(param.numel(), param, grad, m, v, master)
         return (
-            compact, param.dtype, m.dtype, v.dtype, bool(master.numel()),
-            compact or common.is_flat(param, masks[i]), aligned,
+            compact, param.dtype, m.dtype, v.dtype, bool(master.numel()), compact or common.is_flat(param, words),
+            aligned,
         )  # fmt: skip
 
-    chosen = [i for i, param in enumerate(params) if param.numel()]
+    chosen = [i for i, param in enumerate(used.params) if param.numel()]
     for (compact, weight, moment1, moment2, mastered, flat, aligned), alike in common.alike(chosen, layout):
         quantized = moment1 == torch.int8
         config = (COMPACT_CODES if quantized else COMPACT) if compact else DENSE
         block, rows, programs = config.tiles["BLOCK"], [], 0
         for i in alike:
-            addresses = [of[i].data_ptr() for of in used] + [masks[i].data_ptr() if masks[i].numel() else 0]
-            addresses.append(offsets[i].data_ptr())
-            stored = used[2][i].numel()
-            sizes = (params[i].numel(), stored, common.width_of(params[i]))
-            rows.append([programs, *addresses, *sizes, param_ids[i]])
+            param, words, stored = used.params[i], used.words[i], used.exp_avgs[i].numel()
+            addresses = [of[i].data_ptr() for of in used.written]
+            addresses += [words.data_ptr() if words.numel() else 0, used.row_offsets[i].data_ptr()]
+            sizes = (param.numel(), stored, common.width_of(param))
+            rows.append([programs, *addresses, *sizes, used.param_ids[i]])
             programs += max(1, cdiv(stored, block))
-        table = common.table_on(params[0].device, rows, behind=programs)
+        device = used.params[0].device
+        table = common.table_on(device, rows, behind=programs)
         common.launch(
             compact_kernel if compact else dense_kernel, programs,
-            (table, None if grad_scale is None else grad_scale.float(), *numbers, seed, step),
-            config, params[0].device, exact=True, COUNT=len(table), WEIGHT=common.NUMBERS[weight],
+            (table, scale, *numbers, used.seed, used.step),
+            config, device, exact=True, COUNT=len(table), WEIGHT=common.NUMBERS[weight],
             MOMENT1=common.NUMBERS[moment1], MOMENT2=common.NUMBERS[moment2], QUANTIZED=quantized, MASTERED=mastered,
-            STOCHASTIC=stochastic, ZERO_GRADS=zero_grads, ALIGNED=aligned, **({} if compact else {"FLAT": flat}),
+            STOCHASTIC=used.stochastic, ZERO_GRADS=used.zero_grads, ALIGNED=aligned,
+            **({} if compact else {"FLAT": flat}),
         )  # fmt: skip
-    for given, was_used in zip(states, used, strict=True):
+    for given, was_used in zip(adamw.written, used.written, strict=True):
         for tensor, contiguous in zip(given, was_used, strict=True):
             if tensor is not contiguous:
                 tensor.copy_(contiguous)
 
 
-def hyperparameters(
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int
-) -> tuple[float, ...]:
+def hyperparameters(adamw: AdamWStep) -> tuple[float, ...]:
     """What a kernel needs of a step's settings, computed in float64 as the reference does."""
-    step_size, correction = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
-    return 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, step_size, correction, eps
+    beta1, beta2 = adamw.beta1, adamw.beta2
+    step_size, correction = adamw.lr / (1 - beta1**adamw.step), (1 - beta2**adamw.step) ** -0.5
+    return 1 - adamw.lr * adamw.weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, step_size, correction, adamw.eps

@@ -29,6 +29,7 @@ from ebft_kernels._triton.adamw_math import new_moments, new_weight, stored_weig
 from ebft_kernels._triton.common import cdiv, expand_words, grouped_tile, narrowed
 from ebft_kernels._triton.masked_adamw import hyperparameters
 from ebft_kernels._triton.masked_linear import config_of, gradient_tile, precision, tile_words
+from ebft_kernels.adamw import AdamWStep
 
 _OPS = torch.ops.ebft_kernels
 
@@ -87,47 +88,14 @@ def gradient_step_kernel(
         tl.store(param_ptr + place, rounded, mask=inside)
 
 
-def masked_dw_adamw_step(
-    dy: Tensor,
-    x: Tensor,
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    exp_avg_scale: Tensor,
-    exp_avg_sq_scale: Tensor,
-    master: Tensor,
-    words: Tensor,
-    row_offsets: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    stochastic: bool,
-    seed: int,
-    param_id: int,
-) -> None:
+def masked_dw_adamw_step(dy: Tensor, x: Tensor, adamw: AdamWStep) -> None:
     """As the op ``masked_dw_adamw_step``."""
-    states = (param, exp_avg, exp_avg_sq, master)
-    if exp_avg_scale.numel() or row_offsets.numel() or not all(state.is_contiguous() for state in states):
-        gradient = _OPS.masked_linear_dw(dy, x, words).to(param.dtype)
-        lists = (
-            [of]
-            for of in (
-                param,
-                gradient,
-                exp_avg,
-                exp_avg_sq,
-                exp_avg_scale,
-                exp_avg_sq_scale,
-                master,
-                words,
-                row_offsets,
-            )
-        )
-        settings = (None, lr, beta1, beta2, eps, weight_decay, step, stochastic, seed, [param_id], False)
-        _OPS.masked_adamw_step(*lists, *settings)
+    (param,), (exp_avg,), (exp_avg_sq,), (master,) = adamw.params, adamw.exp_avgs, adamw.exp_avg_sqs, adamw.masters
+    (words,), states = adamw.words, (param, exp_avg, exp_avg_sq, master)
+    elsewhere = exp_avg.dtype == torch.int8 or adamw.row_offsets[0].numel() > 0 or adamw.grad_scale is not None
+    if elsewhere or not all(state.is_contiguous() for state in states):
+        grad = _OPS.masked_linear_dw(dy, x, words).to(param.dtype)
+        _OPS.masked_adamw_step(*adamw._replace(grads=[grad], zero_grads=False))
         return
     dy, x, words = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), words.contiguous()
     (t, n), k = dy.shape, x.shape[1]
@@ -138,8 +106,8 @@ def masked_dw_adamw_step(
         (
             dy, x, words, param, exp_avg, exp_avg_sq, master if master.numel() else None,
             n, k, t, words.shape[1], *dy.stride(), *x.stride(),
-            *hyperparameters(lr, beta1, beta2, eps, weight_decay, step), seed, step, param_id,
+            *hyperparameters(adamw), adamw.seed, adamw.step, adamw.param_ids[0],
         ),
-        config, x.device, exact=True, STOCHASTIC=stochastic, EVEN_TILE=n % bn == 0 and k % bk == 0, EVEN_T=t % bt == 0,
-        PRECISION=precision(),
+        config, x.device, exact=True, STOCHASTIC=adamw.stochastic, EVEN_TILE=n % bn == 0 and k % bk == 0,
+        EVEN_T=t % bt == 0, PRECISION=precision(),
     )  # fmt: skip

@@ -17,11 +17,13 @@ from ebft_kernels import (
     masked_linear,
     reconstruction_loss,
     reference,
+    use_impl,
 )
-from ebft_kernels.ops import SCHEMAS
+from ebft_kernels.adamw import AdamWStep
+from ebft_kernels.ops import OF_A_STEP, SCHEMAS
 from ebft_kernels.testing import (
     ADAMW_LAYOUTS,
-    adamw_lists,
+    adamw_step,
     assert_exact_zeros,
     check_linear,
     linear_cases,
@@ -40,8 +42,7 @@ def op_examples():
     x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 3, 37), (5, 37), (5,)))
     dy, words = torch.randn(2, 3, 5, requires_grad=True), make_words(5, 37)
     none = torch.empty(0, dtype=torch.int32)
-    states = adamw_lists("master", "int8", True)
-    step = (1e-3, 0.9, 0.95, 1e-8, 0.1, 3, False, 7, list(range(len(states[0]))), False)
+    step = adamw_step("master", "int8", True, grad_scale=torch.tensor(0.5))
     values, scales = reference.compress(weight.detach(), words, int8=True)
     compressed = (words, values, reference.row_offsets(words), scales)
     return {
@@ -60,17 +61,8 @@ def op_examples():
         "zero_pruned_": ((weight.detach().clone(), words), {}),
         "reconstruction_loss": ((dy.detach().requires_grad_(), torch.randn(2, 3, 5), torch.randn(2, 3, 5)), {}),
         "masked_grad_norm": (([torch.randn(5, 37), torch.randn(4)], [words, none]), {}),
-        "masked_dw_adamw_step": (
-            (
-                torch.randn(2, 3, 7),
-                torch.randn(2, 3, 33),
-                *(of[0] for n, of in enumerate(states) if n != 1),
-                *step[:8],
-                0,
-            ),
-            {},
-        ),
-        "masked_adamw_step": ((*states, torch.tensor(0.5), *step), {}),
+        "masked_dw_adamw_step": ((torch.randn(2, 3, 7), torch.randn(2, 3, 33), *step.only(0)._replace(grads=[])), {}),
+        "masked_adamw_step": (step, {}),
     }
 
 
@@ -249,39 +241,32 @@ def test_reconstruction_loss_has_gradients_of_second_order():
 
 # --- masked AdamW -------------------------------------------------------------------------------------------------
 
-STEP = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
-STEP |= {"seed": 2**40 + 17, "zero_grads": False}
-MUTABLE = ("params", "grads", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales", "masters")
 
-
-def clones(lists):
-    return [[tensor.clone() for tensor in of] for of in lists]
-
-
-def run_step(step, lists, grad_scale=None, **changes):
-    settings = {**STEP, "stochastic": False, "param_ids": list(range(len(lists[0]))), **changes}
-    order = ("lr", "beta1", "beta2", "eps", "weight_decay", "step", "stochastic", "seed", "param_ids", "zero_grads")
-    step(*lists, grad_scale, *(settings[name] for name in order))
-    return dict(zip(MUTABLE, lists, strict=False))
+@pytest.mark.parametrize("op", OF_A_STEP)
+def test_an_op_takes_the_fields_of_a_step_in_their_order(op):
+    arguments = getattr(OPS, op).default._schema.arguments
+    assert [argument.name for argument in arguments][-len(AdamWStep._fields) :] == list(AdamWStep._fields)
+    step = adamw_step("fp32", "fp32", False)
+    written = [argument.name for argument in arguments if argument.alias_info is not None]
+    assert [getattr(step, name) for name in written] == list(step.written)
 
 
 @pytest.mark.parametrize("scale", [None, 0.25])
 @pytest.mark.parametrize(("weights", "moments", "compact"), ADAMW_LAYOUTS)
 def test_masked_adamw_step_against_the_reference(weights, moments, compact, scale):
-    grad_scale = None if scale is None else torch.tensor(scale)
-    lists = adamw_lists(weights, moments, compact)
-    how = {"stochastic": weights == "stochastic"}
-    mine = run_step(OPS.masked_adamw_step, clones(lists), grad_scale, **how)
-    truth = run_step(reference.masked_adamw_step, clones(lists), grad_scale, **how)
-    for name in MUTABLE:
-        for n, (got, true) in enumerate(zip(mine[name], truth[name], strict=True)):
+    step = adamw_step(weights, moments, compact, grad_scale=None if scale is None else torch.tensor(scale))
+    mine, truth = step.each(torch.clone), step.each(torch.clone)
+    OPS.masked_adamw_step(*mine)
+    reference.masked_adamw_step(truth)
+    for name, gots, trues in zip(AdamWStep._fields, mine.written, truth.written, strict=False):
+        for n, (got, true) in enumerate(zip(gots, trues, strict=True)):
             torch.testing.assert_close(
                 got, true, rtol=1e-5, atol=1e-7, equal_nan=True, msg=lambda m, w=f"{name}[{n}]": f"{w}: {m}"
             )
-    for param, words in zip(mine["params"], lists[7], strict=True):
+    for param, words in zip(mine.params, step.words, strict=True):
         if words.numel():
             assert_exact_zeros(param, reference.unpack_mask(words, param.shape[-1]))
-    for before, after in zip(lists[1], mine["grads"], strict=True):
+    for before, after in zip(step.grads, mine.grads, strict=True):
         torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)  # gradients are only read
 
 
@@ -307,16 +292,24 @@ def test_masked_adamw_step_in_float64_and_with_any_strides():
 
 def test_gradients_are_zeroed_in_the_pass_if_asked():
     for layout in (("fp32", "fp32", False), ("stochastic", "int8", True)):
-        lists = adamw_lists(*layout)
-        run_step(OPS.masked_adamw_step, lists, stochastic=layout[0] == "stochastic", zero_grads=True)
-        assert all(torch.count_nonzero(grad) == 0 for grad in lists[1])
+        step = adamw_step(*layout, zero_grads=True)
+        OPS.masked_adamw_step(*step)
+        assert all(torch.count_nonzero(grad) == 0 for grad in step.grads)
 
 
 def test_masked_grad_norm_ignores_pruned_entries():
-    lists = adamw_lists("fp32", "fp32", False)
-    masks = [None if not w.numel() else PackedMask(w, p.shape) for p, w in zip(lists[0], lists[7], strict=True)]
-    truth = reference.masked_grad_norm([g.double() for g in lists[1]], lists[7])
-    torch.testing.assert_close(masked_grad_norm(lists[1], masks).double(), truth, rtol=1e-6, atol=0)
+    step = adamw_step("fp32", "fp32", False)
+    masks = [None if not w.numel() else PackedMask(w, p.shape) for p, w in zip(step.params, step.words, strict=True)]
+    truth = reference.masked_grad_norm([g.double() for g in step.grads], step.words)
+    torch.testing.assert_close(masked_grad_norm(step.grads, masks).double(), truth, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_lists_of_no_tensors(impl):
+    with use_impl(impl):
+        masked_adamw_step([], [], [], [], [], lr=1e-3, step=1)  # there is nothing to do
+        with pytest.raises(ValueError, match="masked_grad_norm got no tensors; expected at least one"):
+            masked_grad_norm([], [])
 
 
 def test_masked_adamw_step_refuses_what_does_not_fit():

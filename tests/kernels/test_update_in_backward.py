@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ebft_kernels import MaskedAdamW, MaskedLinear, PackedMask, mask_linears_, reference
-from ebft_kernels.testing import ADAMW_LAYOUTS, adamw_lists, assert_exact_zeros
+from ebft_kernels.testing import ADAMW_LAYOUTS, adamw_step, assert_exact_zeros
 
 RECIPE = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
@@ -154,25 +154,26 @@ def test_a_frozen_weight_and_evaluation_are_left_alone():
 @pytest.mark.parametrize(("weights", "moments", "compact"), ADAMW_LAYOUTS)
 def test_the_op_against_the_reference(weights, moments, compact):
     torch.manual_seed(0)
-    lists = adamw_lists(weights, moments, compact)
+    whole = adamw_step(weights, moments, compact)
     for number in (0, 3, 4, 5, 6):  # the matrices
-        states = [of[number] for n, of in enumerate(lists) if n != 1]
-        rows, width = states[0].shape
+        step = whole.only(number)._replace(grads=[])
+        rows, width = step.params[0].shape
         dy, x = torch.randn(2, 3, rows), torch.randn(2, 3, width)
-        mine, truth = ([t.clone() for t in states] for _ in range(2))
-        settings = (1e-2, 0.9, 0.95, 1e-8, 0.1, 3, weights == "stochastic", 7, number)
-        torch.ops.ebft_kernels.masked_dw_adamw_step(dy, x, *mine, *settings)
-        reference.masked_dw_adamw_step(dy, x, *truth, *settings)
-        unit = torch.finfo(mine[0].dtype).eps  # torch's kernel rounds the gradient to the parameter's dtype
-        if moments == "int8":  # what the codes stand for: where a gradient is rounded, a small moment may get another
-            for lists_of in (mine, truth):
-                for n in (1, 2):
-                    lists_of[n] = reference.dequantize(lists_of[n].flatten(), lists_of[n + 2])
-        for n, (got, true) in enumerate(zip(mine[:6], truth[:6], strict=True)):
+        mine, truth = step.each(torch.clone), step.each(torch.clone)
+        torch.ops.ebft_kernels.masked_dw_adamw_step(dy, x, *mine)
+        reference.masked_dw_adamw_step(dy, x, truth)
+        unit = torch.finfo(mine.params[0].dtype).eps  # torch's kernel rounds the gradient to the parameter's dtype
+        for name in ("params", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales", "masters"):
+            (got,), (true,) = getattr(mine, name), getattr(truth, name)
+            codes = true.dtype in (torch.int8, torch.uint8)
+            if codes:  # what they stand for: where a gradient is rounded, a small moment may get another
+                scales = f"{name[:-1]}_scales"
+                got = reference.dequantize(got.flatten(), getattr(mine, scales)[0])
+                true = reference.dequantize(true.flatten(), getattr(truth, scales)[0])
             largest = float(true.abs().max() if true.numel() else 0)
-            rtol = 0.15 if moments == "int8" and n in (1, 2) else max(1e-5, 2 * unit)
+            rtol = 0.15 if codes else max(1e-5, 2 * unit)
             torch.testing.assert_close(got.float(), true.float(), rtol=rtol, atol=2 * unit * largest + 1e-6)
-        assert_exact_zeros(mine[0], PackedMask(states[6], states[0].shape).dense())
+        assert_exact_zeros(mine.params[0], PackedMask(step.words[0], step.params[0].shape).dense())
 
 
 def test_compiled_layers_make_gradients_as_usual():

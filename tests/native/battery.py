@@ -11,27 +11,22 @@ import torch
 
 from ebft_kernels import reference
 from ebft_kernels._extension import native_reason
-from ebft_kernels.testing import ADAMW_LAYOUTS, MASK_KINDS, adamw_lists, make_mask
+from ebft_kernels.adamw import AdamWStep
+from ebft_kernels.testing import ADAMW_LAYOUTS, MASK_KINDS, adamw_step, make_mask
 
 OPS = torch.ops.ebft_kernels
-STEP = (1e-2, 0.9, 0.95, 1e-8, 0.1, 3)
-
-
-def clones(lists):
-    return [[tensor.clone() for tensor in of] for of in lists]
 
 
 def check_adamw(layout, dtype, steps=3, scale=0.25, seed=0):
     """Equal bit for bit, states and random bits included."""
-    lists = adamw_lists(*layout, dtype=dtype, seed=seed)
-    mine, truth = clones(lists), clones(lists)
-    stochastic, ids = layout[0] == "stochastic", [7 + n for n in range(len(lists[0]))]
-    grad_scale = None if scale is None else torch.tensor(scale)
+    first = adamw_step(*layout, dtype=dtype, seed=seed, grad_scale=None if scale is None else torch.tensor(scale))
+    first = first._replace(param_ids=[7 + n for n in first.param_ids])
+    mine, truth = first.each(torch.clone), first.each(torch.clone)
     for step in range(1, steps + 1):
-        rest = (*STEP[:5], step, stochastic, 2**40 + 17, ids, step == steps)
-        OPS.masked_adamw_step.native(*mine, grad_scale, *rest)
-        reference.masked_adamw_step(*truth, grad_scale, *rest)
-    for name, got, true in zip(("w", "g", "m", "v", "ms", "vs", "master"), mine, truth, strict=False):
+        of_this = {"step": step, "zero_grads": step == steps}
+        OPS.masked_adamw_step.native(*mine._replace(**of_this))
+        reference.masked_adamw_step(truth._replace(**of_this))
+    for name, got, true in zip(AdamWStep._fields, mine.written, truth.written, strict=False):
         for n, (a, b) in enumerate(zip(got, true, strict=True)):
             assert torch.equal(a, b) or (
                 (a.isnan() == b.isnan()).all() and torch.equal(a.nan_to_num(), b.nan_to_num())
@@ -98,11 +93,11 @@ def check_compressed(rows, width, batch, values, x_dtype, kind="random", seed=0)
 
 
 def check_grad_norm():
-    lists = adamw_lists("fp32", "fp32", False)
+    step = adamw_step("fp32", "fp32", False)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        grads = [grad.to(dtype) for grad in lists[1]]
-        truth = reference.masked_grad_norm([grad.double() for grad in grads], lists[7])
-        got = OPS.masked_grad_norm.native(grads, lists[7])
+        grads = [grad.to(dtype) for grad in step.grads]
+        truth = reference.masked_grad_norm([grad.double() for grad in grads], step.words)
+        got = OPS.masked_grad_norm.native(grads, step.words)
         torch.testing.assert_close(got.double(), truth, rtol=1e-6, atol=0)
 
 

@@ -28,10 +28,12 @@ from hypothesis import strategies as st
 
 from ebft_kernels import reference
 from ebft_kernels._extension import native_reason
-from ebft_kernels.ops import NATIVE
-from ebft_kernels.testing import ADAMW_LAYOUTS, MASK_KINDS, make_mask, poisoned
+from ebft_kernels.adamw import AdamWStep
+from ebft_kernels.ops import NATIVE, OF_A_STEP
+from ebft_kernels.testing import ADAMW_LAYOUTS, MASK_KINDS, make_mask, one_adamw_step, poisoned
 
 OPS = torch.ops.ebft_kernels
+IN_PLACE = ("masked_adamw_step", "zero_pruned_")
 # How an op says no. Anything else that it raises is a fault.
 REFUSALS = (ValueError, RuntimeError, IndexError, NotImplementedError)
 
@@ -67,6 +69,8 @@ def valid_call(case: Case) -> dict[str, object]:
         return {"words": words, "width": width}
     if case.op == "row_offsets":
         return {"words": words}
+    if case.op == "zero_pruned_":
+        return {"tensor": floats(rows, width), "words": words}
     if case.op == "topk_mask":
         return {"scores": floats(rows, width), "k": dice.randint(0, width)}
     m = dice.choice([m for m in (1, 2, 3, 4, 8, 32, width) if width % m == 0])
@@ -93,29 +97,31 @@ def valid_call(case: Case) -> dict[str, object]:
 def adamw_call(dice, floats, mask_of):
     weights, moments, compact = dice.choice(ADAMW_LAYOUTS)
     dtype = {"fp32": torch.float32, "stochastic": torch.bfloat16}.get(weights) or dice.choice(FLOATS[1:])
-    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales", "masters", "words")
-    lists = {name: [] for name in (*names, "row_offsets")}
-    empty = torch.empty(0)
+    steps = []
     for masked in (True, False):
         mask = mask_of() if masked else torch.ones(dice.randint(1, 700), dtype=torch.bool)
         param, grad = (floats(*mask.shape, dtype=dtype) for _ in range(2))
-        words = reference.pack_mask(mask) if masked else torch.empty(0, dtype=torch.int32)
-        offsets = reference.row_offsets(words) if masked and compact else torch.empty(0, dtype=torch.int64)
-        stored = mask if masked and compact else torch.ones_like(mask)
+        stored, fields = mask if masked and compact else torch.ones_like(mask), {}
+        if masked:
+            fields["words"] = reference.pack_mask(mask)
+            if compact:
+                fields["row_offsets"] = reference.row_offsets(fields["words"])
         m = (floats(*mask.shape, dtype=torch.float32) * mask)[stored]
         v = (floats(*mask.shape, dtype=torch.float32).square() * mask)[stored]
-        master = param.float()[stored] if weights == "master" else empty
-        scales = [empty, empty]
+        if weights == "master":
+            fields["masters"] = param.float()[stored]
         if moments == "int8":
-            (m, scales[0]), (v, scales[1]) = reference.quantize(m, True), reference.quantize(v, False)
+            m, fields["exp_avg_scales"] = reference.quantize(m, True)
+            v, fields["exp_avg_sq_scales"] = reference.quantize(v, False)
         elif moments == "bf16":
             m, v = m.bfloat16(), v.bfloat16()
-        for name, tensor in zip(lists, (param, grad, m, v, *scales, master, words, offsets), strict=True):
-            lists[name].append(tensor)
-    scalars = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": dice.randint(1, 9)}
-    tail = {"stochastic": weights == "stochastic", "seed": dice.getrandbits(62), "param_ids": [3, 5]}
-    scale = dice.choice([None, torch.tensor(0.25)])
-    return {**lists, "grad_scale": scale, **scalars, **tail, "zero_grads": dice.random() < 0.5}
+        steps.append(one_adamw_step(param, grad, m, v, **fields))
+    one, two = steps
+    lists = [of + and_of for of, and_of in zip(one.tensors, two.tensors, strict=True)]
+    settings = {"beta2": 0.99, "step": dice.randint(1, 9), "stochastic": weights == "stochastic"}
+    settings |= {"seed": dice.getrandbits(62), "param_ids": [3, 5]}
+    settings |= {"grad_scale": dice.choice([None, torch.tensor(0.25)]), "zero_grads": dice.random() < 0.5}
+    return one.with_tensors(lists)._replace(**settings)._asdict()
 
 
 # --- changes --------------------------------------------------------------------------------------------------------
@@ -274,13 +280,14 @@ def check(case: Case) -> str:
         call[name] = changed(before, how, number)
         gone = gone or (how in NOT_THERE and memory_of(before) != memory_of(call[name]))
     arguments = [each(value, guarded) for value in call.values()]
-    in_place = case.op == "masked_adamw_step"
     kept = None if gone else [each(value, lambda t: t.clone()) for value in arguments]
     got = outcome(getattr(OPS, case.op).native, arguments)
     if isinstance(got, Exception):
         assert isinstance(got, REFUSALS), f"{case} raised {got!r}"
         assert case.changes, f"{case} is valid and was refused: {got}"
-        assert gone or not in_place or same(arguments, kept), f"{case} was refused and changed something: {got}"
+        assert gone or case.op not in IN_PLACE or same(arguments, kept), (
+            f"{case} was refused and changed something: {got}"
+        )
         return "refused"
     assert not gone, f"{case} was answered without memory to read"
     compare(case, got, arguments, kept)
@@ -302,11 +309,13 @@ def compare(case, got, arguments, kept):
             widened[4] = kept[4]  # scales are float32
         true = outcome(getattr(reference, case.op), widened)
     else:
-        true = outcome(getattr(reference, case.op), kept)
+        true = outcome(getattr(reference, case.op), [AdamWStep(*kept)] if case.op in OF_A_STEP else kept)
     if isinstance(true, Exception) and isinstance(got, torch.Tensor) and got.numel() == 0:
         return  # an answer without a number in it cannot be wrong
     assert not isinstance(true, Exception), f"{case} was answered; the reference: {true!r}"
-    if case.op == "masked_adamw_step":
+    if case.op == "zero_pruned_":
+        assert same(arguments, kept), f"{case}: other weights than the reference"
+    elif case.op == "masked_adamw_step":
         for lists in (arguments, kept):
             forget_codes(lists)
         assert same(arguments, kept), f"{case}: other weights or states than the reference"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ebft_kernels import MaskedAdamW, PackedMask, explain, masked_linear, reference, use_impl
 from ebft_kernels._extension import native_reason
-from ebft_kernels.testing import ADAMW_LAYOUTS, adamw_lists
+from ebft_kernels.testing import ADAMW_LAYOUTS, adamw_step, one_adamw_step
 
 OPS = torch.ops.ebft_kernels
 HERE = Path(__file__).parent
@@ -76,20 +76,22 @@ def test_adamw_on_any_shape(rows, width, layout, density, seed):
     param, grad = (torch.randn(rows, width, generator=generator).to(dtype) for _ in range(2))
     m, v = torch.randn(rows, width, generator=generator) * mask, torch.rand(rows, width, generator=generator) * mask
     stored = mask if compact else torch.ones_like(mask)
-    empty = torch.empty(0)
-    offsets = reference.row_offsets(words) if compact else torch.empty(0, dtype=torch.int64)
-    m, v, master = m[stored], v[stored], param.float()[stored] if weights == "master" else empty
-    scales = [empty, empty]
+    fields = {"words": words, "stochastic": weights == "stochastic", "seed": seed, "param_ids": [3]}
+    if compact:
+        fields["row_offsets"] = reference.row_offsets(words)
+    if weights == "master":
+        fields["masters"] = param.float()[stored]
+    m, v = m[stored], v[stored]
     if moments == "int8":
-        (m, scales[0]), (v, scales[1]) = reference.quantize(m, True), reference.quantize(v, False)
+        m, fields["exp_avg_scales"] = reference.quantize(m, True)
+        v, fields["exp_avg_sq_scales"] = reference.quantize(v, False)
     elif moments == "bf16":
         m, v = m.bfloat16(), v.bfloat16()
-    lists = [[param], [grad], [m], [v], [scales[0]], [scales[1]], [master], [words], [offsets]]
-    rest = (None, 1e-2, 0.9, 0.99, 1e-8, 0.1, 5, weights == "stochastic", seed, [3], False)
-    mine, truth = battery.clones(lists), battery.clones(lists)
-    OPS.masked_adamw_step.native(*mine, *rest)
-    reference.masked_adamw_step(*truth, *rest)
-    for got, true in zip(mine[:7], truth[:7], strict=True):
+    step = one_adamw_step(param, grad, m, v, **fields)
+    mine, truth = step.each(torch.clone), step.each(torch.clone)
+    OPS.masked_adamw_step.native(*mine)
+    reference.masked_adamw_step(truth)
+    for got, true in zip(mine.written, truth.written, strict=True):
         assert torch.equal(got[0], true[0])
 
 
@@ -99,7 +101,7 @@ def test_the_same_whatever_the_threads(threads):
     results = []
     for count in (1, threads):
         torch.set_num_threads(count)
-        lists = adamw_lists("stochastic", "int8", True)
+        step = adamw_step("stochastic", "int8", True)
         big = torch.rand(400, 1000, generator=torch.Generator().manual_seed(0)) > 0.7
         param = torch.randn(400, 1000, generator=torch.Generator().manual_seed(1)).bfloat16()
         weight = torch.nn.Parameter(param)
@@ -107,7 +109,7 @@ def test_the_same_whatever_the_threads(threads):
         weight.grad = param * 0.01
         optimizer.clip_grad_norm_(1.0)
         optimizer.step()
-        norm = OPS.masked_grad_norm.native(lists[1], lists[7])
+        norm = OPS.masked_grad_norm.native(step.grads, step.words)
         results.append((weight.detach().clone(), optimizer.state[weight]["exp_avg_sq"].clone(), norm))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -139,23 +141,9 @@ def test_torch_and_native_give_the_same_masks():
 # --- safety: every entry checks before it touches memory ----------------------------------------------------------
 
 
-def lists_with(**changes):
-    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales", "masters", "words")
-    names += ("row_offsets",)
+def step_with(**changes):
     w, mask = torch.randn(4, 40), torch.rand(4, 40) > 0.5
-    base = [
-        w,
-        w.clone(),
-        w.clone(),
-        w.clone(),
-        *[torch.empty(0)] * 3,
-        reference.pack_mask(mask),
-        torch.empty(0, dtype=torch.int64),
-    ]
-    return [[changes.get(name, tensor)] for name, tensor in zip(names, base, strict=True)]
-
-
-STEP = (None, 1e-2, 0.9, 0.99, 1e-8, 0.1, 5, False, 0, [0], False)
+    return one_adamw_step(w, w.clone(), w.clone(), w.clone(), **{"words": reference.pack_mask(mask), **changes})
 
 
 @pytest.mark.parametrize(
@@ -179,20 +167,21 @@ STEP = (None, 1e-2, 0.9, 0.99, 1e-8, 0.1, 5, False, 0, [0], False)
     ],
 )  # fmt: skip
 def test_adamw_checks_what_it_is_given(changes, says):
-    lists = lists_with(**changes)
-    before = battery.clones(lists)
+    step = step_with(**changes)
+    before = step.each(torch.clone)
     with pytest.raises(ValueError, match=says):
-        OPS.masked_adamw_step.native(*lists, *STEP)
-    assert all(torch.equal(a, b) for of, was in zip(lists, before, strict=True) for a, b in zip(of, was, strict=True))
+        OPS.masked_adamw_step.native(*step)
+    for now, was in zip(step.tensors, before.tensors, strict=True):
+        assert torch.equal(now[0], was[0])
 
 
 def test_a_bad_second_parameter_leaves_the_first_alone():
-    good, bad = lists_with(), lists_with(exp_avgs=torch.zeros(3))
-    lists = [one + two for one, two in zip(good, bad, strict=True)]
-    before = good[0][0].clone()
+    good, bad = step_with(), step_with(exp_avgs=torch.zeros(3))
+    lists = [one + two for one, two in zip(good.tensors, bad.tensors, strict=True)]
+    before = good.params[0].clone()
     with pytest.raises(ValueError, match="first moments with 3 entries"):
-        OPS.masked_adamw_step.native(*lists, *STEP[:9], [0, 1], False)
-    assert torch.equal(good[0][0], before)
+        OPS.masked_adamw_step.native(*good.with_tensors(lists)._replace(param_ids=[0, 1]))
+    assert torch.equal(good.params[0], before)
 
 
 WORDS = reference.pack_mask(torch.ones(4, 40, dtype=torch.bool))
@@ -207,7 +196,10 @@ WORDS = reference.pack_mask(torch.ones(4, 40, dtype=torch.bool))
         (lambda: OPS.zero_pruned_.native(torch.randn(4, 40).double(), WORDS), "a tensor of Double; expected float32"),
         (lambda: OPS.zero_pruned_.native(torch.zeros(4, 40).int(), WORDS), "a tensor of Int; expected float32"),
         (lambda: OPS.zero_pruned_.native(torch.randn(40, 4).T, WORDS), "a tensor .* that is not contiguous"),
-        (lambda: OPS.zero_pruned_.native(torch.randn(4, 70), WORDS), "8 mask words for 4 rows of 70; expected 12"),
+        (
+            lambda: OPS.zero_pruned_.native(torch.randn(4, 70), WORDS),
+            r"mask words \(4, 2\) for \(4, 70\); expected 3 words a row",
+        ),
         (lambda: OPS.zero_pruned_.native(torch.randn(()), WORDS), r"a tensor \(\); expected \(..., K\)"),
         (lambda: OPS.topk_mask.native(torch.randn(3, 4), 5), "k = 5"),
         (lambda: OPS.topk_mask.native(torch.randn(3, 4).double(), 2), "scores of Double"),

@@ -10,6 +10,8 @@ import sys
 import time
 
 import torch
+import triton
+import triton.language as tl
 
 from ebft_kernels import (
     MaskedAdamW,
@@ -22,16 +24,18 @@ from ebft_kernels import (
     reference,
     use_impl,
 )
+from ebft_kernels._triton.adamw_math import dequantized
+from ebft_kernels.adamw import AdamWStep
 from ebft_kernels.testing import (
     ADAMW_LAYOUTS,
-    adamw_lists,
+    adamw_step,
     assert_exact_zeros,
     check_linear,
     linear_cases,
+    one_adamw_step,
 )
 
 OPS = torch.ops.ebft_kernels
-MUTABLE = ("params", "grads", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales", "masters")
 
 
 def poisoned_empty():
@@ -74,11 +78,11 @@ def masks():
 
 
 def norm():
-    lists = adamw_lists("fp32", "fp32", False)  # NaN in pruned places
-    packed = [PackedMask(w, p.shape) if w.numel() else None for p, w in zip(lists[0], lists[7], strict=True)]
+    step = adamw_step("fp32", "fp32", False)  # NaN in pruned places
+    packed = [PackedMask(w, p.shape) if w.numel() else None for p, w in zip(step.params, step.words, strict=True)]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        grads = [grad.to(dtype) for grad in lists[1]]
-        truth = reference.masked_grad_norm([grad.double() for grad in grads], lists[7])
+        grads = [grad.to(dtype) for grad in step.grads]
+        truth = reference.masked_grad_norm([grad.double() for grad in grads], step.words)
         norms = [masked_grad_norm(grads, packed) for _ in range(2)]
         torch.testing.assert_close(norms[0].double(), truth, rtol=1e-6, atol=0)
         assert torch.equal(*norms)
@@ -152,31 +156,39 @@ def adamw():
             scale = (
                 0.25 if (number // 2 + (dtype == torch.float16)) % 2 else None
             )  # every layout sees both, or its sisters do
-            lists = adamw_lists(*layout, dtype=dtype)
-            mine, truth = ([[t.clone() for t in of] for of in lists] for _ in range(2))
-            settings = (
-                1e-2,
-                0.9,
-                0.95,
-                1e-8,
-                0.1,
-                3,
-                layout[0] == "stochastic",
-                2**40 + 17,
-                list(range(len(lists[0]))),
-            )
             grad_scale = None if scale is None else torch.tensor(scale)
-            OPS.masked_adamw_step(*mine, grad_scale, *settings, scale is not None)
-            reference.masked_adamw_step(*truth, grad_scale, *settings, scale is not None)
-            for name, got, true in zip(MUTABLE, mine, truth, strict=False):
+            step = adamw_step(*layout, dtype=dtype, grad_scale=grad_scale, zero_grads=scale is not None)
+            mine, truth = step.each(torch.clone), step.each(torch.clone)
+            OPS.masked_adamw_step(*mine)
+            reference.masked_adamw_step(truth)
+            for name, got, true in zip(AdamWStep._fields, mine.written, truth.written, strict=False):
                 for a, b in zip(got, true, strict=True):
                     torch.testing.assert_close(
                         a, b, rtol=0, atol=0, equal_nan=True,
                         msg=lambda text, w=f"{layout} {dtype} {name}": f"{w}: {text}",
                     )  # fmt: skip
-            for param, words in zip(mine[0], lists[7], strict=True):
+            for param, words in zip(mine.params, step.words, strict=True):
                 if words.numel():
                     assert_exact_zeros(param, reference.unpack_mask(words, param.shape[-1]), str(layout))
+
+
+@triton.jit
+def codes_kernel(code_ptr, scale_ptr, out_ptr, SIGNED: tl.constexpr):
+    place = tl.arange(0, 256)
+    tl.store(out_ptr + place, dequantized(tl.load(code_ptr + place), tl.load(scale_ptr), SIGNED))
+
+
+def codes():
+    """Codes of every kind, under scales of every kind (negative ones too), stand for what the reference says, to the
+    sign of zero."""
+    for dtype in (torch.int8, torch.uint8):
+        every = torch.arange(256).to(torch.uint8).view(dtype)
+        for number in (0.0, -0.0, 1.0, -1.0, -3e-7, 1e-44, -2e38, float("inf"), -float("inf"), float("nan")):
+            scale, got = torch.tensor([number]), torch.empty(256)
+            codes_kernel[(1,)](every, scale, got, SIGNED=dtype == torch.int8)
+            true = reference.dequantize(every, scale)
+            same = (got.view(torch.int32) == true.view(torch.int32)) | (got.isnan() & true.isnan())
+            assert same.all(), f"{dtype}, scale {number}: {got[~same]} for {true[~same]}"
 
 
 def optimizer(steps=20):
@@ -227,18 +239,20 @@ def in_backward():
             )  # as autocast to float32 would
             w, m, v = (torch.randn(rows, width, generator=generator) for _ in range(3))
             kind = torch.float32 if moments == "fp32" else torch.bfloat16
-            empty, no_rows = torch.empty(0), torch.empty(0, dtype=torch.int64)
-            states = [w.to(dtype), m.to(kind), v.square().to(kind), empty, empty, w if weights == "master" else empty]
-            settings = (1e-2, 0.9, 0.95, 1e-8, 0.1, 3, weights == "stochastic", 7, 2)
-            mine, truth = ([t.clone() for t in states] for _ in range(2))
-            for step, of in ((OPS.masked_dw_adamw_step, mine), (reference.masked_dw_adamw_step, truth)):
-                step(dy, x, *of, reference.pack_mask(mask), no_rows, *settings)
-            for name, got, true in zip(("param", "m", "v", "", "", "master"), mine, truth, strict=True):
-                unit = torch.finfo(true.dtype).eps  # where the sums differ in the last place, so may the rounding
-                torch.testing.assert_close(
-                    got, true, rtol=max(1e-5, unit), atol=1e-5, msg=lambda t, n=f"{name} {weights}": f"{n}: {t}"
-                )
-            assert_exact_zeros(mine[0], mask)
+            fields = {"words": reference.pack_mask(mask), "stochastic": weights == "stochastic", "param_ids": [2]}
+            if weights == "master":
+                fields["masters"] = w
+            step = one_adamw_step(w.to(dtype), None, m.to(kind), v.square().to(kind), **fields)
+            mine, truth = step.each(torch.clone), step.each(torch.clone)
+            OPS.masked_dw_adamw_step(dy, x, *mine)
+            reference.masked_dw_adamw_step(dy, x, truth)
+            for name, gots, trues in zip(AdamWStep._fields, mine.written, truth.written, strict=False):
+                for got, true in zip(gots, trues, strict=True):
+                    unit = torch.finfo(true.dtype).eps  # where the sums differ in the last place, so may the rounding
+                    torch.testing.assert_close(
+                        got, true, rtol=max(1e-5, unit), atol=1e-5, msg=lambda t, n=f"{name} {weights}": f"{n}: {t}"
+                    )
+            assert_exact_zeros(mine.params[0], mask)
     runs = []
     for impl in ("triton", "torch"):
         with use_impl(impl):
@@ -275,6 +289,7 @@ EVERYTHING = {
     "empty tiles": empty_tiles,
     "linear": lambda: [linear(d, c) for d in (torch.float32, torch.float16) for c in (True, False)],
     "adamw": adamw,
+    "codes": codes,
     "optimizer": optimizer,
     "in backward": in_backward,
     "tuner": tuner,

@@ -40,7 +40,7 @@ def finish(process):
 
 def test_every_kernel_in_the_interpreter():
     groups = (
-        ["adamw", "masks", "norm", "loss", "in backward", "tuner"],
+        ["adamw", "codes", "masks", "norm", "loss", "in backward", "tuner"],
         ["optimizer", "linear", "empty tiles"],
     )  # one for each core
     processes = [start([str(HERE / "interpreted.py"), *group], TRITON_INTERPRET="1") for group in groups]
