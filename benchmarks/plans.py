@@ -14,7 +14,7 @@ from transformers import LlamaConfig, MixtralConfig, Qwen3Config
 
 from ebft import EBFTConfig
 from ebft.output.figures import duration
-from ebft.plan.devices import DEVICES, SHARE
+from ebft.plan.data_sheets import DEVICES, SHARE
 from ebft.plan.plan import Plan, flags
 from ebft.plan.planner import AHEAD, CONTEXT, FRAGMENTS, HOST, WORKSPACES, make_plan
 from ebft.pruning.protocol import MASK_BYTES

@@ -83,7 +83,6 @@ class Registry(Generic[M]):
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
         import_module(self.home)
         for point in entry_points(group=f"ebft.{self.plural}"):
             try:
@@ -94,6 +93,7 @@ class Registry(Generic[M]):
                 ) from error
             if point.name not in self._methods:
                 self.register(point.name)(method)
+        self._loaded = True
 
 
 criteria: Registry[Any] = Registry("criterion", "criteria", "--prune", "ebft.pruning")

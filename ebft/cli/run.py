@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from cyclopts import Parameter
 
 from ebft.cli.flags import config_of, presets
-from ebft.plan.devices import DEVICES, HERE
+from ebft.plan.data_sheets import DEVICES, HERE
 from ebft.registry import nearest
 
 if TYPE_CHECKING:

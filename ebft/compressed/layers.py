@@ -20,10 +20,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ebft.errors import EBFTError
 from ebft.files import read_json
-from ebft.model.checkpoint import first_line, load_config, load_model, load_tokenizer
+from ebft.model.checkpoint import load_config, load_model, load_tokenizer
 from ebft.model.decoder import find_blocks
+from ebft.model.libraries import first_line
 from ebft.model.matrices import find_matrices
-from ebft.model.weights import make_buffers_real
+from ebft.model.tensors import make_buffers_real
 from ebft.output.folder import OutputFolder
 from ebft.pruning.structured.narrow import HEAD_COUNTS, narrow_
 from ebft_kernels import CompressedLinear

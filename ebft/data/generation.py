@@ -23,7 +23,7 @@ from transformers import (
 from ebft.data.calibration import Tokens, use_of
 from ebft.data.texts import SELF
 from ebft.errors import EBFTError
-from ebft.model.checkpoint import quiet
+from ebft.model.libraries import quiet
 
 WRITTEN_AT_ONCE = 8192  # tokens of the sequences that are written together
 

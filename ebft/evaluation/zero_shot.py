@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ebft.data.calibration import read_documents
 from ebft.errors import EBFTError
-from ebft.model.checkpoint import first_line
+from ebft.model.libraries import first_line
 
 LOCAL = "local:"
 CONTEXT, CONTINUATION, CHOICES = 32, 4, 4  # words, words, continuations to choose from

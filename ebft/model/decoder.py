@@ -27,7 +27,7 @@ from ebft.errors import EBFTError
 from ebft.model.fused import fuse_
 from ebft.model.matrices import Matrix, find_matrices
 from ebft.model.stand_ins import shapes_only, without_values
-from ebft.model.weights import ModelWeights, Tensors, Weights, put
+from ebft.model.tensors import ModelWeights, Tensors, Weights, put
 from ebft_kernels import MaskedLinear, PackedMask
 
 M = TypeVar("M", bound=nn.Module)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ebft.errors import EBFTError
-from ebft.model.checkpoint import first_line, quiet
+from ebft.model.libraries import first_line, quiet
 from ebft_kernels import MaskedLinear
 
 _EXPECTED = "expected a hub id, a folder, a .gguf file or a causal language model of transformers"

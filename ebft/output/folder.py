@@ -8,11 +8,8 @@ checksums. A record that is not whole, or whose files are not, counts as absent,
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import hashlib
 import json
-import math
 import os
 import shutil
 import stat
@@ -29,8 +26,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ebft.errors import EBFTError
 from ebft.files import checksum, read_json
-from ebft.model.checkpoint import first_line, quiet
-from ebft.model.weights import Tensors
+from ebft.model.libraries import first_line, quiet
+from ebft.model.tensors import Tensors
+from ebft.output.records import TEMPORARY, digest_of, finite, sealed, sync, unsealed, write_whole
 from ebft_kernels import PackedMask, load_masks, save_masks
 
 SUMMARY, MASKS, LINES = "ebft_summary.json", "masks.safetensors", "blocks.jsonl"
@@ -138,8 +136,8 @@ class OutputFolder:
     def commit_part(self, name: str, content: dict[str, Any], files: Iterable[Path] = ()) -> None:
         """Keep what a part of the run came to; ``files`` (in this folder) are all written, and belong to it."""
         with self.writing():
-            record = {"run": _digest_of(self.fingerprint), "content": content, "files": self.checksums(files)}
-            _write(self.path / _COMMITS / f"{name}.json", _sealed(record))
+            record = {"run": digest_of(self.fingerprint), "content": content, "files": self.checksums(files)}
+            write_whole(self.path / _COMMITS / f"{name}.json", sealed(record))
         self._accepted.add(name)
 
     def part(self, name: str, *, alone: bool = False) -> dict[str, Any] | None:
@@ -152,9 +150,9 @@ class OutputFolder:
         with self.writing():
             record, file = None, self.path / _COMMITS / f"{name}.json"
             if file.is_file():
-                record = _unsealed(file)
+                record = unsealed(file)
                 broken = None if record else file
-                if record and record["run"] != _digest_of(self.fingerprint):
+                if record and record["run"] != digest_of(self.fingerprint):
                     record, broken = None, file
                 if record:
                     known = record["files"].items()
@@ -181,10 +179,10 @@ class OutputFolder:
         """Name in this folder -> checksum, of files that are then sure to be on the disk."""
         sums = {}
         for file in files:
-            _sync(file)
+            sync(file)
             sums[str(file.relative_to(self.path))] = checksum(file)
         for folder in {file.parent for file in map(self.path.joinpath, sums)}:
-            _sync(folder)
+            sync(folder)
         return sums
 
     def are_whole(self, sums: Mapping[str, str]) -> bool:
@@ -201,7 +199,7 @@ class OutputFolder:
         file = self.path / _TEXT / "generated.safetensors"
         with self.writing():
             file.parent.mkdir(exist_ok=True)
-            save_file({"ids": ids}, file, metadata={"made_from": made_from, "sha256": _digest_of(ids.tolist())})
+            save_file({"ids": ids}, file, metadata={"made_from": made_from, "sha256": digest_of(ids.tolist())})
         return [file]
 
     def generated(self, made_from: str) -> Tensor | None:
@@ -211,7 +209,7 @@ class OutputFolder:
             return None
         with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="pt") as opened:
             ids, about = opened.get_tensor("ids"), opened.metadata()
-            if about == {"made_from": made_from, "sha256": _digest_of(ids.tolist())}:
+            if about == {"made_from": made_from, "sha256": digest_of(ids.tolist())}:
                 return ids
         return None
 
@@ -310,11 +308,11 @@ class OutputFolder:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A JSON file beside the model."""
-        self.write_text(name, json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        self.write_text(name, json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def write_lines(self, name: str, lines: Iterable[dict[str, Any]]) -> None:
         """A file with a JSON object a line."""
-        self.write_text(name, "".join(json.dumps(_finite(line), allow_nan=False) + "\n" for line in lines))
+        self.write_text(name, "".join(json.dumps(finite(line), allow_nan=False) + "\n" for line in lines))
 
     def write_text(self, name: str, content: str) -> None:
         """A text file beside the model."""
@@ -325,7 +323,7 @@ class OutputFolder:
     def append_line(self, name: str, line: dict[str, Any]) -> None:
         """One JSON object, one line."""
         with self.writing(), (self.path / name).open("a", encoding="utf-8") as out:
-            out.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+            out.write(json.dumps(finite(line), allow_nan=False) + "\n")
 
     def commit(self) -> list[str]:
         """Make the finished folder the output, in place of an earlier run's; gives its files, which ``made_by`` lists.
@@ -342,8 +340,8 @@ class OutputFolder:
                 if stat.S_IMODE(file.stat().st_mode) != mode:
                     file.chmod(mode)
             for file in self.path.iterdir():
-                _sync(file)
-            _sync(self.path)
+                sync(file)
+            sync(self.path)
             if self.final.exists():
                 self.final.rename(self.path / _REPLACED)
             try:
@@ -352,7 +350,7 @@ class OutputFolder:
                 if (self.path / _REPLACED).exists():
                     (self.path / _REPLACED).rename(self.final)
                 raise
-            _sync(self.final.absolute().parent)
+            sync(self.final.absolute().parent)
             self._tidy()
         return listed
 
@@ -412,7 +410,7 @@ class OutputFolder:
         )
 
     def _mode_of_new_files(self) -> int:
-        probe = self.path / _TEMPORARY
+        probe = self.path / TEMPORARY
         probe.touch()
         mode = stat.S_IMODE(probe.stat().st_mode)
         probe.unlink()
@@ -424,12 +422,12 @@ class OutputFolder:
         for entry in self.path.iterdir():
             if entry.name != _WORKING:  # this one goes last: without it the folder would not be known as a run's
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        _write(self.path / _WORKING, _sealed({"fingerprint": self.fingerprint}))
+        write_whole(self.path / _WORKING, sealed({"fingerprint": self.fingerprint}))
         for folder in (_BLOCKS, _COMMITS):
             (self.path / folder).mkdir()
 
     def _check_fingerprint(self) -> None:
-        begun = _unsealed(self.path / _WORKING)
+        begun = unsealed(self.path / _WORKING)
         if begun is None:
             raise EBFTError(f"--resume: {self.path / _WORKING} is broken; without --resume the run starts over")
         for folder in (_BLOCKS, _COMMITS):
@@ -499,61 +497,9 @@ def is_kept(partial: Path) -> bool:
     return any(partial.glob(f"{_COMMITS}/*.json"))
 
 
-# --- files that are whole or not there ------------------------------------------------------------------------------
-
-
-def _write(file: Path, content: str) -> None:
-    """Write a file so that, whatever happens, it is there as a whole or as it was."""
-    temporary = file.with_name(file.name + _TEMPORARY)
-    temporary.write_text(content, encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(file)
-    _sync(file.parent)
-
-
-def _sync(path: Path) -> None:
-    """Have what was written to a file or folder on the disk, where a loss of power leaves it alone."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _sealed(record: dict[str, Any]) -> str:
-    """JSON with a checksum of itself."""
-    return json.dumps({**record, "sha256": _digest_of(record)}) + "\n"
-
-
-def _unsealed(file: Path) -> dict[str, Any] | None:
-    """What ``_sealed`` made; None if it is not that any more."""
-    try:
-        record = read_json(file, file.name)
-        return record if record.pop("sha256") == _digest_of(record) else None
-    except (ValueError, AttributeError, KeyError, TypeError):
-        return None
-
-
-def _digest_of(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _short(value: Any) -> str:
     text = str(value)
     return f"{text[:12]}…" if len(text) > 40 else text
 
 
-def _finite(value: Any) -> Any:
-    """Infinity and NaN, which JSON has no words for, as null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-_TEMPORARY = ".new"
-_NEW = {_WORKING + _TEMPORARY}  # all there is of a run that ended in its first moment
+_NEW = {_WORKING + TEMPORARY}  # all there is of a run that ended in its first moment

@@ -14,8 +14,8 @@ from ebft.data.generation import Generated
 from ebft.data.streams import Store
 from ebft.distributed import Ranks
 from ebft.evaluation.zero_shot import ZeroShot
-from ebft.model.checkpoint import DEFAULT_MODEL
 from ebft.model.decoder import Decoder
+from ebft.model.libraries import DEFAULT_MODEL
 from ebft.output.folder import OutputFolder
 from ebft.output.terminal import Reporter
 from ebft.pruning.masker import Masker

@@ -23,7 +23,7 @@ from ebft.model.decoder import Decoder
 from ebft.model.device import choose_device
 from ebft.model.fused import liger_missing
 from ebft.model.lengths import check_lengths
-from ebft.model.weights import ModelWeights, check_floats
+from ebft.model.tensors import ModelWeights, check_floats
 from ebft.output.folder import OutputFolder
 from ebft.output.terminal import Reporter
 from ebft.pipeline.checks import check_ends, check_masks, check_teacher

@@ -24,10 +24,11 @@ from ebft.distributed import joined
 from ebft.errors import EBFTError, MemoryRanOut
 from ebft.evaluation.perplexity import perplexities
 from ebft.files import ordinary, parse_json, read_json
-from ebft.model.checkpoint import load_model, open_saved, quiet
+from ebft.model.checkpoint import load_model, open_saved
 from ebft.model.decoder import Decoder
 from ebft.model.in_memory import given_model
-from ebft.model.weights import ShardedWeights
+from ebft.model.libraries import quiet
+from ebft.model.tensors import ShardedWeights
 from ebft.output.card import model_card
 from ebft.output.folder import LINES, MASKS, SUMMARY, OutputFolder
 from ebft.output.page import report_page

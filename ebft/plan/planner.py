@@ -25,12 +25,13 @@ from ebft.data.texts import SELF
 from ebft.errors import EBFTError
 from ebft.evaluation.perplexity import TOKENS_AT_ONCE
 from ebft.evaluation.zero_shot import BATCH
-from ebft.model.checkpoint import DEFAULT_MODEL, load_config
+from ebft.model.checkpoint import load_config
 from ebft.model.decoder import autocast
 from ebft.model.device import choose_device
 from ebft.model.lengths import check_lengths
+from ebft.model.libraries import DEFAULT_MODEL
 from ebft.model.stand_ins import Tracker, shapes_only
-from ebft.plan.devices import DEVICES, HERE, SHARE
+from ebft.plan.data_sheets import DEVICES, HERE, SHARE
 from ebft.plan.plan import Plan, flags, gib
 from ebft.plan.shapes import Observed, Shapes
 from ebft.pruning.masker import make_masker

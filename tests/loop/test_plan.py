@@ -13,7 +13,7 @@ from ebft import BlockReconstructor, EBFTError
 from ebft.config import EBFTConfig
 from ebft.model.decoder import Decoder
 from ebft.model.device import choose_device
-from ebft.plan.devices import DEVICES, SHARE
+from ebft.plan.data_sheets import DEVICES, SHARE
 from ebft.plan.plan import flags
 from ebft.plan.planner import CONTEXT, fit_to_budget, make_plan
 from ebft.pruning import Pattern

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from ebft import EBFTConfig, EBFTError, run_ebft
 from ebft.config import PRESETS, SECTIONS, all_flat_names, flat_name
 from ebft.model.checkpoint import load_model, open_model
-from ebft.model.weights import meant_to_be_used
+from ebft.model.tensors import meant_to_be_used
 from ebft.output.audit import audit
 from ebft.output.lasting import Lasting
 from ebft.registry import recoveries

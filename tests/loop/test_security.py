@@ -27,7 +27,7 @@ from ebft.compressed.layers import save_compressed
 from ebft.files import check_model_folder, checksum
 from ebft.model.checkpoint import load_config, load_model, load_tokenizer, open_model
 from ebft.model.limits import LAYERS, SIZE, check_settings
-from ebft.model.weights import ModelWeights, ShardedWeights
+from ebft.model.tensors import ModelWeights, ShardedWeights
 from ebft.output.audit import audit
 from ebft.output.card import model_card, one_line
 from ebft.output.folder import OutputFolder

@@ -21,7 +21,7 @@ from ebft.data.streams import Store, Stream, Streams, carry
 from ebft.evaluation.perplexity import perplexities
 from ebft.model.checkpoint import load_model, open_model
 from ebft.model.decoder import Decoder
-from ebft.model.weights import ModelWeights, ShardedWeights, Tensors
+from ebft.model.tensors import ModelWeights, ShardedWeights, Tensors
 from ebft.output.folder import OutputFolder
 from ebft.plan.planner import make_plan
 from ebft.recovery.optimizers.adamw import AdamW

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ebft.model.checkpoint import Source
 from ebft.model.decoder import find_blocks
 from ebft.model.matrices import find_matrices
-from ebft.model.weights import ModelWeights, ShardedWeights
+from ebft.model.tensors import ModelWeights, ShardedWeights
 from ebft.pruning.structured.units import find_units
 
 _FLAGS = ("attention_bias", "mlp_bias")

@@ -11,10 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ebft.config import EBFTConfig
 from ebft.errors import EBFTError
-from ebft.model.checkpoint import first_line
 from ebft.model.decoder import Decoder, find_blocks
+from ebft.model.libraries import first_line
 from ebft.model.matrices import find_matrices
-from ebft.model.weights import ShardedWeights
+from ebft.model.tensors import ShardedWeights
 from ebft.output.folder import OutputFolder
 from ebft.pruning.structured.biases import fill_in_biases_
 from ebft.pruning.structured.uniform import narrowed
