@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from ebft.errors import EBFTError
 from ebft.model.fused import fuse_
+from ebft.model.libraries import first_line
 from ebft.model.matrices import Matrix, find_matrices
 from ebft.model.stand_ins import shapes_only, without_values
 from ebft.model.tensors import ModelWeights, Tensors, Weights, put
@@ -346,8 +347,14 @@ class Decoder:
             generator = torch.Generator().manual_seed(0)
             hidden = torch.randn(1, 6, width, generator=generator).repeat(2, 1, 1)
             hidden[1, -1] = torch.randn(width, generator=generator)
-            out = self._try_block(index, calls[index], hidden)
-            tensor, kind = first_output(out), type(self.model).__name__
+            kind = type(self.model).__name__
+            try:
+                out = self._try_block(index, calls[index], hidden)
+            except (RuntimeError, ValueError, LookupError, TypeError) as error:  # of the model's own forward
+                raise EBFTError(
+                    f"{kind} does not run as its config.json has it: {self.names[index]}: {first_line(error)}"
+                ) from error
+            tensor = first_output(out)
             if not isinstance(tensor, Tensor) or tensor.shape != hidden.shape:
                 raise EBFTError(f"{kind} does not pass hidden states through its {self._path} one after another")
             for same, other in enumerate(self._stored_blocks):

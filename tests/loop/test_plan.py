@@ -282,3 +282,12 @@ def test_a_run_takes_the_settings_and_caps_the_allocator(two_blocks, monkeypatch
     with pytest.raises(EBFTError, match=r"is needed with the leanest settings, and --gpu-memory is 1\.000 GiB"):
         fit_to_budget(config.replace(gpu_memory="1GiB"), None, said.append)
     assert fit_to_budget(config.replace(gpu_memory=None), None, said.append) == config.replace(gpu_memory=None)
+
+
+def test_a_configuration_that_does_not_run_is_a_sentence(tmp_path):
+    config = random_model("llama-gqa").config
+    config.num_key_value_heads = 3
+    config.save_pretrained(tmp_path)
+    with pytest.raises(EBFTError, match=r"does not run as its config\.json has it: ") as error:
+        make_plan(EBFTConfig.of(model=str(tmp_path), device="cpu", samples=4, seqlen=16, eval_seqlen=32))
+    assert "\n" not in str(error.value)
