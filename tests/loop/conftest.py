@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 from rich.console import Console
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -73,7 +75,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def trained(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Llama of 0.7 M parameters, trained for half a minute on the built-in calibration text."""
+    """A folder with a Llama of 0.7 M parameters, trained for half a minute; once for all workers of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained" / "model"
+    with FileLock(base.parent / "trained.lock"):
+        if not folder.exists():
+            partial = folder.with_suffix(".partial")
+            _train(tokenizer).save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            partial.rename(folder)
+    return folder
+
+
+def _train(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """On the built-in calibration text."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -102,10 +117,7 @@ def trained(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPat
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    folder = tmp_path_factory.mktemp("trained") / "model"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return model
 
 
 def with_effect(usual, settings):

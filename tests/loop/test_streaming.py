@@ -129,28 +129,25 @@ def test_a_dtype_of_its_own_stays(tmp_path):
     assert source.model.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("harm", "says"),
-    [
-        ("bin", "is loaded whole: it is not stored as safetensors"),
-        ("integers", "is loaded whole: model.layers.0.mlp.up_proj.weight is stored as torch.int8"),
-    ],
-)
-def test_what_cannot_be_streamed_is_loaded_whole_and_said(harm, says, tmp_path):
-    model, file = random_model("llama"), tmp_path / "model.safetensors"
+def test_what_cannot_be_streamed_is_loaded_whole_and_said(tmp_path):
+    model = random_model("llama")
     saved(model, tmp_path)
-    weights = load_file(file)
-    if harm == "bin":
-        file.unlink()
-        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    else:
-        weights["model.layers.0.mlp.up_proj.weight"] = torch.ones(48, 32, dtype=torch.int8)
-        save_file(weights, file, metadata={"format": "pt"})
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     said = []
     source = open_model(str(tmp_path), say=said.append)
     assert isinstance(source.weights, ModelWeights)
-    assert says in said[0]
+    assert "is loaded whole: it is not stored as safetensors" in said[0]
     assert not any(parameter.is_meta for parameter in source.model.parameters())
+
+
+def test_integer_weights_are_refused(tmp_path):
+    saved(random_model("llama"), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] = torch.ones(48, 32, dtype=torch.int8)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EBFTError, match="up_proj.weight is stored as torch.int8; expected floating-point weights"):
+        open_model(str(tmp_path))
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------
