@@ -146,7 +146,7 @@ def test_integer_weights_are_refused(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] = torch.ones(48, 32, dtype=torch.int8)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(EBFTError, match="up_proj.weight is stored as torch.int8; expected floating-point weights"):
+    with pytest.raises(EBFTError, match=r"up_proj\.weight is stored as torch\.int8; expected floating-point weights"):
         open_model(str(tmp_path))
 
 
