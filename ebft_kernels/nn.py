@@ -1,4 +1,7 @@
-"""``MaskedLinear``: an ``nn.Linear`` whose pruned weights take no part, and helpers that put it into models."""
+"""``MaskedLinear``: an ``nn.Linear`` whose pruned weights take no part, and helpers that put it into models.
+
+Long, because everything that torch or transformers may do to a module (copy, pickle, cast, shard, load) is met here.
+"""
 
 from __future__ import annotations
 

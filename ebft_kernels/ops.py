@@ -2,6 +2,8 @@
 
 Which kernel runs (this file's, a Triton or a native one) is chosen in ``dispatch.py``. Arguments are checked in
 ``functional.py``, ``mask.py`` and ``optim.py``: an op itself trusts its caller.
+
+Long, because it is the list of all ops.
 """
 
 from __future__ import annotations

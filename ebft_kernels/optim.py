@@ -1,4 +1,7 @@
-"""``MaskedAdamW``: AdamW that never moves a pruned weight from exactly zero."""
+"""``MaskedAdamW``: AdamW that never moves a pruned weight from exactly zero.
+
+Long, because a third of it says what each argument means, and a drop-in has all of ``AdamW``'s.
+"""
 
 from __future__ import annotations
 

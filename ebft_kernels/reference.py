@@ -2,6 +2,8 @@
 
 Tests hold every back end against these functions, and these functions fix what an op means where a back end could
 choose (ties, what happens to pruned entries, NaN). Arithmetic is float64 for float64 inputs and float32 for all others.
+
+Long, because it is the list of all ops.
 """
 
 from __future__ import annotations

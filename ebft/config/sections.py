@@ -2,6 +2,8 @@
 
 A field's name within its section is what Python and a YAML section call it; its flat name (``flag`` where the two
 differ) is what the command line, flat keyword arguments and flat YAML keys call it.
+
+Long, because the text of every setting's help stands here, and nowhere else.
 """
 
 from __future__ import annotations

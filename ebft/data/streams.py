@@ -1,4 +1,7 @@
-"""Hidden states of all samples between two blocks, wherever there is room; and the pair that a run walks with."""
+"""Hidden states of all samples between two blocks, wherever there is room; and the pair that a run walks with.
+
+Just over the guide line, because the ways to hold hidden states are one interface, read side by side.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ masks, which differ from block to block in Gemma 3), or by pass-throughs, to run
 
 No parameter is held: the code runs on a skeleton, and embeddings, a block, final norm or head are read into it when
 they are needed, and only for as long.
+
+Long, because entrance, blocks and exit must agree about every call of the model.
 """
 
 from __future__ import annotations

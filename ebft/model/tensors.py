@@ -2,6 +2,8 @@
 
 A checkpoint's names and shapes are not always the module's (fused experts are stored one by one). How they are turned
 into each other is transformers' knowledge, and its own converters do it here, a few tensors at a time.
+
+Long, because the two sources are one interface, read side by side.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Everything goes to ``OUT.partial``, which in the end becomes ``OUT``. A part of the run (the dense perplexity, a block,
 the saved model …) is committed by a small record, written last and atomically, that names the part's files and their
 checksums. A record that is not whole, or whose files are not, counts as absent, and so does all that came after it.
+
+Long, because the order of writes, syncs and renames is one argument, which has to be read as a whole.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A run from its beginning to its end: measure, walk over the blocks, recover the whole, save, measure again."""
+"""A run from its beginning to its end: measure, walk over the blocks, recover the whole, save, measure again.
+
+Long, because it is the one page on which the order of a run stands.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The walk over the blocks: prune one, recover it, keep it, go on."""
+"""The walk over the blocks: prune one, recover it, keep it, go on.
+
+Just over the guide line, because what one block goes through stands on one page.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 The memory and work of passes are those of the real code, run on fake tensors (no storage, no arithmetic) under torch's
 own memory tracker and FLOP counter. What a method needs it says itself (``Footprint``); here that is added up.
 docs/plans.md says what is assumed.
+
+Long, because the sums and the search over settings use the same parts.
 """
 
 from __future__ import annotations

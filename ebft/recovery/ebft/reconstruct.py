@@ -3,6 +3,8 @@
     minimise over W:  mean || f(X; M * W) - Y ||^2        (or another loss, ebft/recovery/losses/)
 
 Pruned weights are held at exactly zero by the optimizer, so the block runs as it is, without masks (docs/method.md).
+
+Just over the guide line, because how one block is tuned is read from top to bottom.
 """
 
 from __future__ import annotations
