@@ -48,6 +48,7 @@ def test_block(benchmark: Any, full: bool, contender: str) -> None:
     benchmark(lambda: synchronous(step))
 
 
+@pytest.mark.slow
 def test_the_report_leaves_files_even_when_cut_off(tmp_path: Path) -> None:
     """At toy size on a CPU; then with no time at all."""
     arguments = ["--device", "cpu", "--size", "toy", "--no-compile"]

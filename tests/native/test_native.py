@@ -337,6 +337,7 @@ def test_two_processes_that_start_at_once_and_the_cache(tmp_path):
     assert library.stat().st_mtime_ns == built
 
 
+@pytest.mark.slow
 def test_built_at_install_it_needs_no_compiler_later(tmp_path):
     """``pip install --no-build-isolation .`` with torch at hand: the library lies in the package."""
     source = tmp_path / "source"
