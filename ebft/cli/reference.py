@@ -28,7 +28,7 @@ evaluate: {texts: [wikitext2, mine.txt], seqlen: 2048}
 
 ```python
 EBFTConfig(prune=Prune(sparsity=0.6), recover=Recover(method="ebft"))  # sections
-EBFTConfig.preset("light", sparsity=0.6, lr=0.01)                      # flat names, those of the flags
+EBFTConfig.preset("light", sparsity=0.6, lr=0.01)  # flat names, those of the flags
 ```
 
 A setting of a method that is not chosen, or that others leave without effect, is refused by name.

