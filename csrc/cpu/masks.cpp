@@ -77,6 +77,7 @@ void zero_pruned_(const at::Tensor& tensor, const at::Tensor& words) {
   check_tensor(tensor, op, "a tensor", tensor.scalar_type(), at::kCPU);
   TORCH_CHECK_VALUE(tensor.is_floating_point() && (bytes == 2 || bytes == 4), op, " got a tensor of ",
                     toString(tensor.scalar_type()), "; expected float32, bfloat16 or float16");
+  TORCH_CHECK_VALUE(!tensor.is_neg(), op, " got a negated view; expected a tensor of its own numbers");
   check_words(words, op, tensor.sizes(), at::kCPU);
   const auto* kept = static_cast<const uint32_t*>(words.const_data_ptr());
   void* values = tensor.mutable_data_ptr();
@@ -179,6 +180,12 @@ TORCH_LIBRARY_IMPL(ebft_kernels, CPU, m) {
   m.impl("topk_mask.native", topk_mask);
   m.impl("nm_mask.native", nm_mask);
   m.impl("is_nm.native", is_nm);
+}
+
+// torch's own fallback for negated views takes it for granted that an op that writes also returns: without a return it writes before
+// the stack of arguments. zero_pruned_ sees the view itself, and refuses it.
+TORCH_LIBRARY_IMPL(ebft_kernels, Negative, m) {
+  m.impl("zero_pruned_.native", torch::CppFunction::makeFallthrough());
 }
 
 }  // namespace ebft
