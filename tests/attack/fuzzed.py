@@ -31,7 +31,7 @@ def _damaged_files(examples: int, arena: Arena, folder: Path, random: Random) ->
     seed = f"--hypothesis-seed={random.randrange(2**31)}"
     said = _pass("-m", "pytest", "-q", "-x", "--hypothesis-show-statistics", seed, "tests/loop/test_damaged.py",
                  EBFT_EXAMPLES=str(examples))  # fmt: skip
-    return sum(map(int, re.findall(r"(\d+) passing examples", said)))
+    return sum(map(int, re.findall(r"(\d+) passing", said)))
 
 
 def _kernels(path: str, arena: Arena, folder: Path, random: Random) -> int:
