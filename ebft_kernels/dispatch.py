@@ -239,6 +239,8 @@ def _install(op: str) -> None:
             if written:
                 return None
             raise ValueError(f"{op} got no tensors; expected at least one")
+        if written and first.is_neg():
+            raise ValueError(f"{op} got a negated view; expected a tensor of its own numbers")
         tokens = first.shape[:-1].numel() if op in PRODUCTS else 0
         zeroed = op in ("masked_linear", "masked_linear_dx") and bool(args[-1])
         choice = _choose(op, first.device, args, tokens, zeroed)

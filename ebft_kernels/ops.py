@@ -72,6 +72,11 @@ for _name, _schema in SCHEMAS.items():
     if _name in NATIVE:
         LIBRARY.define(f"{_name}.native{_schema}")
 
+# torch's own fallback for negated views takes it for granted that an op that writes to a tensor also returns one, and
+# else writes before the stack of arguments. So the kernels see the view, and refuse it. (Lists of views torch refuses.)
+for _name in ("zero_pruned_", "zero_pruned_.native"):
+    LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Negative")
+
 
 def words_in(width: int) -> int:
     """How many 32-bit words hold the mask of a row of ``width`` weights."""

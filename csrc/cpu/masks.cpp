@@ -182,10 +182,4 @@ TORCH_LIBRARY_IMPL(ebft_kernels, CPU, m) {
   m.impl("is_nm.native", is_nm);
 }
 
-// torch's own fallback for negated views takes it for granted that an op that writes also returns: without a return it writes before
-// the stack of arguments. zero_pruned_ sees the view itself, and refuses it.
-TORCH_LIBRARY_IMPL(ebft_kernels, Negative, m) {
-  m.impl("zero_pruned_.native", torch::CppFunction::makeFallthrough());
-}
-
 }  // namespace ebft

@@ -27,6 +27,7 @@ from ebft_kernels.testing import (
     assert_exact_zeros,
     check_linear,
     linear_cases,
+    one_adamw_step,
 )
 
 OPS = torch.ops.ebft_kernels
@@ -137,6 +138,20 @@ def test_zeros_in_place(dtype):
             OPS.zero_pruned_(mine, words)
             reference.zero_pruned_(truth, words)
             assert torch.equal(mine, truth), name
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_negated_views_are_not_written_to(rows):
+    """Torch's own fallback would do it, and corrupt the stack of arguments where an op returns nothing."""
+    weight, words = torch.randn(rows, 40), torch.zeros(rows, 2, dtype=torch.int32)
+    before = weight.clone()
+    for _ in range(100):
+        with pytest.raises(ValueError, match="zero_pruned_ got a negated view; expected a tensor of its own numbers"):
+            OPS.zero_pruned_(torch._neg_view(weight), words)
+    step = one_adamw_step(torch._neg_view(weight), weight.clone(), *torch.zeros(2, rows, 40), words=words)
+    with pytest.raises(RuntimeError, match="mutable TensorLists with negation"):
+        OPS.masked_adamw_step(*step)
+    assert torch.equal(weight, before)
 
 
 def test_what_is_zero_already_is_not_written_to(tmp_path):

@@ -196,6 +196,7 @@ WORDS = reference.pack_mask(torch.ones(4, 40, dtype=torch.bool))
         (lambda: OPS.zero_pruned_.native(torch.randn(4, 40).double(), WORDS), "a tensor of Double; expected float32"),
         (lambda: OPS.zero_pruned_.native(torch.zeros(4, 40).int(), WORDS), "a tensor of Int; expected float32"),
         (lambda: OPS.zero_pruned_.native(torch.randn(40, 4).T, WORDS), "a tensor .* that is not contiguous"),
+        (lambda: OPS.zero_pruned_.native(torch._neg_view(torch.randn(4, 40)), WORDS), "got a negated view"),
         (
             lambda: OPS.zero_pruned_.native(torch.randn(4, 70), WORDS),
             r"mask words \(4, 2\) for \(4, 70\); expected 3 words a row",
