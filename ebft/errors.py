@@ -1,4 +1,4 @@
-"""The one error that a user is meant to read."""
+"""The one error that a user is meant to read, and what others say, for its sentence."""
 
 from __future__ import annotations
 
@@ -9,3 +9,13 @@ class EBFTError(Exception):
 
 class MemoryRanOut(EBFTError):
     """The memory ran out, and nothing smaller can be tried."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def on_one_line(error: BaseException) -> str:
+    """All that an error says."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from ebft.cli.app import COMMANDS, main
+from ebft.cli.evaluate import SETTINGS
 from ebft.cli.reference import page
+from ebft.config import flag
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy")
@@ -48,6 +50,11 @@ def test_it_answers_without_torch(said, exit_code):
 def test_the_package_itself_is_lazy():
     code = f"import sys, ebft; print([name for name in {HEAVY!r} if name in sys.modules], ebft.EBFTConfig.__name__)"
     assert in_a_new_process(code).strip() == "[] EBFTConfig"
+
+
+def test_eval_has_its_settings_from_those_of_a_run(capsys):
+    assert main(["eval", "--help"]) == 0
+    assert {flag(name) for name in SETTINGS} <= flags_in(capsys.readouterr().out)
 
 
 def test_the_help_has_two_levels(capsys):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cyclopts import App
 from cyclopts.exceptions import CycloptsError
 
-from ebft.errors import EBFTError
+from ebft.errors import EBFTError, on_one_line
 from ebft.output.lasting import lasting_output
 from ebft.version import __version__
 
@@ -27,7 +27,7 @@ COMMANDS = {
     "eval": "perplexity, divergence from another model, zero-shot tasks of any model",
     "methods": "the criteria, recoveries, losses and optimizers that there are",
 }
-WITH_SETTINGS = ("run", "plan")
+WITH_SETTINGS = ("run", "plan", "eval")
 HERE = "here"
 
 
@@ -84,15 +84,18 @@ def _app(tokens: list[str], everything: bool) -> App:
     wanted = next((token for token in tokens if not token.startswith("-")), None)
     for name, said in COMMANDS.items():
         if name in WITH_SETTINGS and name == wanted:
-            from ebft.cli import run
+            from ebft.cli import evaluate, run
             from ebft.cli.flags import with_settings
 
-            app.command(with_settings(getattr(run, name), everything=everything), name=name, help=said)
-        elif name not in WITH_SETTINGS:
-            inside = "evaluate" if name == "eval" else name
-            app.command(f"ebft.cli.{inside}:{inside}", name=name, help=said)
+            command = with_settings(
+                evaluate.evaluate if name == "eval" else getattr(run, name),
+                everything=everything or name == "eval",
+                only=evaluate.SETTINGS if name == "eval" else None,
+            )
+            app.command(command, name=name, help=said)
         else:
-            app.command(f"ebft.cli.run:{name}", name=name, help=said)
+            inside = {"eval": "evaluate:evaluate", "plan": "run:plan"}.get(name, f"{name}:{name}")
+            app.command(f"ebft.cli.{inside}", name=name, help=said)
     app.register_install_completion_command()
     return app
 
@@ -109,4 +112,4 @@ def _with_device(tokens: list[str]) -> list[str]:
 
 def _sentence(error: CycloptsError) -> str:
     """What cyclopts says, on one line, without its full stop."""
-    return " ".join(str(error).split()).removesuffix(".")
+    return on_one_line(error).removesuffix(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -12,7 +12,7 @@ from cyclopts import Group, Parameter
 
 from ebft.config import PRESETS, SECTIONS, EBFTConfig, flag, flat_name
 from ebft.data.texts import check_texts
-from ebft.errors import EBFTError
+from ebft.errors import EBFTError, on_one_line
 from ebft.files import ordinary
 from ebft.registry import ALL, nearest
 
@@ -41,12 +41,15 @@ def groups() -> Iterator[tuple[str, list[dataclasses.Field[Any]]]]:
                 yield f"{registry.flag} {method.name}", fields
 
 
-def with_settings(command: Callable[..., Any], *, everything: bool) -> Callable[..., Any]:
-    """``command(**given)`` as a command of cyclopts that takes every setting; ``given`` are those that were said.
+def with_settings(
+    command: Callable[..., Any], *, everything: bool, only: Collection[str] | None = None
+) -> Callable[..., Any]:
+    """``command(**given)`` as a command of cyclopts that takes settings; ``given`` are those that were said.
 
     Args:
         command: also has keyword arguments of its own, with annotations that cyclopts knows.
         everything: the help shows all settings, and not the basic ones alone.
+        only: flat names of the settings that it takes (default: every one).
     """
     kinds = get_type_hints(command, include_extras=True)
     own = [
@@ -54,10 +57,14 @@ def with_settings(command: Callable[..., Any], *, everything: bool) -> Callable[
         for p in inspect.signature(command).parameters.values()
         if p.kind is inspect.Parameter.KEYWORD_ONLY
     ]
-    settings = []
+    settings, defaults = [], "paper" if only is None else "default"
     for place, (title, fields) in enumerate(groups()):
         group = Group(title, sort_key=place + 1)
-        settings += [_parameter(field, group, show=everything or field.metadata["basic"]) for field in fields]
+        settings += [
+            _parameter(field, group, show=everything or field.metadata["basic"], defaults=defaults)
+            for field in fields
+            if only is None or flat_name(field) in only
+        ]
     model = [p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in settings if p.name == "model"]
     parameters = [*model, *own, *(p for p in settings if p.name != "model")]
 
@@ -72,7 +79,7 @@ def with_settings(command: Callable[..., Any], *, everything: bool) -> Callable[
     return run
 
 
-def _parameter(field: dataclasses.Field[Any], group: Group, *, show: bool) -> inspect.Parameter:
+def _parameter(field: dataclasses.Field[Any], group: Group, *, show: bool, defaults: str) -> inspect.Parameter:
     """A flag that takes text, which the setting itself turns into what it is; nothing where it is not said."""
     meta, name, value = field.metadata, flat_name(field), field.default
     switch = isinstance(value, bool)
@@ -80,7 +87,7 @@ def _parameter(field: dataclasses.Field[Any], group: Group, *, show: bool) -> in
     kind: Any = bool if switch else tuple[str, str] if pair else str
     about = Parameter(
         name=flag(name),
-        help=meta["help"] + _usual(meta["help"], value),
+        help=meta["help"] + _usual(meta["help"], value, defaults),
         group=group,
         show=show,
         show_default=False,
@@ -100,12 +107,12 @@ def _stands_for(field: dataclasses.Field[Any]) -> str:
     return "N" if kind.startswith(("int", "float", "tuple[float")) else "TEXT"
 
 
-def _usual(help: str, value: Any) -> str:
-    """The default, for the help; those of the preset ``paper`` are the classes' own."""
+def _usual(help: str, value: Any, defaults: str) -> str:
+    """The default, for the help, which calls it ``defaults``; those of the preset ``paper`` are the classes' own."""
     if value in (None, False, ()) or "default:" in help:
         return ""
     said = ",".join(map(str, value)) if isinstance(value, tuple) else "on" if value is True else str(value)
-    return f" (paper: {said})"
+    return f" ({defaults}: {said})"
 
 
 # --- from flags and files to settings -------------------------------------------------------------------------------
@@ -134,7 +141,7 @@ def read_yaml(file: str) -> dict[str, Any]:
     except RecursionError:
         raise EBFTError(f"--config {file} cannot be read: it is nested too deeply") from None
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:  # its constructors raise any
-        raise EBFTError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
+        raise EBFTError(f"--config {file} cannot be read: {on_one_line(error)}") from None
     if not isinstance(settings, dict):
         raise EBFTError(f"--config {file} holds {type(settings).__name__}; expected settings as 'name: value' lines")
     flat: dict[str, Any] = {}

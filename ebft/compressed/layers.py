@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ebft.errors import EBFTError
+from ebft.errors import EBFTError, first_line, on_one_line
 from ebft.files import read_json
 from ebft.model.checkpoint import load_config, load_model, load_tokenizer
 from ebft.model.decoder import find_blocks
-from ebft.model.libraries import first_line
 from ebft.model.matrices import find_matrices
 from ebft.model.tensors import make_buffers_real
 from ebft.output.folder import OutputFolder
@@ -160,7 +159,7 @@ def _read_index(file: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[s
     try:
         index = read_json(file, str(file))
     except (OSError, ValueError) as error:
-        raise EBFTError(f"{file.parent} is no compressed model: {' '.join(str(error).split())}") from None
+        raise EBFTError(f"{file.parent} is no compressed model: {on_one_line(error)}") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         given = index.get("format") if isinstance(index, dict) else type(index).__name__
         raise EBFTError(f"{file} has format {given!r}; expected {FORMAT}")

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ebft.config.sections import apportion
 from ebft.data.texts import FILES, HUB_TEXTS, check_text
-from ebft.errors import EBFTError
+from ebft.errors import EBFTError, on_one_line
 
 HELD_OUT_EVERY = 12  # of the built-in topics, every 12th is for evaluation
 C4_EVALUATION_DOCUMENTS = 1100
@@ -207,7 +207,7 @@ def _from_file(file: str, use: str) -> Iterator[str]:
     except EBFTError:
         raise
     except Exception as error:  # datasets' readers raise anything for a file that is damaged
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = on_one_line(error)
         raise EBFTError(f"text {file} cannot be read: {reason}") from error
 
 
@@ -280,7 +280,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     try:
         return list(tokenizer(text, verbose=False)["input_ids"])
     except Exception as error:  # a tokenizer is a library's, or the user's
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        said = f"{type(error).__name__}: {on_one_line(error)}"
         raise EBFTError(f"the tokenizer cannot turn a text into tokens ({said})") from error
 
 

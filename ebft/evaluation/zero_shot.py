@@ -22,8 +22,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ebft.data.calibration import read_documents
-from ebft.errors import EBFTError
-from ebft.model.libraries import first_line
+from ebft.errors import EBFTError, first_line
 
 LOCAL = "local:"
 CONTEXT, CONTINUATION, CHOICES = 32, 4, 4  # words, words, continuations to choose from

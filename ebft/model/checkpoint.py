@@ -27,8 +27,8 @@ from transformers.utils import (
     cached_file,
 )
 
-from ebft.errors import EBFTError
-from ebft.model.libraries import by_libraries, first_line, quiet, shown
+from ebft.errors import EBFTError, first_line
+from ebft.model.libraries import by_libraries, quiet, shown
 from ebft.model.limits import check_against_files, check_settings
 from ebft.model.sources import checked, files_of, locate, pickled, refuse_adapters
 from ebft.model.tensors import (

@@ -25,9 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedModel
 
-from ebft.errors import EBFTError
+from ebft.errors import EBFTError, first_line
 from ebft.model.fused import fuse_
-from ebft.model.libraries import first_line
 from ebft.model.matrices import Matrix, find_matrices
 from ebft.model.stand_ins import shapes_only, without_values
 from ebft.model.tensors import ModelWeights, Tensors, Weights, put

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ebft.errors import EBFTError
-from ebft.model.libraries import first_line, quiet
+from ebft.errors import EBFTError, first_line
+from ebft.model.libraries import quiet
 from ebft_kernels import MaskedLinear
 
 _EXPECTED = "expected a hub id, a folder, a .gguf file or a causal language model of transformers"

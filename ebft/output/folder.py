@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ebft.errors import EBFTError
+from ebft.errors import EBFTError, first_line
 from ebft.files import checksum, read_json
-from ebft.model.libraries import first_line, quiet
+from ebft.model.libraries import quiet
 from ebft.model.tensors import Tensors
 from ebft.output.records import TEMPORARY, digest_of, finite, sealed, sync, unsealed, write_whole
 from ebft_kernels import PackedMask, load_masks, save_masks

@@ -15,7 +15,7 @@ from ebft.data.streams import Store
 from ebft.distributed import Ranks
 from ebft.evaluation.zero_shot import ZeroShot
 from ebft.model.decoder import Decoder
-from ebft.model.libraries import DEFAULT_MODEL
+from ebft.model.libraries import shown
 from ebft.output.folder import OutputFolder
 from ebft.output.terminal import Reporter
 from ebft.pruning.masker import Masker
@@ -89,4 +89,4 @@ def are_independent(config: EBFTConfig) -> bool:
 
 def name_of(source: str | PreTrainedModel | None) -> str:
     """What a model is called in the report."""
-    return source if isinstance(source, str) else DEFAULT_MODEL if source is None else type(source).__name__
+    return shown(source) if source is None or isinstance(source, str) else type(source).__name__

@@ -24,7 +24,7 @@ from ebft.config import ORGANISATION, EBFTConfig
 from ebft.config.fields import parse_bytes
 from ebft.data.streams import Store
 from ebft.distributed import joined
-from ebft.errors import EBFTError, MemoryRanOut
+from ebft.errors import EBFTError, MemoryRanOut, on_one_line
 from ebft.evaluation.perplexity import perplexities
 from ebft.files import ordinary, parse_json, read_json
 from ebft.model.checkpoint import load_model, open_saved
@@ -75,7 +75,7 @@ class RunResult:
             lines = ordinary(output / LINES, LINES).read_text(encoding="utf-8").splitlines()
             blocks = [parse_json(line) for line in lines]
         except (OSError, ValueError) as error:
-            raise EBFTError(f"{output} is not what a run leaves: {' '.join(str(error).split())}") from None
+            raise EBFTError(f"{output} is not what a run leaves: {on_one_line(error)}") from None
         if not isinstance(summary, dict) or not isinstance(summary.get("config"), dict):
             raise EBFTError(f"{output / SUMMARY} is not what a run writes: it holds no settings")
         return cls(output, summary, blocks, _trust_remote_code=trust_remote_code)

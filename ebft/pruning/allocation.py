@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebft.config.pattern import Pattern
-from ebft.errors import EBFTError
+from ebft.errors import EBFTError, on_one_line
 from ebft.files import read_json
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def make_allocation(allocation: str, pattern: Pattern) -> Allocation:
         shares = read_json(Path(allocation), f"--allocation {allocation}")
     except (OSError, ValueError) as error:
         raise EBFTError(
-            f"--allocation is {allocation!r}; expected uniform, owl or a JSON file: {' '.join(str(error).split())}"
+            f"--allocation is {allocation!r}; expected uniform, owl or a JSON file: {on_one_line(error)}"
         ) from None
     if not isinstance(shares, dict):
         raise EBFTError(f"--allocation {allocation} holds {type(shares).__name__}; expected an object, name -> share")

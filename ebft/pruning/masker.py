@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ebft.config import EBFTConfig
 from ebft.config.pattern import Pattern, is_far
-from ebft.errors import EBFTError
+from ebft.errors import EBFTError, on_one_line
 from ebft.model.matrices import Matrix
 from ebft.pruning.allocation import Allocation, OutlierSurvey, make_allocation
 from ebft.pruning.magnitude import Magnitude
@@ -280,7 +280,7 @@ class _FromFile(Masker):
         try:
             self._masks = load_masks(file)
         except (OSError, ValueError) as error:
-            raise EBFTError(f"--prune {file} is not a file of masks: {' '.join(str(error).split())}") from None
+            raise EBFTError(f"--prune {file} is not a file of masks: {on_one_line(error)}") from None
 
     def check(self, names: list[str], blocks: list[nn.Module], matrices: list[list[Matrix]]) -> None:
         expected = {

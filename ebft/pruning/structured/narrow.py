@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ebft.config import EBFTConfig
-from ebft.errors import EBFTError
+from ebft.errors import EBFTError, first_line
 from ebft.model.decoder import Decoder, find_blocks
-from ebft.model.libraries import first_line
 from ebft.model.matrices import find_matrices
 from ebft.model.tensors import ShardedWeights
 from ebft.output.folder import OutputFolder
