@@ -144,9 +144,7 @@ LEAN = {"weights": "stochastic", "moments": "int8", "compact": True, "recompute"
         {"moments": "int8", "compact": True, "seqlen": 16},
         {"clip": 0.0, "update_in_backward": True, "seqlen": 16},
         {"dtype": "bfloat16"},
-        pytest.param(
-            {"dtype": "bfloat16", "weights": "master", "moments": "bf16", "micro_batch": 4}, marks=pytest.mark.slow
-        ),
+        {"dtype": "bfloat16", "weights": "master", "moments": "bf16", "micro_batch": 4},
         {"dtype": "bfloat16", **LEAN, "micro_batch": 2, "seqlen": 16},
     ],
     ids=lambda changes: flags(changes) or "as it is",

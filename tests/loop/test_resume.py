@@ -38,7 +38,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["sparse targets, host", pytest.param("dense targets, disk", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", list(MODES)[:2])
 def test_killed_at_every_commit_point(mode, settings, tmp_path):
     """SIGKILL before every fsync and rename in turn, over an earlier run's output; a resumed run gives the same."""
     assert in_child(job, settings("earlier", recover="none")) == 0

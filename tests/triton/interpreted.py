@@ -191,7 +191,7 @@ def codes():
             assert same.all(), f"{dtype}, scale {number}: {got[~same]} for {true[~same]}"
 
 
-def optimizer(steps=6):
+def optimizer(steps=20):
     """``MaskedAdamW`` in every layout, beside the same in torch: clipping, a step, and the mask bit-exact after
     each."""
     for weights, moments, compact in ADAMW_LAYOUTS:
