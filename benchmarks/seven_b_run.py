@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.machine import write_result
+from benchmarks.small_models import trained_tokenizer
 from ebft.cli.app import parse_args
 from ebft.data.calibration import builtin_documents
 from ebft.plan.planner import make_plan
@@ -75,17 +75,8 @@ def make_model(folder: Path, blocks: int, hidden: int, ffn: int) -> None:
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of ``VOCABULARY`` tokens, trained on the built-in text."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(builtin_documents("calibration"), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
+    """Of ``VOCABULARY`` tokens, trained on the built-in text."""
+    return trained_tokenizer(builtin_documents("calibration"), VOCABULARY)
 
 
 def run(flags: list[str], model: Path, output: Path) -> dict[str, Any]:

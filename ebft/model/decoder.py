@@ -225,6 +225,10 @@ class Decoder:
     @torch.no_grad()
     def exit(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Hidden states after the last block -> logits (batch, seqlen, vocabulary), by the model's norm and head."""
+        return self.logits(ids, hidden)
+
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """``exit``, through which gradients go back to ``hidden``."""
 
         def passing(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self._as_returned(index, inside if index == len(self) - 1 else BlockCall.split(args, kwargs)[0])

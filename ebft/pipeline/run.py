@@ -9,7 +9,7 @@ import contextlib
 import copy
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -285,26 +285,25 @@ def _pruned(context: RunContext) -> Callable[[int], nn.Module]:
 
 
 def _recover_whole(context: RunContext, name: str) -> dict[str, Any]:
-    """Recover the whole model by ``name``, with all its blocks in memory; gives its entry in the summary."""
-    decoder, out, recovered = context.decoder, context.output, {}
+    """Recover the whole model by ``name``; gives its entry in the summary."""
+    decoder, out, recovered = context.decoder, context.output, list[nn.Module]()
 
     def make() -> dict[str, Any]:
         assert context.calibration is not None
         begin_peak_memory(decoder.device)
-        model = decoder.whole(out.block)
-        recovered.update({block: model.get_submodule(block) for block in decoder.names})
         with context.reporter.progress(name, 1) as advance:
             task = WholeTask(
-                model=model,
-                blocks=recovered,
+                decoder=decoder,
+                teacher=context.teacher,
+                saved=out.block,
                 masks={n: mask for index in range(len(decoder)) for n, mask in out.block_masks(index).items()},
                 tokens=context.calibration.ids,
-                device=decoder.device,
-                compute=decoder.compute,
+                store=context.store,
                 ranks=context.ranks,
                 on_step=advance,
             )
             result = context.whole_model[name].recover(task)
+        recovered.extend(result.blocks)
         context.clock.lap(name)
         entry: dict[str, Any] = {
             "losses": result.losses,
@@ -321,7 +320,7 @@ def _recover_whole(context: RunContext, name: str) -> dict[str, Any]:
 
     def write() -> list[Path]:
         files = []
-        for index, block in enumerate(recovered.values()):
+        for index, block in enumerate(recovered):
             weights = decoder.round_as_stored(index, block)
             check_weights(context, index, weights, f" after --recover {name}")
             files.append(out.rewrite_block(index, decoder.weights.as_stored(weights), name))
@@ -333,14 +332,14 @@ def _recover_whole(context: RunContext, name: str) -> dict[str, Any]:
 
 
 def _plain_merge(
-    context: RunContext, blocks: Mapping[str, nn.Module], left_out: Mapping[str, Callable[[], Tensor]]
+    context: RunContext, blocks: Sequence[nn.Module], left_out: Mapping[str, Callable[[], Tensor]]
 ) -> dict[str, Any]:
     """Perplexity and sparsity of what would be saved without masks, a block of which is there at a time."""
     decoder = context.decoder
 
     def block_at(index: int) -> nn.Module:
         name = decoder.names[index]
-        block = copy.deepcopy(blocks[name])
+        block = copy.deepcopy(blocks[index])
         for matrix in decoder.matrices[index]:
             if f"{name}.{matrix.name}" in left_out:
                 block.get_parameter(matrix.name).add_(left_out[f"{name}.{matrix.name}"]())

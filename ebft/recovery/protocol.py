@@ -120,10 +120,16 @@ class BlockRecovery(Recovery):
 
 
 class WholeModelRecovery(Recovery):
-    """Recovers the whole model after the walk, with all its blocks in memory."""
+    """Recovers the whole model after the walk.
+
+    Attributes:
+        holds_the_model: all of it is on the device at once, in float32 (``WholeTask.model``).
+    """
+
+    holds_the_model: ClassVar[bool] = True
 
     def recover(self, task: WholeTask) -> WholeResult:
-        """Recover ``task.model`` in place; ``EBFTError`` where that cannot be done."""
+        """Recover the model that ``task`` holds; ``EBFTError`` where that cannot be done."""
         raise NotImplementedError
 
 

@@ -1,7 +1,7 @@
 """What a recovery of the whole pruned model is given and gives; and how a model is tuned on text.
 
-The loss is the language model's own: next-token cross-entropy on the calibration tokens. The model is in memory whole,
-in float32, on the device; only parameters of its blocks are tuned.
+The loss of ``fit`` is the language model's own: next-token cross-entropy on the calibration tokens. The model is then in
+memory whole, in float32, on the device; only parameters of its blocks are tuned.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ebft.config import EBFTConfig
+from ebft.data.streams import Store
 from ebft.distributed import Ranks
 from ebft.errors import EBFTError
-from ebft.model.decoder import autocast
+from ebft.model.decoder import Decoder, autocast
+from ebft.model.tensors import Tensors
 from ebft.recovery.checkpointing import recomputed
 from ebft.recovery.samples import Split, batch_order
 from ebft.recovery.settings import LanguageModelTuning
@@ -31,24 +34,44 @@ class WholeTask:
     """A pruned model, and what it is recovered on.
 
     Attributes:
-        model: float32, on ``device``, evaluation mode, no gradients; recovered in place. Its weights at pruned places
-            are zero, and are so again at the end.
-        blocks: the model's, by their full names.
+        decoder: the model, whose own weights are those from before the walk.
+        teacher: the dense one.
+        saved: the weights that a block has now; zero at pruned places.
         masks: full parameter name -> kept weights, in the parameter's shape.
         tokens: all of them on every rank, (samples, seqlen), int64.
-        compute: dtype of the products.
+        store: where hidden states of all samples may be kept.
         ranks: those that share every batch.
         on_step: called with the share of the work that is done.
     """
 
-    model: PreTrainedModel
-    blocks: Mapping[str, nn.Module]
+    decoder: Decoder
+    teacher: Decoder
+    saved: Callable[[int], Tensors]
     masks: Mapping[str, PackedMask]
     tokens: Tensor
-    device: torch.device
-    compute: torch.dtype
+    store: Store
     ranks: Ranks
     on_step: Callable[[float], None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the work is done."""
+        return self.decoder.device
+
+    @property
+    def compute(self) -> torch.dtype:
+        """Of the products."""
+        return self.decoder.compute
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The whole model: float32, on ``device``, evaluation mode, no gradients; made when it is first asked for."""
+        return self.decoder.whole(self.saved)
+
+    @cached_property
+    def blocks(self) -> dict[str, nn.Module]:
+        """Those of ``model``, by their full names."""
+        return {name: self.model.get_submodule(name) for name in self.decoder.names}
 
 
 @dataclass(frozen=True)
@@ -56,6 +79,7 @@ class WholeResult:
     """What recovering the model did.
 
     Attributes:
+        blocks: the recovered ones, in order, float32; weights at pruned places are zero.
         losses: the loss of every step, before that step; nats a token.
         held_out_before, held_out_after: the loss on the samples that were held out; None without any.
         seconds: time that the steps took.
@@ -64,6 +88,7 @@ class WholeResult:
             parameter: added to it, the weight is that of the plain merge. Empty where nothing was kept out.
     """
 
+    blocks: Sequence[nn.Module]
     losses: list[float]
     held_out_before: float | None
     held_out_after: float | None
@@ -118,7 +143,7 @@ def fit(
         raise EBFTError(
             f"the language-model loss is no longer a number with --lm-lr {own.lm_lr:g}; expected a smaller one"
         )
-    return WholeResult(of_steps, before, after, seconds)
+    return WholeResult(list(task.blocks.values()), of_steps, before, after, seconds)
 
 
 @dataclass

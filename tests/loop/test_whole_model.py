@@ -1,5 +1,6 @@
 """Recoveries of the whole model after the walk, against plain loops; their masks, files and resumption."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import ebft.recovery.lora
 import ebft.recovery.whole_model
 import ebft_kernels
 from ebft import EBFTConfig, EBFTError, run_ebft
+from ebft.data.streams import Store
 from ebft.distributed import Ranks
 from ebft.model.decoder import Decoder
 from ebft.model.matrices import router_paths
@@ -51,16 +53,18 @@ def task_of(family: str, **changes) -> tuple[WholeTask, Decoder]:
             mask.zero_pruned_(weight.data)
             masks[f"{name}.{matrix.name}"] = mask
     task = WholeTask(
-        model=model.requires_grad_(False),
-        blocks={name: model.get_submodule(name) for name in decoder.names},
+        decoder=decoder,
+        teacher=decoder,
+        saved=lambda index: {
+            f"{decoder.names[index]}.{n}": p for n, p in decoder.stored_block(index).named_parameters()
+        },
         masks=masks,
         tokens=torch.randint(512, (6, 20), generator=generator),
-        device=CPU,
-        compute=torch.float32,
+        store=Store(CPU),
         ranks=Ranks(),
         on_step=lambda share: None,
     )
-    return WholeTask(**{**vars(task), **changes}), decoder
+    return dataclasses.replace(task, **changes), decoder
 
 
 def tuned_plainly(task: WholeTask, weights: dict, trained: list, effective, decays=()) -> list[float]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -59,14 +60,7 @@ def tune_adapters(task: WholeTask, config: EBFTConfig, own: LoRA.Settings) -> Wh
             layer.base_layer.weight.add_(masks[path].zero_pruned_(layer.get_delta_weight(_ADAPTER)))
         left_out[f"{path}.weight"] = partial(_left_out, layer, masks[path])
     task.model.requires_grad_(False)
-    return WholeResult(
-        losses=result.losses,
-        held_out_before=result.held_out_before,
-        held_out_after=result.held_out_after,
-        seconds=result.seconds,
-        notes=notes,
-        left_out=left_out,
-    )
+    return replace(result, blocks=list(task.blocks.values()), notes=notes, left_out=left_out)
 
 
 def _add_adapters(model: nn.Module, paths: list[str], own: LoRA.Settings) -> dict[str, Any]:
