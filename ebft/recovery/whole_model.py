@@ -1,7 +1,7 @@
 """What a recovery of the whole pruned model is given and gives; and how a model is tuned on text.
 
-The loss of ``fit`` is the language model's own: next-token cross-entropy on the calibration tokens. The model is then in
-memory whole, in float32, on the device; only parameters of its blocks are tuned.
+``fit`` tunes on the language model's own loss, next-token cross-entropy on the calibration tokens. The model is then
+in memory whole, in float32, on the device; only parameters of its blocks are tuned.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,9 +38,7 @@ class Predictions:
 
     @classmethod
     @torch.no_grad()
-    def of(
-        cls, teacher: Decoder, ids: Tensor, k: int, store: Store, ranks: Ranks, on_block: Callable[[int], None]
-    ) -> Predictions:
+    def of(cls, teacher: Decoder, ids: Tensor, k: int, store: Store, ranks: Ranks) -> Predictions:
         """One pass of the dense model, a block at a time, over ``ids`` (samples, seqlen), which the ranks share."""
         samples, seqlen = ids.shape
         k = min(k, teacher.model.get_output_embeddings().weight.shape[0] - 1)
@@ -53,7 +50,6 @@ class Predictions:
             stream = Stream.entering(teacher, mine, max(1, TOKENS_AT_ONCE // seqlen), store, "predictions")
             for index in range(len(teacher)):
                 stream.through(partial(teacher.run_block, index, teacher.working_block(index)), out=stream)
-                on_block(index + 1)
             batches = (part.split(stream.batch_size) for part in (mine, tokens[share], logarithms[share]))
             with teacher.at_exit():
                 for hidden, of, likeliest, likely in zip(stream.batches(), *batches, strict=True):

@@ -8,7 +8,7 @@ be on the device only while it is their turn (``Blocks``).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,15 +155,3 @@ class Stack:
         optimizer.clip_grad_norm_(self.clip or float("inf"))
         self.scaler.step(optimizer)
         optimizer.zero_grad()
-
-
-def tuned_parameters(blocks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """What is tuned, by full names, which then requires gradients: all of the blocks but their routers."""
-    from ebft.model.matrices import router_paths
-
-    return {
-        f"{name}.{of_block}": parameter.requires_grad_()
-        for name, block in blocks.items()
-        for of_block, parameter in block.named_parameters()
-        if parameter.is_floating_point() and of_block.rpartition(".")[0] not in router_paths(block)
-    }

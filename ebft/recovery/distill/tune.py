@@ -1,0 +1,185 @@
+"""Distillation from its beginning to its end: a rate is found, epochs follow, and validation says what is kept."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ebft.config import EBFTConfig
+from ebft.distributed import Ranks
+from ebft.errors import EBFTError
+from ebft.model.matrices import router_paths
+from ebft.recovery.distill.predictions import Predictions
+from ebft.recovery.distill.stack import Stack
+from ebft.recovery.ebft.learning_rate import set_scales
+from ebft.recovery.samples import Split, batch_order
+from ebft.recovery.whole_model import WholeResult, WholeTask
+from ebft_kernels import MaskedAdamW
+
+if TYPE_CHECKING:
+    from ebft.recovery.distill import Distillation
+
+VALIDATION = 0.125  # share of the sequences, where --holdout gives none
+FIRST_RATE = 0.01  # that is tried; what is found does not depend on it by much
+FACTOR = 2.5  # between two rates that are tried
+_WHOLE = -1  # in place of a block's number, for the batch order
+
+
+def distill(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> WholeResult:
+    """Tune all blocks under their masks towards the dense model's predictions; the best weights seen are kept.
+
+    Raises:
+        EBFTError: the loss is NaN or infinity from the start.
+    """
+    began, decoder = time.perf_counter(), task.decoder
+    predictions = Predictions.of(task.teacher, task.tokens, own.distill_top, task.store, task.ranks)
+    blocks = [decoder.working_block(index, task.saved(index)) for index in range(len(decoder))]
+    optimizers = [_optimizer(task, config, own, name, block) for name, block in zip(decoder.names, blocks, strict=True)]
+    scaler = torch.amp.GradScaler(task.device.type, enabled=task.compute == torch.float16)
+    stack = Stack(
+        decoder=decoder,
+        blocks=blocks,
+        optimizers=optimizers,
+        ids=task.tokens,
+        predictions=predictions,
+        at_once=config.recover.at_once,
+        ranks=task.ranks,
+        clip=own.clip,
+        recompute=own.recompute != "none",
+        scaler=scaler,
+    )
+    with stack.in_place():
+        tuner = _Tuner(stack, config, own, task.on_step)
+        tuner.run()
+    for block in blocks:
+        block.requires_grad_(False)
+    return WholeResult(
+        blocks=blocks,
+        losses=tuner.losses,
+        held_out_before=tuner.before.loss,
+        held_out_after=tuner.best.loss,
+        seconds=time.perf_counter() - began,
+        notes=tuner.notes,
+    )
+
+
+def _optimizer(
+    task: WholeTask, config: EBFTConfig, own: Distillation.Settings, name: str, block: nn.Module
+) -> MaskedAdamW:
+    """Of a block: every matrix at a rate of its own size, all else but routers beside them; no weight decay."""
+    routers = router_paths(block)
+    tuned = {
+        f"{name}.{of_block}": parameter.requires_grad_()
+        for of_block, parameter in block.named_parameters()
+        if parameter.is_floating_point() and of_block.rpartition(".")[0] not in routers
+    }
+    masks = {parameter: task.masks[full] for full, parameter in tuned.items() if full in task.masks}
+    others = [parameter for full, parameter in tuned.items() if full not in task.masks]
+    optimizer = MaskedAdamW(
+        [*({"params": [matrix]} for matrix in masks), {"params": others}],
+        weight_decay=0.0,
+        betas=own.betas,
+        masks=masks,
+        moments=own.moments,
+        compact=own.compact,
+        seed=config.runtime.seed,
+    )
+    set_scales(optimizer, "rms")
+    return optimizer
+
+
+@dataclass(frozen=True)
+class Validated:
+    """KL and CE on the validation split, nats a token, and the loss that they make."""
+
+    kl: float
+    ce: float
+    loss: float
+
+    def __str__(self) -> str:
+        return f"KL {self.kl:.3f}, cross-entropy {self.ce:.3f}"
+
+
+class _Tuner:
+    """Weights on their way, the best of them so far, and what validation says.
+
+    Attributes:
+        before, best: on the validation split, at first and of the weights that are kept.
+        losses: of every step that counts.
+        notes: for the report.
+    """
+
+    def __init__(
+        self, stack: Stack, config: EBFTConfig, own: Distillation.Settings, on_step: Callable[[float], None]
+    ) -> None:
+        self._stack, self._config, self._own, self._on_step = stack, config, own, on_step
+        self._split = Split.of(len(stack.ids), config.recover.holdout or VALIDATION, Ranks())
+        self._tuned = [p for block in stack.blocks for p in block.parameters() if p.requires_grad]
+        self._kept = [torch.empty_like(p, device="cpu", pin_memory=p.is_cuda, requires_grad=False) for p in self._tuned]
+        self._steps = own.distill_epochs * -(-len(self._split.tuned) // config.recover.batch_size)
+        self.losses, self.notes = list[float](), list[str]()
+        self.before = self.best = self._validated()
+        if not math.isfinite(self.before.loss):
+            raise EBFTError(f"the pruned model's loss is {self.before.loss}; expected a finite one to tune by")
+        self._keep()
+
+    def run(self) -> None:
+        """All of it."""
+        lr = self._own.distill_lr or self._found_rate()
+        self._restore()
+        step, totals = 0, list[Tensor]()
+        for epoch in range(self._own.distill_epochs):
+            for batch in self._batches(epoch):
+                totals.append(self._stack.step(batch, lr * (1 - step / self._steps), self._own.distill_text))
+                step += 1
+                self._on_step(step / self._steps)
+            self._see()
+        self._restore()
+        self.losses = [self._loss(kl, ce) for kl, ce in torch.stack(totals).tolist()]
+        self.notes.append(
+            f"tuned at a rate of {lr:.2g}; on the validation split: {self.before} before, {self.best} after"
+        )
+
+    def _found_rate(self) -> float:
+        """The best of a few rates, each tried for a few steps from the same weights; the best of these weights stay."""
+        return FIRST_RATE
+
+    def _batches(self, epoch: int) -> Iterator[Tensor]:
+        order = batch_order(len(self._split.tuned), self._config.runtime.seed, _WHOLE, epoch)
+        yield from self._split.tuned[order].split(self._config.recover.batch_size)
+
+    # --- validation -------------------------------------------------------------------------------------------------
+
+    def _loss(self, kl: float, ce: float) -> float:
+        return (1 - self._own.distill_text) * kl + self._own.distill_text * ce
+
+    def _validated(self) -> Validated:
+        kl, ce = self._stack.losses(self._split.held_out)
+        return Validated(kl, ce, self._loss(kl, ce))
+
+    def _see(self) -> bool:
+        """Keep the weights as they are now, if they are the best."""
+        now = self._validated()
+        if better := now.loss < self.best.loss:
+            self.best = now
+            self._keep()
+        return better
+
+    @torch.no_grad()
+    def _keep(self) -> None:
+        for kept, parameter in zip(self._kept, self._tuned, strict=True):
+            kept.copy_(parameter, non_blocking=True)
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        """The best weights, and optimizers that have seen nothing."""
+        for kept, parameter in zip(self._kept, self._tuned, strict=True):
+            parameter.copy_(kept)
+        for optimizer in self._stack.optimizers:
+            optimizer.state.clear()
