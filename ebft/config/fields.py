@@ -138,13 +138,16 @@ def _power(number: float) -> str:
 
 def typed(said: str, value: Any, wanted: Any) -> Any:
     """``value`` (from Python, YAML or a flag's text) as the type ``wanted``; ``said``: what the setting is called."""
-    kinds = [wanted]
+    kinds, words = [wanted], ()
     if isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union:
-        kinds = [kind for kind in typing.get_args(wanted) if kind is not types.NoneType]
-        if value is None:
+        kinds = [kind for kind in typing.get_args(wanted) if typing.get_origin(kind) is not typing.Literal]
+        words = tuple(word for kind in typing.get_args(wanted) if kind not in kinds for word in typing.get_args(kind))
+        if value is None and types.NoneType in kinds:
             return None
-    (kind,) = kinds
-    fault = EBFTError(f"{said} is {_short(value)}; expected {_described(kind)}")
+        if isinstance(value, str) and value in words:
+            return value
+    (kind,) = (kind for kind in kinds if kind is not types.NoneType)
+    fault = EBFTError(f"{said} is {_short(value)}; expected {' or '.join([*words, _described(kind)])}")
     try:
         return _CONVERT.get(kind, _tuple_of(kind))(value)
     except (TypeError, ValueError, OverflowError):

@@ -252,6 +252,7 @@ def _recover(
         scratch=streams.scratch,
         following=partial(_following, context, streams, index) if _has_following(context, index) else None,
         finished=[lines[before] for before in range(index) if before in lines],
+        blocks=len(context.decoder),
     )
     result = context.recovery.recover(task)
     if not math.isfinite(result.error_after):
@@ -324,6 +325,8 @@ def _block_line(
         "seconds": seconds,
         "tuning_seconds": 0.0,
         "epochs": 0,
+        "learning_rate": None,
+        "trial_steps": 0.0,
         "peak_memory_bytes": peak_memory(context.decoder.device),
         "implementations": implementations(context.decoder),
         "notes": masks.notes,
@@ -339,6 +342,8 @@ def _block_line(
             "relative_held_out_after": _over(result.held_out_after, energy),
             "tuning_seconds": result.seconds,
             "epochs": result.epochs,
+            "learning_rate": result.learning_rate,
+            "trial_steps": result.trial_steps,
             "losses": result.losses,
             "gradient_norms": result.gradient_norms,
             "notes": masks.notes + result.notes,

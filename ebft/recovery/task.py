@@ -58,6 +58,7 @@ class BlockTask:
             ``blocks_at_once`` does not ask for it.
         only: names of the parameters that are recovered; None for all.
         finished: the lines of ``blocks.jsonl`` of the blocks before, as far as they are known.
+        blocks: how many the model has.
         error_before: mean squared error before the recoveries that came before in a sum; None for the first.
     """
 
@@ -77,6 +78,7 @@ class BlockTask:
     following: Callable[[], Following] | None = None
     only: frozenset[str] | None = None
     finished: Sequence[Mapping[str, Any]] = ()
+    blocks: int = 1
     error_before: float | None = None
 
     def told(self, place: int, places: int, done: int, steps: int) -> None:
@@ -100,6 +102,8 @@ class BlockResult:
         held_out_before, held_out_after: mean squared error on the samples that were held out; None without any.
         masks: parameter name -> kept weights, of the matrices whose masks are others now.
         epochs: that were taken.
+        learning_rate: that was taken, at its highest; None where there was none.
+        trial_steps: what it cost to find it, in steps.
     """
 
     losses: list[float]
@@ -113,6 +117,8 @@ class BlockResult:
     held_out_after: float | None = None
     masks: Mapping[str, PackedMask] = field(default_factory=dict)
     epochs: int = 0
+    learning_rate: float | None = None
+    trial_steps: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,7 @@ def in_turn(results: Sequence[BlockResult]) -> BlockResult:
         notes=[note for result in results for note in result.notes],
         masks=_masks_of(results),
         epochs=sum(result.epochs for result in results),
+        trial_steps=sum(result.trial_steps for result in results),
     )
 
 

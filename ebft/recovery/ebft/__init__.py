@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ebft.config.fields import Needs, setting
 from ebft.errors import EBFTError
@@ -37,7 +37,13 @@ class EBFT(BlockRecovery):
         """Of block-wise reconstruction."""
 
         epochs: int = setting(10, "passes over the calibration sequences in each block", at_least=1, basic=True)
-        lr: float = setting(2e-4, "learning rate, which --lr-decay lowers in each block", at_least=0, basic=True)
+        lr: float | Literal["auto"] = setting(
+            2e-4,
+            "learning rate, which --lr-decay lowers in each block; auto: found by short trials on the validation split "
+            "(--holdout)",
+            at_least=0,
+            basic=True,
+        )
         lr_scale: str = setting(
             "absolute",
             "what --lr is: a learning rate, or a share of the root mean square of each matrix's kept weights",
@@ -118,6 +124,8 @@ class EBFT(BlockRecovery):
                 )
         if own.unit == own.recompute == "halves":
             raise EBFTError("--recompute halves of --unit halves would be quarters; expected --recompute none or block")
+        if own.lr == "auto":
+            _check_lr(own, config)
         if own.unit == "pair":
             _check_pair(own, config)
         if own.epochs_where == "error":
@@ -181,6 +189,18 @@ class EBFT(BlockRecovery):
 def _optimizer_of(own: Any, config: EBFTConfig) -> Any:
     kind = optimizers[own.optimizer]
     return kind(config.of_method(kind.Settings))
+
+
+def _check_lr(own: Any, config: EBFTConfig) -> None:
+    if not config.recover.holdout:
+        raise EBFTError("--lr auto goes by the validation split, and --holdout is 0; expected --holdout above 0")
+    if config.recover.input == "dense-stream":
+        raise EBFTError(
+            "--lr auto begins from what the block before has found, of which blocks with --input dense-stream are "
+            "independent; expected --input sparse-stream or mix, or a number"
+        )
+    if own.lr_scale != "rms":
+        raise EBFTError("--lr auto finds a share of the weights' own size; expected --lr-scale rms with it")
 
 
 def _check_pair(own: Any, config: EBFTConfig) -> None:

@@ -48,6 +48,8 @@ class InPairs:
             seconds=of_pair.seconds,
             masks=of_pair.masks,
             epochs=of_pair.epochs,
+            learning_rate=of_pair.learning_rate,
+            trial_steps=of_pair.trial_steps,
         )
 
 

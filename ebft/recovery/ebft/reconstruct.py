@@ -10,6 +10,7 @@ Just over the guide line, because how one block is tuned is read from top to bot
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,14 +32,17 @@ from ebft.recovery.ebft import EBFT
 from ebft.recovery.ebft.early_stopping import Best, HeldOut, Probe, Watch
 from ebft.recovery.ebft.epochs import MOST, epochs_for
 from ebft.recovery.ebft.halves import halves
-from ebft.recovery.ebft.learning_rate import learning_rate, set_scales
-from ebft.recovery.ebft.objective import Objective, measured_by_token
+from ebft.recovery.ebft.learning_rate import set_scales, share_of_rate
+from ebft.recovery.ebft.objective import Measured, Objective, measured_by_token
 from ebft.recovery.ebft.refresh import BATCHES, MaskRefresh
-from ebft.recovery.optimizers.masked import MaskedOptimizer
+from ebft.recovery.optimizers.masked import MaskedOptimizer, forget
+from ebft.recovery.rates import Trials, found_rate
 from ebft.recovery.samples import Energies, Errors, Split, batch_order, samples_of_all
 from ebft.recovery.task import BlockResult, BlockTask, Forward
 from ebft.registry import optimizers
 from ebft_kernels import MaskedAdamW, PackedMask, mask_linears_, unmask_linears_
+
+FORWARD_ALONE = 3  # forward passes cost as much as a step
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ class BlockReconstructor:
             on_step=task.on_step,
             only=task.only,
             finished=task.finished,
+            blocks=task.blocks,
             error_before=task.error_before,
         )
 
@@ -134,6 +139,7 @@ class BlockReconstructor:
         on_step: Callable[[int, int], None] | None = None,
         only: frozenset[str] | None = None,
         finished: Sequence[Mapping[str, Any]] = (),
+        blocks: int = 1,
         error_before: float | None = None,
         **kwargs: Any,
     ) -> BlockResult:
@@ -153,7 +159,7 @@ class BlockReconstructor:
             forward: (block, hidden) -> hidden; by default ``block(hidden, **kwargs)`` under autocast.
             on_step: called with (steps done, steps in all) after each step.
             only: names of the parameters that are tuned (default: all but routers).
-            finished, error_before: see ``BlockTask``.
+            finished, blocks, error_before: see ``BlockTask``.
 
         Raises:
             EBFTError: the block has no halves to recompute.
@@ -176,18 +182,20 @@ class BlockReconstructor:
             losses, norms = torch.zeros(steps, device=self._device), torch.zeros(steps, device=self._device)
             refresh = MaskRefresh(config, block, masks, tuning.optimizer, steps)
             best = Best(block, refresh.masks)
-            watch: Watch = Probe(best, before)
-            if len(split.held_out):
-                judge = partial(measured_by_token, errors, through, split.held_out)
-                watch = HeldOut(best, before, judge, own.patience)
-            step, began = 0, time.perf_counter()
+            judge = partial(measured_by_token, errors, through, split.held_out)
+            watch: Watch = HeldOut(best, before, judge, own.patience) if len(split.held_out) else Probe(best, before)
+            began = time.perf_counter()
+            rate, trial_cost = own.lr, 0.0
+            if rate == "auto":
+                run = partial(self._trial, tuning, errors, best, judge, index)
+                judging = len(split.held_out) / (FORWARD_ALONE * batch_size)
+                trials = Trials.of(run, steps=steps, judging=judging, whole=steps * blocks)
+                rate = found_rate(trials, steps, finished)
+                trial_cost = trials.spent
+            step = 0
             for epoch in range(most):
-                order = batch_order(len(split.tuned), config.runtime.seed, index, epoch)
-                batches = split.tuned[order].split(batch_size)
-                mine = [split.here(batch) for batch in batches]
-                for batch, (x, y) in zip(batches, carry(self._device, (inputs, targets), mine), strict=True):
-                    for group in tuning.optimizer.param_groups:
-                        group["lr"] = learning_rate(own, step, steps) * group["scale"]
+                for batch, x, y in self._batches(errors, index, epoch):
+                    _set_rate(tuning.optimizer, rate * share_of_rate(own, step, steps))
                     losses[step], norms[step] = self.step(tuning, x, y, of=len(batch))
                     step += 1
                     if refresh.due(step):
@@ -215,7 +223,38 @@ class BlockReconstructor:
             held_out_after=watch.held_out_after,
             masks=refresh.changed(),
             epochs=epoch + 1,
+            learning_rate=rate,
+            trial_steps=trial_cost,
         )
+
+    def _batches(self, errors: Errors, index: int, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The numbers of each step's samples, and inputs and targets of those that are here, on the device."""
+        split = errors.split
+        order = batch_order(len(split.tuned), self._config.runtime.seed, index, epoch)
+        batches = split.tuned[order].split(self._config.recover.batch_size)
+        carried = carry(self._device, (errors.inputs, errors.targets), map(split.here, batches))
+        for batch, (x, y) in zip(batches, carried, strict=True):
+            yield batch, x, y
+
+    def _trial(
+        self,
+        tuning: Tuning,
+        errors: Errors,
+        best: Best,
+        judge: Callable[[], Measured],
+        index: int,
+        rate: float,
+        steps: int,
+    ) -> float:
+        """The loss on the validation split after so many steps from the first weights, which are there again then."""
+        batches = itertools.chain.from_iterable(self._batches(errors, index, epoch) for epoch in itertools.count())
+        for step, (batch, x, y) in enumerate(itertools.islice(batches, steps)):
+            _set_rate(tuning.optimizer, rate * (1 - step / steps))
+            self.step(tuning, x, y, of=len(batch))
+        loss = judge().loss
+        best.restore()
+        forget(tuning.optimizer)
+        return loss
 
     @contextlib.contextmanager
     def prepared(
@@ -252,7 +291,7 @@ class BlockReconstructor:
             ]
             seed = (self._config.runtime.seed * 1_000_003 + index) % 2**63
             of_parameters = {tuned[name]: mask for name, mask in masks.items()}
-            optimizer = optimizer_kind.make(groups, lr=own.lr, masks=of_parameters, seed=seed)
+            optimizer = optimizer_kind.make(groups, lr=0.0, masks=of_parameters, seed=seed)
             through: Callable[[Tensor], Tensor] = partial(forward, torch.compile(block) if own.compile else block)
             if own.recompute == "block":
                 through = partial(recompute, through)
@@ -338,6 +377,11 @@ class BlockReconstructor:
 
 
 _LEANER = "leaner settings, which python -m ebft.run … --plan --gpu-memory SIZE finds"
+
+
+def _set_rate(optimizer: MaskedAdamW | MaskedOptimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
 
 
 def _name(dtype: torch.dtype) -> str:

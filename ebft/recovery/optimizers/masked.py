@@ -57,8 +57,20 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for parameter, mask in self._masks.items():
             mask.zero_pruned_(parameter)
 
+    def forget(self) -> None:
+        """Begin anew: no states."""
+        self.state.clear()
+
     def _move(self) -> None:
         raise NotImplementedError
+
+
+def forget(optimizer: MaskedAdamW | MaskedOptimizer) -> None:
+    """An optimizer that begins anew, with no states."""
+    if isinstance(optimizer, MaskedOptimizer):
+        optimizer.forget()
+    else:
+        optimizer.state.clear()
 
 
 class MaskedLion(MaskedOptimizer):
@@ -102,6 +114,11 @@ class MaskedMuon(MaskedOptimizer):
         others = [{**group, "params": [p for p in group["params"] if p not in masks]} for group in self.param_groups]
         self._muon = torch.optim.Muon(inside, lr=lr, momentum=betas[0], adjust_lr_fn="match_rms_adamw")
         self._adamw = MaskedAdamW(others, lr=lr, betas=betas)
+
+    def forget(self) -> None:
+        """See ``MaskedOptimizer``."""
+        for optimizer in (self._muon, self._adamw):
+            optimizer.state.clear()
 
     def _move(self) -> None:
         for parameter, matrices in self._matrices.items():
