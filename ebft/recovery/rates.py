@@ -15,6 +15,7 @@ FIRST = 0.03  # the rate that is tried first: what a step may move weights by, a
 FACTOR = 3.0  # between two rates of a first search; its root later
 LEAST, MOST = 1e-4, 1.0  # no rate outside of these is tried
 COST = 0.15  # share of the tuning's steps that trials may take, with what it costs to judge them
+FORWARD_ALONE = 3  # forward passes cost as much as a step
 FEWEST = 4  # steps of a trial: fewer are a matter of chance
 USUAL = 4  # trials in a first search: the first rate, one to either side, and one further
 
@@ -27,18 +28,24 @@ class Trials:
         run: (rate, steps) -> the loss on the validation split after so many steps from where the tuning will begin.
         length: steps of each.
         judging: what it costs to judge one, in steps.
+        most: what all may cost, in steps; two there are in any case.
     """
 
     run: Callable[[float, int], float]
     length: int
     judging: float
+    most: float
     _losses: dict[float, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, run: Callable[[float, int], float], *, steps: int, judging: float, whole: float) -> Trials:
         """Of a tuning of ``steps``, among tunings of ``whole`` steps together that its search serves."""
         affordable = COST * whole / USUAL - judging
-        return cls(run, max(1, min(max(FEWEST, int(affordable)), steps // 4)), judging)
+        return cls(run, max(1, min(max(FEWEST, int(affordable)), steps // 4)), judging, COST * whole)
+
+    def affordable(self) -> bool:
+        """Whether one more is."""
+        return len(self._losses) < 2 or self.spent + self.length + self.judging <= self.most
 
     @property
     def spent(self) -> float:
@@ -46,8 +53,8 @@ class Trials:
         return len(self._losses) * (self.length + self.judging)
 
     def loss(self, rate: float) -> float:
-        """After a trial at this rate; infinity where it diverged, or where the rate is out of bounds."""
-        if not LEAST <= rate <= MOST:
+        """After a trial at this rate; infinity where it diverged, the rate is out of bounds, or there may be none."""
+        if not LEAST <= rate <= MOST or (rate not in self._losses and not self.affordable()):
             return math.inf
         if rate not in self._losses:
             loss = self.run(rate, self.length)

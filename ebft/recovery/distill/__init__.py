@@ -9,7 +9,7 @@ What a block cannot see, that its errors add up with those of the others, this d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ebft.config.fields import setting
 from ebft.recovery.protocol import WholeModelRecovery
@@ -34,15 +34,16 @@ class Distillation(WholeModelRecovery):
         distill_epochs: int = setting(
             2, "most passes over the calibration sequences; the weights that validation likes best are kept", at_least=1
         )
-        distill_lr: float | None = setting(
-            None,
-            "learning rate, a share of the root mean square of each matrix's kept weights (default: found by "
-            "validation)",
+        distill_lr: float | Literal["auto"] = setting(
+            "auto",
+            "learning rate, a share of the root mean square of each matrix's kept weights; auto: found by short trials "
+            "on the validation split",
             above=0,
         )
-        distill_text: float = setting(
-            0.5,
-            "share of the text's own cross-entropy in the loss; the rest is the divergence from the dense model",
+        distill_text: float | Literal["auto"] = setting(
+            "auto",
+            "share of the text's own cross-entropy in the loss, the rest is the divergence from the dense model; auto: "
+            "none, or half where a trial shows that it helps",
             at_least=0,
             at_most=1,
         )

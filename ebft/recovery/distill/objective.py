@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Losses(NamedTuple):
-    """Sums over places, nats; float64 scalars on the device."""
+    """Of every place, (places,), nats."""
 
     kl: Tensor
     ce: Tensor
@@ -58,8 +58,8 @@ def losses_and_gradient_(
 def _losses(logits: Tensor, normaliser: Tensor, tokens: Tensor, logarithms: Tensor, following: Tensor) -> Losses:
     inside = logits.gather(-1, tokens) - normaliser
     q = torch.cat([inside, _rest(inside.exp()).log()], -1)
-    kl = (logarithms.exp() * (logarithms - q)).sum(dtype=torch.float64)
-    ce = (normaliser.squeeze(-1) - logits.gather(-1, following[:, None]).squeeze(-1)).sum(dtype=torch.float64)
+    kl = (logarithms.exp() * (logarithms - q)).sum(-1)
+    ce = (normaliser - logits.gather(-1, following[:, None])).squeeze(-1)
     return Losses(kl, ce)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ebft.distributed import Ranks
 from ebft.model.decoder import Decoder
-from ebft.recovery.distill.objective import Losses, losses_and_gradient_, losses_of
+from ebft.recovery.distill.objective import losses_and_gradient_, losses_of
 from ebft.recovery.distill.predictions import Predictions, chunks_of_places
 from ebft_kernels import MaskedAdamW
 
@@ -68,7 +68,7 @@ class Stack:
         gradients = []
         for part, states in zip(parts, passes, strict=True):
             losses, gradient = self._at_exit(part, states[-1], share, places)
-            totals += torch.stack(losses)
+            totals += losses
             gradients.append(gradient)
         for index in reversed(range(len(self.blocks))):
             for number, states in enumerate(passes):
@@ -79,19 +79,21 @@ class Stack:
         return totals / places
 
     @torch.no_grad()
-    def losses(self, samples: Tensor) -> tuple[float, float]:
-        """KL and CE on samples, means over places. A sync point."""
-        totals = torch.zeros(2, dtype=torch.float64, device=self.decoder.device)
-        for part in self._mine(samples):
-            hidden = self.decoder.enter(self.ids[part]).to(self.decoder.device)
+    def losses(self, samples: Tensor) -> Tensor:
+        """KL and CE of each of these samples, (samples, 2), means over its places; on the host. A sync point."""
+        found = torch.zeros(len(samples), 2, dtype=torch.float64, device=self.decoder.device)
+        numbers = torch.arange(len(samples))[self.ranks.share(len(samples))]
+        for part in numbers.split(self.at_once):
+            ids = self.ids[samples[part]]
+            hidden = self.decoder.enter(ids).to(self.decoder.device)
             for index, block in enumerate(self.blocks):
                 hidden = self.decoder.run_block(index, block, hidden)
-            for places, *known in self._known(part):
-                logits = self.decoder.logits(self.ids[part][:, places], hidden[:, places])
-                totals += torch.stack(losses_of(logits.flatten(0, 1).float(), *known))
-        self.ranks.add_([totals])
-        kl, ce = (totals / (len(samples) * (self.ids.shape[1] - 1))).tolist()
-        return kl, ce
+            for places, *known in self._known(samples[part]):
+                logits = self.decoder.logits(ids[:, places], hidden[:, places])
+                losses = losses_of(logits.flatten(0, 1).float(), *known)
+                found[part] += torch.stack([of.view(len(part), -1).sum(1, torch.float64) for of in losses], -1)
+        self.ranks.add_([found])
+        return (found / (self.ids.shape[1] - 1)).cpu()
 
     # --- its parts --------------------------------------------------------------------------------------------------
 
@@ -110,9 +112,9 @@ class Stack:
             hidden = outputs.detach()
         return [*kept, hidden]
 
-    def _at_exit(self, part: Tensor, hidden: Tensor, share: float, places: int) -> tuple[Losses, Tensor]:
-        """KL and CE summed, and the gradient of the mean loss by the final hidden states."""
-        found, by_states = list[Losses](), torch.zeros_like(hidden)
+    def _at_exit(self, part: Tensor, hidden: Tensor, share: float, places: int) -> tuple[Tensor, Tensor]:
+        """KL and CE summed, (2,), and the gradient of the mean loss by the final hidden states."""
+        found, by_states = torch.zeros(2, dtype=torch.float64, device=hidden.device), torch.zeros_like(hidden)
         for at, *known in self._known(part):
             states = hidden[:, at].detach().requires_grad_()
             with torch.enable_grad():
@@ -120,8 +122,8 @@ class Stack:
             losses, gradient = losses_and_gradient_(logits.detach().flatten(0, 1).float(), *known, share)
             gradient = self.scaler.scale(gradient.div_(places)).view_as(logits).to(logits.dtype)
             (by_states[:, at],) = torch.autograd.grad(logits, states, gradient)
-            found.append(losses)
-        return Losses(*map(sum, zip(*found, strict=True))), by_states
+            found += torch.stack([of.sum(dtype=torch.float64) for of in losses])
+        return found, by_states
 
     def _known(self, part: Tensor) -> Iterator[tuple[Any, ...]]:
         """Chunks of places; of each the dense model's likeliest tokens, their log-probabilities, and the text's."""

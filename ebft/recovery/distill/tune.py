@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,8 @@ from ebft.model.matrices import router_paths
 from ebft.recovery.distill.predictions import Predictions
 from ebft.recovery.distill.stack import Stack
 from ebft.recovery.ebft.learning_rate import set_scales
+from ebft.recovery.optimizers.masked import forget
+from ebft.recovery.rates import FORWARD_ALONE, Trials
 from ebft.recovery.samples import Split, batch_order
 from ebft.recovery.whole_model import WholeResult, WholeTask
 from ebft_kernels import MaskedAdamW
@@ -26,9 +28,9 @@ if TYPE_CHECKING:
     from ebft.recovery.distill import Distillation
 
 VALIDATION = 0.125  # share of the sequences, where --holdout gives none
-FIRST_RATE = 0.01  # that is tried; what is found does not depend on it by much
-FACTOR = 2.5  # between two rates that are tried
-_WHOLE = -1  # in place of a block's number, for the batch order
+FIRST_RATE = 0.003  # that is tried; a tenth of a block's first, because all blocks move together
+WITH_TEXT = 0.5  # the share of cross-entropy that is tried
+_WHOLE, _TRIAL = -1, 2**20  # in place of a block's number and an epoch's, for the batch order
 
 
 def distill(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> WholeResult:
@@ -62,10 +64,10 @@ def distill(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> 
     return WholeResult(
         blocks=blocks,
         losses=tuner.losses,
-        held_out_before=tuner.before.loss,
-        held_out_after=tuner.best.loss,
+        held_out_before=tuner.before.loss(tuner.share),
+        held_out_after=tuner.best.loss(tuner.share),
         seconds=time.perf_counter() - began,
-        notes=tuner.notes,
+        notes=[tuner.note],
     )
 
 
@@ -94,16 +96,24 @@ def _optimizer(
     return optimizer
 
 
-@dataclass(frozen=True)
 class Validated:
-    """KL and CE on the validation split, nats a token, and the loss that they make."""
+    """A model on the validation split: KL and CE of each of its sequences, (sequences, 2), nats a token."""
 
-    kl: float
-    ce: float
-    loss: float
+    def __init__(self, of_samples: Tensor) -> None:
+        self.of_samples = of_samples
+        self.kl, self.ce = of_samples.mean(0).tolist()
 
     def __str__(self) -> str:
         return f"KL {self.kl:.3f}, cross-entropy {self.ce:.3f}"
+
+    def loss(self, share: float) -> float:
+        """What is minimised, with this share of the cross-entropy."""
+        return (1 - share) * self.kl + share * self.ce
+
+    def is_less_surprised_than(self, other: Validated) -> bool:
+        """Whether its cross-entropy is lower for certain: by two standard errors, sequence by sequence."""
+        gains = (other.of_samples - self.of_samples)[:, 1]
+        return len(gains) > 1 and float(gains.mean()) > 2 * float(gains.std()) / math.sqrt(len(gains))
 
 
 class _Tuner:
@@ -111,75 +121,94 @@ class _Tuner:
 
     Attributes:
         before, best: on the validation split, at first and of the weights that are kept.
+        rate, share: the learning rate at its highest, and how much of the loss is the text's cross-entropy.
         losses: of every step that counts.
-        notes: for the report.
     """
 
     def __init__(
         self, stack: Stack, config: EBFTConfig, own: Distillation.Settings, on_step: Callable[[float], None]
     ) -> None:
-        self._stack, self._config, self._own, self._on_step = stack, config, own, on_step
+        self._stack, self._own, self._on_step = stack, own, on_step
+        self._seed, self._batch_size = config.runtime.seed, config.recover.batch_size
         self._split = Split.of(len(stack.ids), config.recover.holdout or VALIDATION, Ranks())
         self._tuned = [p for block in stack.blocks for p in block.parameters() if p.requires_grad]
-        self._kept = [torch.empty_like(p, device="cpu", pin_memory=p.is_cuda, requires_grad=False) for p in self._tuned]
-        self._steps = own.distill_epochs * -(-len(self._split.tuned) // config.recover.batch_size)
-        self.losses, self.notes = list[float](), list[str]()
+        self._steps = own.distill_epochs * -(-len(self._split.tuned) // self._batch_size)
+        self.rate = FIRST_RATE if own.distill_lr == "auto" else own.distill_lr
+        self.share = 0.0 if own.distill_text == "auto" else own.distill_text
+        self.losses = list[float]()
         self.before = self.best = self._validated()
-        if not math.isfinite(self.before.loss):
-            raise EBFTError(f"the pruned model's loss is {self.before.loss}; expected a finite one to tune by")
-        self._keep()
+        if not math.isfinite(self.before.loss(self.share)):
+            raise EBFTError(f"the pruned model on the validation split has {self.before}; expected finite numbers")
+        self._kept = self._copied()
 
     def run(self) -> None:
-        """All of it."""
-        lr = self._own.distill_lr or self._found_rate()
-        self._restore()
+        """Trials find what the settings leave open; then come all epochs, at a rate that falls to zero."""
+        if self._own.distill_lr == "auto":
+            self._search()
         step, totals = 0, list[Tensor]()
         for epoch in range(self._own.distill_epochs):
             for batch in self._batches(epoch):
-                totals.append(self._stack.step(batch, lr * (1 - step / self._steps), self._own.distill_text))
+                totals.append(self._stack.step(batch, self.rate * (1 - step / self._steps), self.share))
                 step += 1
                 self._on_step(step / self._steps)
             self._see()
-        self._restore()
-        self.losses = [self._loss(kl, ce) for kl, ce in torch.stack(totals).tolist()]
-        self.notes.append(
-            f"tuned at a rate of {lr:.2g}; on the validation split: {self.before} before, {self.best} after"
-        )
+        self._put(self._kept)
+        self.losses = [(1 - self.share) * kl + self.share * ce for kl, ce in torch.stack(totals).tolist()]
 
-    def _found_rate(self) -> float:
-        """The best of a few rates, each tried for a few steps from the same weights; the best of these weights stay."""
-        return FIRST_RATE
+    @property
+    def note(self) -> str:
+        """What was done, in a sentence."""
+        text = f", with {self.share:.0%} of the text's cross-entropy" if self.share else ""
+        validated = f"on the validation split: {self.before} before, {self.best} after"
+        return f"tuned at a rate of {self.rate:.2g}{text}; {validated}"
+
+    def _search(self) -> None:
+        """Find the rate; and the share of the text, where it is open and one more trial shows that it helps.
+
+        All trials begin from the same weights. The best weights of them stay: that one has been no loss of time.
+        """
+        start, seen = self._copied(), dict[float, Validated]()
+
+        def trial(rate: float, steps: int) -> float:
+            self._put(start)
+            for step, batch in enumerate(islice(self._batches(_TRIAL), steps)):
+                self._stack.step(batch, rate * (1 - step / steps), self.share)
+            seen[rate] = self._see()
+            return seen[rate].loss(self.share)
+
+        judging = len(self._split.held_out) / (FORWARD_ALONE * self._batch_size)
+        trials = Trials.of(trial, steps=self._steps, judging=judging, whole=self._steps)
+        self.rate = trials.climbed(FIRST_RATE)
+        if self._own.distill_text == "auto" and trials.affordable():
+            without, best, kept = seen[self.rate], self.best, self._kept
+            self.share = WITH_TEXT
+            trial(self.rate, trials.length)
+            if not seen[self.rate].is_less_surprised_than(without):
+                self.share, self.best, self._kept = 0.0, best, kept
+        self._put(self._kept)
 
     def _batches(self, epoch: int) -> Iterator[Tensor]:
-        order = batch_order(len(self._split.tuned), self._config.runtime.seed, _WHOLE, epoch)
-        yield from self._split.tuned[order].split(self._config.recover.batch_size)
-
-    # --- validation -------------------------------------------------------------------------------------------------
-
-    def _loss(self, kl: float, ce: float) -> float:
-        return (1 - self._own.distill_text) * kl + self._own.distill_text * ce
+        order = batch_order(len(self._split.tuned), self._seed, _WHOLE, epoch)
+        yield from self._split.tuned[order].split(self._batch_size)
 
     def _validated(self) -> Validated:
-        kl, ce = self._stack.losses(self._split.held_out)
-        return Validated(kl, ce, self._loss(kl, ce))
+        return Validated(self._stack.losses(self._split.held_out))
 
-    def _see(self) -> bool:
-        """Keep the weights as they are now, if they are the best."""
+    def _see(self) -> Validated:
+        """Validate the weights as they are now, and keep them if they are the best."""
         now = self._validated()
-        if better := now.loss < self.best.loss:
-            self.best = now
-            self._keep()
-        return better
+        if now.loss(self.share) < self.best.loss(self.share):
+            self.best, self._kept = now, self._copied()
+        return now
+
+    def _copied(self) -> list[Tensor]:
+        """The weights as they are now, on the host."""
+        return [parameter.detach().to("cpu", copy=True) for parameter in self._tuned]
 
     @torch.no_grad()
-    def _keep(self) -> None:
-        for kept, parameter in zip(self._kept, self._tuned, strict=True):
-            kept.copy_(parameter, non_blocking=True)
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        """The best weights, and optimizers that have seen nothing."""
-        for kept, parameter in zip(self._kept, self._tuned, strict=True):
+    def _put(self, weights: list[Tensor]) -> None:
+        """Go on from these weights, with optimizers that have seen nothing."""
+        for kept, parameter in zip(weights, self._tuned, strict=True):
             parameter.copy_(kept)
         for optimizer in self._stack.optimizers:
-            optimizer.state.clear()
+            forget(optimizer)

@@ -36,13 +36,11 @@ from ebft.recovery.ebft.learning_rate import set_scales, share_of_rate
 from ebft.recovery.ebft.objective import Measured, Objective, measured_by_token
 from ebft.recovery.ebft.refresh import BATCHES, MaskRefresh
 from ebft.recovery.optimizers.masked import MaskedOptimizer, forget
-from ebft.recovery.rates import Trials, found_rate
+from ebft.recovery.rates import FORWARD_ALONE, Trials, found_rate
 from ebft.recovery.samples import Energies, Errors, Split, batch_order, samples_of_all
 from ebft.recovery.task import BlockResult, BlockTask, Forward
 from ebft.registry import optimizers
 from ebft_kernels import MaskedAdamW, PackedMask, mask_linears_, unmask_linears_
-
-FORWARD_ALONE = 3  # forward passes cost as much as a step
 
 
 @dataclass(frozen=True)
