@@ -91,7 +91,7 @@ class Stack:
             for places, *known in self._known(samples[part]):
                 logits = self.decoder.logits(ids[:, places], hidden[:, places])
                 losses = losses_of(logits.flatten(0, 1).float(), *known)
-                found[part] += torch.stack([of.view(len(part), -1).sum(1, torch.float64) for of in losses], -1)
+                found[part] += torch.stack([of.view(len(part), -1).sum(1, dtype=torch.float64) for of in losses], -1)
         self.ranks.add_([found])
         return (found / (self.ids.shape[1] - 1)).cpu()
 
