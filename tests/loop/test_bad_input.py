@@ -224,6 +224,8 @@ def changed(model, folder, **settings):
         ({"vocab_size": 100}, "lm_head.weight is stored as (512, 32), not (100, 32), which its config.json gives"),
         ({"hidden_act": "relish"}, "one of its files does not hold what it should (KeyError: 'relish')"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "model.layers.0 arguments that hold NaN"),
+        ({"output_attentions": True}, "cannot be saved as it is: The `output_attentions` attribute is not"),
+        ({"return_dict": False}, "LlamaForCausalLM has a configuration with return_dict False; expected true"),
         ({"quantization_config": 3}, "one of its files does not hold what it should"),
         ({"text_config": 3}, "one of its files does not hold what it should"),
     ],
@@ -305,12 +307,37 @@ def test_tokens_beyond_the_embeddings(refuse, model, tmp_path, tokenizer):
         assert "model.resize_token_embeddings(513)" in said
 
 
-def test_a_tokenizer_that_fails(config, silent):
-    def broken(text, **kwargs):
+def test_a_model_without_its_tokenizer(refuse, model, tmp_path):
+    shutil.copytree(model, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer*"))
+    said = refuse("--model", tmp_path / "m")
+    assert "the tokenizer of" in said
+    assert "(1) a `tokenizers` library serialization file" in said  # after a line that ends with "one of:"
+
+
+def test_what_cannot_be_saved_is_refused_before_any_work(config, silent, tokenizer, monkeypatch, tmp_path):
+    def unsaved(*args, **kwargs):
+        raise TypeError("Object of type set is not JSON serializable")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", unsaved)
+    said = "^model LlamaForCausalLM cannot be saved as it is: Object of type set is not JSON serializable$"
+    with pytest.raises(EBFTError, match=said):
+        run_ebft(random_model("llama"), config(), tokenizer=tokenizer, reporter=silent)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_saved_is_a_sentence_of_compress_too(model, tmp_path, capsys):
+    folder = changed(model, tmp_path / "m", output_attentions=True)
+    assert compress_main([str(folder), str(tmp_path / "small")]) == 2
+    assert "ebft: the model cannot be saved as it is: The `output_attentions`" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_fails(config, silent, tokenizer, monkeypatch):
+    def broken(*args, **kwargs):
         raise IndexError("list index out of range")
 
+    monkeypatch.setattr(type(tokenizer), "__call__", broken)
     with pytest.raises(EBFTError, match=r"the tokenizer cannot turn a text into tokens \(IndexError: list index"):
-        run_ebft(random_model("llama"), config(), tokenizer=broken, reporter=silent)
+        run_ebft(random_model("llama"), config(), tokenizer=tokenizer, reporter=silent)
 
 
 @pytest.mark.parametrize(
