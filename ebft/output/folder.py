@@ -49,11 +49,9 @@ def check_settings_save(called: str, model: PreTrainedModel, tokenizer: PreTrain
     Args:
         called: the model, in a sentence.
     """
-    with tempfile.TemporaryDirectory(prefix="ebft-") as folder, _by_libraries(called):
-        try:
-            _write_settings(model, tokenizer, Path(folder))
-        except OSError as error:
-            raise EBFTError(f"{folder} cannot be written: {first_line(error)}") from None
+    # No room for temporary files is no fault of the model's.
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(prefix="ebft-") as folder, _by_libraries(called):
+        _write_settings(model, tokenizer, Path(folder))
 
 
 def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: Path) -> None:

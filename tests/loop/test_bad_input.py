@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Co
 import ebft.output.folder
 from ebft import EBFTError, run_ebft
 from ebft.compress import main as compress_main
+from ebft.output.folder import check_settings_save
 from ebft.run import main
 from ebft_kernels import save_masks, use_impl
 
@@ -323,6 +324,19 @@ def test_what_cannot_be_saved_is_refused_before_any_work(config, silent, tokeniz
     with pytest.raises(EBFTError, match=said):
         run_ebft(random_model("llama"), config(), tokenizer=tokenizer, reporter=silent)
     assert not list(tmp_path.iterdir())
+
+
+def test_no_room_for_temporary_files_is_no_fault_of_the_models(tokenizer, monkeypatch, tmp_path):
+    model = random_model("llama")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    check_settings_save("it", model, tokenizer)
+    monkeypatch.undo()
+
+    def full(*args, **kwargs):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers says it
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
+    check_settings_save("it", model, tokenizer)
 
 
 def test_what_cannot_be_saved_is_a_sentence_of_compress_too(model, tmp_path, capsys):
