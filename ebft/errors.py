@@ -12,8 +12,9 @@ class MemoryRanOut(EBFTError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of what an error says, or all of it where that line only leads to the next."""
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return on_one_line(error) if first.rstrip().endswith(":") else first
 
 
 def on_one_line(error: BaseException) -> str:

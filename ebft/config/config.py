@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,7 +75,7 @@ class EBFTConfig:
             for name in names:
                 check_name(said, name or "")
 
-    def _check_effects(self, given: Mapping[str, Any]) -> None:
+    def _check_effects(self, given: Collection[str]) -> None:
         """``EBFTError`` if one of the settings that were given changes nothing, as the others are."""
         fields = {flat_name(f): f for kind in self._kinds() for f in dataclasses.fields(kind)}
         idle = [name for name, field in fields.items() if name in given and not self.has_effect(name)]
@@ -154,8 +154,16 @@ class EBFTConfig:
     # --- by flat names ----------------------------------------------------------------------------------------------
 
     @classmethod
-    def of(cls, _defaults: Mapping[str, Any] | None = None, /, **settings: Any) -> EBFTConfig:
-        """From flat names; of ``_defaults`` those that belong to no chosen method do not count."""
+    def of(
+        cls, _defaults: Mapping[str, Any] | None = None, _meant: Collection[str] = (), /, **settings: Any
+    ) -> EBFTConfig:
+        """From flat names.
+
+        Args:
+            _defaults: those of them that belong to no chosen method do not count.
+            _meant: names of ``settings`` that are refused without an effect whatever their value is; others are where
+                it is not the usual one.
+        """
         defaults = _defaults or {}
         unknown = sorted(settings.keys() - all_flat_names())
         if unknown:
@@ -177,20 +185,21 @@ class EBFTConfig:
             made.append(method.Settings(**{fields[name]: values[name] for name in fields if name in values}))
             taken |= fields.keys()
         for name in sorted(settings.keys() - taken):
-            if not _is_usual(name, settings[name], defaults):
+            if name in _meant or not _is_usual(name, settings[name], defaults):
                 owners = [method for registry in ALL for method in registry if name in _flat_names_of(method.Settings)]
                 raise EBFTError(f"{flag(name)} is {_of_another(owners, [*sections.values(), *made])}")
         config = cls(**sections, methods=tuple(made))
         flat = config.flat()
-        given = {n: flat[n] for n in settings if n in flat and not _is_usual(n, flat[n], defaults)}
-        if not flat.keys() <= settings.keys():  # of all of them at once nobody says which are meant
-            config._check_effects(given)
+        given = {n for n in settings if n in flat and (n in _meant or not _is_usual(n, flat[n], defaults))}
+        if flat.keys() <= settings.keys():  # of all of them at once nobody says which are meant
+            given &= set(_meant)
+        config._check_effects(given)
         return config
 
     @classmethod
-    def preset(cls, name: str, /, **settings: Any) -> EBFTConfig:
-        """The preset's settings, with ``settings``, by flat names, put over them."""
-        return cls.of(preset_settings(name, uniform=bool(settings.get("uniform"))), **settings)
+    def preset(cls, name: str, _meant: Collection[str] = (), /, **settings: Any) -> EBFTConfig:
+        """The preset's settings, with ``settings``, by flat names, put over them; ``_meant`` as in ``of``."""
+        return cls.of(preset_settings(name, uniform=bool(settings.get("uniform"))), _meant, **settings)
 
     def replace(self, **settings: Any) -> EBFTConfig:
         """The same with some of the settings changed, by flat names."""

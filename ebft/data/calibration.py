@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -195,6 +196,7 @@ def _from_file(file: str, use: str) -> Iterator[str]:
             return
         import datasets
 
+        logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # its readers raise what they log
         rows = datasets.load_dataset(FILES[path.suffix], data_files=str(path), split="train", streaming=True)
         for row in rows:
             if "text" not in row:

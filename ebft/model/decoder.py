@@ -392,6 +392,10 @@ class Decoder:
 def find_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     """Path and modules of the model's blocks: the ``ModuleList`` with one entry a layer and the most parameters."""
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if not all(getattr(config, "return_dict", True) for config in (model.config, model.config.get_text_config())):
+        raise EBFTError(
+            f"{type(model).__name__} has a configuration with return_dict {model.config.return_dict}; expected true"
+        )
     lists = {path: list(module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     stacks = {path: blocks for path, blocks in lists.items() if blocks and len(blocks) == layers}
     if not stacks or model.config.is_encoder_decoder or model.get_output_embeddings() is None:

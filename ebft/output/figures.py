@@ -85,4 +85,4 @@ def without_folder(value: Any) -> Any:
 
 def _name_alone(part: str) -> str:
     kind, colon, path = part.rpartition(":") if part.startswith("local:") else ("", "", part)
-    return kind + colon + (Path(path).name if Path(path).is_absolute() else path)
+    return kind + colon + (Path(path).name or path if Path(path).is_absolute() else path)

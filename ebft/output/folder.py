@@ -10,12 +10,15 @@ Long, because the order of writes, syncs and renames is one argument, which has 
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import json
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,41 @@ _BLOCKS, _COMMITS, _STREAMS, _TEXT = "blocks", "commits", "streams", "text"  # w
 _WORKING = ".ebft-working"  # is there from a run's first moment to its last, and says what the run was begun with
 _REPLACED = ".replaced"  # an earlier run's output, for the moment that the new one takes its place
 _OWN = (_STREAMS, _BLOCKS, _COMMITS, _TEXT, _REPLACED, _WORKING)  # in the order that they are removed in
+
+
+def check_settings_save(called: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """``EBFTError`` if what ``save_settings`` writes cannot be saved, by saving it elsewhere: libraries check it then.
+
+    Args:
+        called: the model, in a sentence.
+    """
+    # No room for temporary files is no fault of the model's.
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(prefix="ebft-") as folder, _by_libraries(called):
+        _write_settings(model, tokenizer, Path(folder))
+
+
+def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(path)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+
+
+@contextlib.contextmanager
+def _by_libraries(called: str) -> Iterator[None]:
+    """Around what transformers and tokenizers save: an ``OSError``, or one sentence for whatever else they raise."""
+    try:
+        with quiet():
+            yield
+    except (OSError, SafetensorError, EBFTError):
+        raise
+    except Exception as error:
+        if type(error) is Exception:  # how tokenizers says what the file system refused
+            raise OSError(first_line(error)) from error
+        raise EBFTError(f"{called} cannot be saved as it is: {first_line(error.__cause__ or error)}") from error
 
 
 class OutputFolder:
@@ -292,20 +330,11 @@ class OutputFolder:
 
     def save_settings(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """What an ordinary Hugging Face folder holds besides weights: config.json, tokenizer."""
-
-        def write(path: Path) -> None:
-            model.config.architectures = [type(model).__name__]
-            model.config.save_pretrained(path)
-            if model.can_generate() and model.generation_config is not None:
-                model.generation_config.save_pretrained(path)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(path)
-
-        self.save(write)
+        self.save(partial(_write_settings, model, tokenizer))
 
     def save(self, write: Callable[[Path], object]) -> None:
-        """Let ``write`` put something into the folder."""
-        with self.writing(), quiet():
+        """Let ``write``, which calls libraries, put something into the folder."""
+        with self.writing(), _by_libraries("the model"):
             write(self.path)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:

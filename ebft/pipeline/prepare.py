@@ -24,7 +24,7 @@ from ebft.model.device import choose_device
 from ebft.model.fused import liger_missing
 from ebft.model.lengths import check_lengths
 from ebft.model.tensors import ModelWeights, check_floats
-from ebft.output.folder import OutputFolder
+from ebft.output.folder import OutputFolder, check_settings_save
 from ebft.output.terminal import Reporter
 from ebft.pipeline.checks import check_ends, check_masks, check_teacher
 from ebft.pipeline.context import Clock, RunContext, are_independent, name_of
@@ -65,6 +65,7 @@ def prepare_run(
         tokenizer = load_tokenizer(source, trust_remote_code=config.model.trust_remote_code)
     if tokenizer is None and (config.evaluate.texts or config.evaluate.tasks or read_text):
         raise EBFTError("a model in memory was given without its tokenizer, which turns text into tokens")
+    ranks.first(partial(check_settings_save, f"model {name_of(source)}", decoder.model, tokenizer))
     zero_shot = None
     if config.evaluate.tasks:
         zero_shot = ranks.first(partial(ZeroShot.prepare, list(config.evaluate.tasks), config.evaluate.limit))

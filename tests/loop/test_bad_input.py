@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Co
 import ebft.output.folder
 from ebft import EBFTError, run_ebft
 from ebft.compress import main as compress_main
+from ebft.output.folder import check_settings_save
 from ebft.run import main
 from ebft_kernels import save_masks, use_impl
 
@@ -49,9 +50,11 @@ def refuse(model, tmp_path, capsys):
             del usual["--epochs"]
         argv = [str(part) for pair in (usual | given).items() for part in pair if part is not None]
         assert main(argv) == code
-        last = capsys.readouterr().err.strip().splitlines()[-1]
+        said = capsys.readouterr().err
+        last = said.strip().splitlines()[-1]
         assert last.startswith("ebft: ")
-        assert "Traceback" not in last
+        assert "Traceback" not in said
+        assert "error" not in said.removesuffix(f"{last}\n").lower()  # a library's own words for it
         return last
 
     return run
@@ -222,6 +225,8 @@ def changed(model, folder, **settings):
         ({"vocab_size": 100}, "lm_head.weight is stored as (512, 32), not (100, 32), which its config.json gives"),
         ({"hidden_act": "relish"}, "one of its files does not hold what it should (KeyError: 'relish')"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "model.layers.0 arguments that hold NaN"),
+        ({"output_attentions": True}, "cannot be saved as it is: The `output_attentions` attribute is not"),
+        ({"return_dict": False}, "LlamaForCausalLM has a configuration with return_dict False; expected true"),
         ({"quantization_config": 3}, "one of its files does not hold what it should"),
         ({"text_config": 3}, "one of its files does not hold what it should"),
     ],
@@ -303,12 +308,50 @@ def test_tokens_beyond_the_embeddings(refuse, model, tmp_path, tokenizer):
         assert "model.resize_token_embeddings(513)" in said
 
 
-def test_a_tokenizer_that_fails(config, silent):
-    def broken(text, **kwargs):
+def test_a_model_without_its_tokenizer(refuse, model, tmp_path):
+    shutil.copytree(model, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer*"))
+    said = refuse("--model", tmp_path / "m")
+    assert "the tokenizer of" in said
+    assert "(1) a `tokenizers` library serialization file" in said  # after a line that ends with "one of:"
+
+
+def test_what_cannot_be_saved_is_refused_before_any_work(config, silent, tokenizer, monkeypatch, tmp_path):
+    def unsaved(*args, **kwargs):
+        raise TypeError("Object of type set is not JSON serializable")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", unsaved)
+    said = "^model LlamaForCausalLM cannot be saved as it is: Object of type set is not JSON serializable$"
+    with pytest.raises(EBFTError, match=said):
+        run_ebft(random_model("llama"), config(), tokenizer=tokenizer, reporter=silent)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_room_for_temporary_files_is_no_fault_of_the_models(tokenizer, monkeypatch, tmp_path):
+    model = random_model("llama")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    check_settings_save("it", model, tokenizer)
+    monkeypatch.undo()
+
+    def full(*args, **kwargs):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers says it
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
+    check_settings_save("it", model, tokenizer)
+
+
+def test_what_cannot_be_saved_is_a_sentence_of_compress_too(model, tmp_path, capsys):
+    folder = changed(model, tmp_path / "m", output_attentions=True)
+    assert compress_main([str(folder), str(tmp_path / "small")]) == 2
+    assert "ebft: the model cannot be saved as it is: The `output_attentions`" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_fails(config, silent, tokenizer, monkeypatch):
+    def broken(*args, **kwargs):
         raise IndexError("list index out of range")
 
+    monkeypatch.setattr(type(tokenizer), "__call__", broken)
     with pytest.raises(EBFTError, match=r"the tokenizer cannot turn a text into tokens \(IndexError: list index"):
-        run_ebft(random_model("llama"), config(), tokenizer=broken, reporter=silent)
+        run_ebft(random_model("llama"), config(), tokenizer=tokenizer, reporter=silent)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from conftest import random_model
 from faults import assert_same, command, in_child, job, refused
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
 import ebft.output.folder
 import ebft.pipeline.summary
@@ -329,6 +330,8 @@ def _full(name, number, module, monkeypatch):
     def full(*args, **kwargs):
         calls.append(args)
         if len(calls) >= number:
+            if module is PreTrainedTokenizerBase:  # tokenizers has no kind of error for it
+                raise Exception("No space left on device (os error 28)")
             raise OSError(28, "No space left on device")
         return real(*args, **kwargs)
 
@@ -344,6 +347,7 @@ def _full(name, number, module, monkeypatch):
         (ebft.output.folder, "save_file", 3, True),
         (ebft.output.folder, "save_file", 4, True),  # the model
         (ebft.output.folder, "save_masks", 2, True),
+        (PreTrainedTokenizerBase, "save_pretrained", 2, True),  # the first is a try, before the work
     ],
 )
 def test_a_full_disk(module, name, number, kept, settings, silent, tmp_path, monkeypatch, capsys):

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import random_model
 from safetensors.torch import load_file, save_file
 
 from ebft import EBFTConfig, EBFTError, run_ebft
+from ebft.cli.app import parse_args
 from ebft.config import PRESETS, SECTIONS, all_flat_names, flat_name
 from ebft.model.checkpoint import load_model, open_model
 from ebft.model.tensors import meant_to_be_used
@@ -311,6 +313,28 @@ def test_a_setting_without_effect_is_refused_by_name(name):
         if PRESETS[preset].get(name) != value:
             with pytest.raises(EBFTError, match=said):
                 EBFTConfig.preset(preset, **NOTHING, **{name: value})
+
+
+# What the class that has a setting gives it, where that can be said on a command line and asks for something.
+USUAL = {
+    name: value
+    for name, (_, partners) in SETTINGS.items()
+    if (value := EBFTConfig.preset("paper", **partners).flat()[name]) not in (None, False, "", [])
+    and name not in partners
+}
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_a_flag_is_meant_also_where_it_says_what_is_usual(name, tmp_path):
+    value = USUAL[name]
+    flag, said = "--" + name.replace("_", "-"), value if isinstance(value, list) else [value]
+    line = [flag] if value is True else [flag, *map(str, said)]
+    nothing = ["--preset", "paper", "--recover", "none", "--prune", "zeros", "--eval", ""]
+    for file in ([], ["--config", str(tmp_path / "run.yaml")]):
+        config = EBFTConfig.preset("paper", **{**NOTHING, name: value})  # a keyword may be one of a whole dictionary
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.flat()))
+        with pytest.raises(EBFTError, match=rf"^{flag} "):
+            parse_args([*nothing, *file, *line])
 
 
 @pytest.mark.parametrize("preset", PRESETS)

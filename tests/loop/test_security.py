@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import random_model
 from faults import refused
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
@@ -218,6 +218,7 @@ class Tags(HTMLParser):
 
 
 @FAST
+@example(name="/", text="/")  # a path without a name
 @given(name=NAMES, text=NAMES)
 def test_a_card_shows_any_name_as_it_is(name, text):
     begin, front, body = model_card(a_summary(name, text)).split("---\n", 2)
