@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from ebft.model.locate import locate
+
 
 def compress(
     model: Annotated[str, Parameter(help="folder or hub id of a pruned model", metavar="MODEL")],
@@ -19,6 +21,7 @@ def compress(
     overwrite: Annotated[bool, Parameter(help="replace OUT if an earlier call made it", negative=())] = False,
 ) -> int:
     """Store a pruned model without its zeros."""
+    locate(model)
     from ebft.compressed.layers import save_compressed
 
     saved = save_compressed(model, output, values=values, overwrite=overwrite)

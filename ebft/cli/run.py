@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from cyclopts import Parameter
 
 from ebft.cli.flags import config_of, presets
+from ebft.model.locate import locate
 from ebft.plan.data_sheets import DEVICES, HERE
 from ebft.registry import nearest
 
@@ -75,6 +76,8 @@ def plan(
 
 
 def _run(config: EBFTConfig, *, quiet: bool, as_json: bool) -> int:
+    if not config.output.resume:  # a finished run is not done again, and needs no model
+        _check_models(config)
     from ebft.distributed import SaidByTheFirst
     from ebft.output.terminal import Reporter
     from ebft.pipeline.run import run_ebft
@@ -93,11 +96,19 @@ def _plan(config: EBFTConfig, on: str) -> int:
 
     if on not in (HERE, *DEVICES):
         raise EBFTError(f"--plan is {on!r}; expected {', '.join((HERE, *DEVICES))}{nearest(on, DEVICES)}")
+    _check_models(config)
     from ebft.plan.planner import make_plan
 
     made = make_plan(config, on)
     print(made)
     return 2 if made.faults else 0
+
+
+def _check_models(config: EBFTConfig) -> None:
+    """``EBFTError`` for a model that is not there, before torch and transformers are imported, which takes seconds."""
+    locate(config.model.source)
+    if config.model.teacher is not None:
+        locate(config.model.teacher)
 
 
 # --- interruptions --------------------------------------------------------------------------------------------------
@@ -139,7 +150,8 @@ def _stop_at_once(number: int) -> NoReturn:
 
 
 def _what_is_left(config: EBFTConfig | None) -> str:
-    from ebft.output.folder import SUMMARY, OutputFolder, is_kept
+    from ebft.output.folder import OutputFolder, is_kept
+    from ebft.output.records import SUMMARY
 
     steps = config.steps if config else ()
     kept = [partial for step in steps if is_kept(partial := OutputFolder.partial(step.output.folder))]

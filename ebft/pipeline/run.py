@@ -33,8 +33,9 @@ from ebft.model.in_memory import given_model
 from ebft.model.libraries import quiet
 from ebft.model.tensors import ShardedWeights
 from ebft.output.card import model_card
-from ebft.output.folder import LINES, MASKS, SUMMARY, OutputFolder
+from ebft.output.folder import LINES, MASKS, OutputFolder
 from ebft.output.page import report_page
+from ebft.output.records import SUMMARY
 from ebft.output.terminal import Reporter
 from ebft.pipeline.context import RunContext, name_of
 from ebft.pipeline.prepare import prepare_run
