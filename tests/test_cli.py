@@ -55,6 +55,14 @@ def test_it_answers_without_torch(said, exit_code):
     assert in_a_new_process(code).splitlines()[-1] == f"imported [] {exit_code}"
 
 
+def test_nothing_is_looked_for_among_what_is_imported():
+    code = "import gc; from ebft.cli.heavy import importing\n"
+    code += "with importing():\n    import torch; print(gc.isenabled(), end=' ')\n"
+    code += "print(gc.isenabled(), gc.get_freeze_count() > 100_000)\n"
+    code += "with importing():\n    import torch; print(gc.isenabled())"  # it is there already: a run may be going on
+    assert in_a_new_process(code).split() == ["False", "True", "True", "True"]
+
+
 def test_the_package_itself_is_lazy():
     code = f"import sys, ebft; print([name for name in {HEAVY!r} if name in sys.modules], ebft.EBFTConfig.__name__)"
     assert in_a_new_process(code).strip() == "[] EBFTConfig"

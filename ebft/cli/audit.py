@@ -6,6 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from ebft.cli.heavy import importing
 from ebft.model.locate import DEFAULT_MODEL, locate
 from ebft.output.records import finished_folder
 
@@ -28,7 +29,8 @@ def audit(
     finished_folder(output)
     if against not in (None, DEFAULT_MODEL):
         locate(against)
-    from ebft.output.audit import audit as look_through
+    with importing():
+        from ebft.output.audit import audit as look_through
 
     found = look_through(output, against, trust_remote_code=trust_remote_code)
     for name, share in found.layers.items():

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from ebft.cli.heavy import importing
 from ebft.model.locate import locate
 
 
@@ -22,7 +23,8 @@ def compress(
 ) -> int:
     """Store a pruned model without its zeros."""
     locate(model)
-    from ebft.compressed.layers import save_compressed
+    with importing():
+        from ebft.compressed.layers import save_compressed
 
     saved = save_compressed(model, output, values=values, overwrite=overwrite)
     dense, small = saved["dense_bytes"] / 2**20, saved["bytes"] / 2**20

@@ -7,6 +7,11 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from ebft.cli.heavy import importing
+from ebft.config import EBFTConfig
+from ebft.data.texts import check_texts
+from ebft.model.locate import locate
+
 # Of the settings of a run, by their flat names.
 SETTINGS = (
     "model",
@@ -31,18 +36,15 @@ def evaluate(
     **settings: Any,
 ) -> int:
     """Measure any model, pruned or not: perplexity, divergence from another one, zero-shot tasks."""
-    from ebft.config import EBFTConfig
-    from ebft.data.texts import check_texts
-    from ebft.model.locate import locate
-
     config = EBFTConfig.of(prune="zeros", recover="none", **settings)  # no calibration text
     check_texts(config)
     locate(config.model.source)
     if against is not None:
         locate(against)
-    from ebft.output.terminal import Reporter  # here and below, not above: torch comes with it, which takes seconds
-    from ebft.pipeline.context import name_of
-    from ebft.pipeline.evaluate import evaluate_model
+    with importing():
+        from ebft.output.terminal import Reporter
+        from ebft.pipeline.context import name_of
+        from ebft.pipeline.evaluate import evaluate_model
 
     reporter = Reporter(quiet=bool(quiet))
     figures = evaluate_model(config, against, reporter)

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from cyclopts import Parameter
 
 from ebft.cli.flags import config_of, presets
+from ebft.cli.heavy import importing
 from ebft.model.locate import locate
 from ebft.plan.data_sheets import DEVICES, HERE
 from ebft.registry import nearest
@@ -78,12 +80,14 @@ def plan(
 def _run(config: EBFTConfig, *, quiet: bool, as_json: bool) -> int:
     if not config.output.resume:  # a finished run is not done again, and needs no model
         _check_models(config)
-    from ebft.distributed import SaidByTheFirst
-    from ebft.output.terminal import Reporter
-    from ebft.pipeline.run import run_ebft
+    began = time.perf_counter()
+    with importing():
+        from ebft.distributed import SaidByTheFirst
+        from ebft.output.terminal import Reporter
+        from ebft.pipeline.run import run_ebft
 
     try:
-        result = run_ebft(config=config, reporter=Reporter(quiet=quiet))
+        result = run_ebft(config=config, reporter=Reporter(quiet=quiet), since=began)
     except SaidByTheFirst:
         return 2
     if as_json:
@@ -97,7 +101,8 @@ def _plan(config: EBFTConfig, on: str) -> int:
     if on not in (HERE, *DEVICES):
         raise EBFTError(f"--plan is {on!r}; expected {', '.join((HERE, *DEVICES))}{nearest(on, DEVICES)}")
     _check_models(config)
-    from ebft.plan.planner import make_plan
+    with importing():
+        from ebft.plan.planner import make_plan
 
     made = make_plan(config, on)
     print(made)
