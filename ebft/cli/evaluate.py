@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from ebft.cli.heavy import importing
 from ebft.config import EBFTConfig
-from ebft.data.texts import check_texts
+from ebft.data.texts import check_hub, check_texts
 from ebft.model.locate import locate
 
 # Of the settings of a run, by their flat names.
@@ -41,6 +41,7 @@ def evaluate(
     locate(config.model.source)
     if against is not None:
         locate(against)
+    check_hub(config)
     with importing():
         from ebft.output.terminal import Reporter
         from ebft.pipeline.context import name_of

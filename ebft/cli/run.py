@@ -23,6 +23,7 @@ from cyclopts import Parameter
 
 from ebft.cli.flags import config_of, presets
 from ebft.cli.heavy import importing
+from ebft.data.texts import check_hub
 from ebft.model.locate import locate
 from ebft.plan.data_sheets import DEVICES, HERE
 from ebft.registry import nearest
@@ -59,7 +60,7 @@ def run(
         try:
             made = config_of(preset, config, **settings)
             if plan is not None:
-                return _plan(made, plan)
+                return _plan(made, plan, "--plan")
             return _run(made, quiet=bool(quiet), as_json=bool(json))
         except KeyboardInterrupt as stop:
             print(f"ebft: {_what_is_left(made)}", file=sys.stderr)
@@ -74,12 +75,13 @@ def plan(
     **settings: Any,
 ) -> int:
     """Say what a run would need, in memory and time, from the model's configuration alone."""
-    return _plan(config_of(preset, config, **settings), on)
+    return _plan(config_of(preset, config, **settings), on, "--on")
 
 
 def _run(config: EBFTConfig, *, quiet: bool, as_json: bool) -> int:
-    if not config.output.resume:  # a finished run is not done again, and needs no model
+    if not config.output.resume:  # a finished run is not done again, and needs neither model nor text
         _check_models(config)
+        check_hub(config)
     began = time.perf_counter()
     with importing():
         from ebft.distributed import SaidByTheFirst
@@ -95,11 +97,11 @@ def _run(config: EBFTConfig, *, quiet: bool, as_json: bool) -> int:
     return 0
 
 
-def _plan(config: EBFTConfig, on: str) -> int:
+def _plan(config: EBFTConfig, on: str, flag: str) -> int:
     from ebft.errors import EBFTError
 
     if on not in (HERE, *DEVICES):
-        raise EBFTError(f"--plan is {on!r}; expected {', '.join((HERE, *DEVICES))}{nearest(on, DEVICES)}")
+        raise EBFTError(f"{flag} is {on!r}; expected {', '.join((HERE, *DEVICES))}{nearest(on, DEVICES)}")
     _check_models(config)
     with importing():
         from ebft.plan.planner import make_plan

@@ -46,7 +46,7 @@ def on_hub(name: str) -> str:
     from huggingface_hub.constants import CONFIG_NAME
     from huggingface_hub.errors import HFValidationError
 
-    error = _fault_of_hub(name, CONFIG_NAME)
+    error = fault_of_hub(name, CONFIG_NAME)
     if error is None:
         return name
     cached = None if isinstance(error, HFValidationError) else try_to_load_from_cache(name, CONFIG_NAME)
@@ -56,8 +56,8 @@ def on_hub(name: str) -> str:
     raise EBFTError(f"model {name} is no folder here, {_in_words(error)}; {expected}") from error
 
 
-def _fault_of_hub(name: str, file: str) -> Exception | None:
-    """What the hub raises for a model that it cannot give; a ``file`` alone that it lacks is transformers' to say."""
+def fault_of_hub(name: str, file: str, kind: str = "model") -> Exception | None:
+    """What the hub raises for a model or dataset that it cannot give; that a ``file`` alone is lacking is no fault."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -65,7 +65,7 @@ def _fault_of_hub(name: str, file: str) -> Exception | None:
 
     def ask() -> None:
         try:
-            get_hf_file_metadata(hf_hub_url(name, file), timeout=_HUB_ANSWERS_WITHIN)
+            get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind), timeout=_HUB_ANSWERS_WITHIN)
             came.append(None)
         except Exception as error:  # whatever its client raises for a host that is not there
             came.append(error)
