@@ -38,6 +38,15 @@ def in_a_new_process(code: str) -> str:
         (["run", "--preset", "ligt"], 2),
         (["run", "--calibration", "/no/such"], 2),
         (["run", "--eval", "/no/such"], 2),
+        (["run", "/no/such"], 2),
+        (["run", "nobody/nothing"], 2),
+        (["run", "--prune", "zeros", "--teacher", "nobody/nothing"], 2),
+        (["plan", "nobody/nothing"], 2),
+        (["eval", "nobody/nothing"], 2),
+        (["eval", "--against", "/no/such"], 2),
+        (["eval", str(ROOT), "--eval", "wikitext2"], 2),
+        (["audit", "/no/such"], 2),
+        (["compress", "/no/such", "out"], 2),
     ],
     ids=lambda of: " ".join(of) if isinstance(of, list) else "",
 )
@@ -45,6 +54,14 @@ def test_it_answers_without_torch(said, exit_code):
     code = f"import sys; from ebft.cli.app import main; code = main({said!r}); "
     code += f"print('imported', [name for name in {HEAVY!r} if name in sys.modules], code)"
     assert in_a_new_process(code).splitlines()[-1] == f"imported [] {exit_code}"
+
+
+def test_nothing_is_looked_for_among_what_is_imported():
+    code = "import gc; from ebft.cli.heavy import importing\n"
+    code += "with importing():\n    import torch; print(gc.isenabled(), end=' ')\n"
+    code += "print(gc.isenabled(), gc.get_freeze_count() > 100_000)\n"
+    code += "with importing():\n    import torch; print(gc.isenabled())"  # it is there already: a run may be going on
+    assert in_a_new_process(code).split() == ["False", "True", "True", "True"]
 
 
 def test_the_package_itself_is_lazy():
@@ -74,7 +91,9 @@ def flags_in(text: str) -> set[str]:
 def test_every_command_has_its_help(capsys):
     for command in COMMANDS:
         assert main([command, "--help"]) == 0
-        assert "Usage" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "Usage" in said
+        assert (f"ebft {command} --help all" in said) == (command in ("run", "plan"))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +105,11 @@ def test_every_command_has_its_help(capsys):
         (["run", "--epochs", "x"], "--epochs is 'x'; expected a whole number"),
         (["run", "--lr", "-1"], "--lr is -1; expected a finite number of at least 0"),
         (["run", "--cg-iterations", "3"], "--cg-iterations is a setting of --recover layerwise, and --recover is ebft"),
+        (["run", "model", "second"], "second was not expected there"),
+        (["plan", "--on", "rtx409"], "--on is 'rtx409'; expected here, h200"),
+        (["run", "--plan", "rtx409"], "--plan is 'rtx409'; expected here, h200"),
+        (["run", str(ROOT), "--calibration", "c4"], "text c4 (allenai/c4) cannot be read from the hub: "),
+        (["eval", str(ROOT)], "text wikitext2 (Salesforce/wikitext) cannot be read from the hub: "),
         (["audt"], 'Did you mean "audit"'),
     ],
     ids=lambda of: " ".join(of) if isinstance(of, list) else "",

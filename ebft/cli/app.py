@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cyclopts import App
-from cyclopts.exceptions import CycloptsError
+from cyclopts.exceptions import CycloptsError, UnusedCliTokensError
 
 from ebft.errors import EBFTError, on_one_line
 from ebft.output.lasting import lasting_output
@@ -28,6 +28,7 @@ COMMANDS = {
     "methods": "the criteria, recoveries, losses and optimizers that there are",
 }
 WITH_SETTINGS = ("run", "plan", "eval")
+LEVELS = dict.fromkeys(("run", "plan"), "ebft {0} --help shows the settings that matter; ebft {0} --help all, all.")
 HERE = "here"
 
 
@@ -74,14 +75,15 @@ def parse_args(argv: Sequence[str]) -> tuple[EBFTConfig, str | None]:
 
 def _app(tokens: list[str], everything: bool) -> App:
     """The application; settings are only looked up for a command that has them."""
+    wanted = next((token for token in tokens if not token.startswith("-")), None)
+    shown = wanted if wanted in COMMANDS else "run"
     app = App(
         name="ebft",
         help="Prune a language model and win its quality back, block by block, on one small GPU or none.",
         version=__version__,
         help_format="plaintext",
-        help_epilogue="" if everything else "ebft run --help shows the settings that matter; ebft run --help all, all.",
+        help_epilogue="" if everything or shown not in LEVELS else LEVELS[shown].format(shown),
     )
-    wanted = next((token for token in tokens if not token.startswith("-")), None)
     for name, said in COMMANDS.items():
         if name in WITH_SETTINGS and name == wanted:
             from ebft.cli import evaluate, run
@@ -112,4 +114,6 @@ def _with_device(tokens: list[str]) -> list[str]:
 
 def _sentence(error: CycloptsError) -> str:
     """What cyclopts says, on one line, without its full stop."""
+    if isinstance(error, UnusedCliTokensError):
+        return f"{' '.join(error.unused_tokens or [])} was not expected there; ebft COMMAND --help says what is"
     return on_one_line(error).removesuffix(".")

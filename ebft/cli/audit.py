@@ -6,6 +6,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from ebft.cli.heavy import importing
+from ebft.model.locate import DEFAULT_MODEL, locate
+from ebft.output.records import finished_folder
+
 
 def audit(
     output: Annotated[str, Parameter(help="the folder of a finished run", metavar="OUT")],
@@ -22,7 +26,11 @@ def audit(
 
     Exit code 0, or 1 with a line for each fault.
     """
-    from ebft.output.audit import audit as look_through
+    finished_folder(output)
+    if against not in (None, DEFAULT_MODEL):
+        locate(against)
+    with importing():
+        from ebft.output.audit import audit as look_through
 
     found = look_through(output, against, trust_remote_code=trust_remote_code)
     for name, share in found.layers.items():

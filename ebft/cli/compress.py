@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from ebft.cli.heavy import importing
+from ebft.model.locate import locate
+
 
 def compress(
     model: Annotated[str, Parameter(help="folder or hub id of a pruned model", metavar="MODEL")],
@@ -19,7 +22,9 @@ def compress(
     overwrite: Annotated[bool, Parameter(help="replace OUT if an earlier call made it", negative=())] = False,
 ) -> int:
     """Store a pruned model without its zeros."""
-    from ebft.compressed.layers import save_compressed
+    locate(model)
+    with importing():
+        from ebft.compressed.layers import save_compressed
 
     saved = save_compressed(model, output, values=values, overwrite=overwrite)
     dense, small = saved["dense_bytes"] / 2**20, saved["bytes"] / 2**20

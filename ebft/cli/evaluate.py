@@ -7,6 +7,11 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from ebft.cli.heavy import importing
+from ebft.config import EBFTConfig
+from ebft.data.texts import check_hub, check_texts
+from ebft.model.locate import locate
+
 # Of the settings of a run, by their flat names.
 SETTINGS = (
     "model",
@@ -31,12 +36,17 @@ def evaluate(
     **settings: Any,
 ) -> int:
     """Measure any model, pruned or not: perplexity, divergence from another one, zero-shot tasks."""
-    from ebft.config import EBFTConfig
-    from ebft.output.terminal import Reporter
-    from ebft.pipeline.context import name_of
-    from ebft.pipeline.evaluate import evaluate_model
-
     config = EBFTConfig.of(prune="zeros", recover="none", **settings)  # no calibration text
+    check_texts(config)
+    locate(config.model.source)
+    if against is not None:
+        locate(against)
+    check_hub(config)
+    with importing():
+        from ebft.output.terminal import Reporter
+        from ebft.pipeline.context import name_of
+        from ebft.pipeline.evaluate import evaluate_model
+
     reporter = Reporter(quiet=bool(quiet))
     figures = evaluate_model(config, against, reporter)
     if json:

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -21,6 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from cyclopts import Parameter
 
 from ebft.cli.flags import config_of, presets
+from ebft.cli.heavy import importing
+from ebft.data.texts import check_hub
+from ebft.model.locate import locate
 from ebft.plan.data_sheets import DEVICES, HERE
 from ebft.registry import nearest
 
@@ -56,7 +60,7 @@ def run(
         try:
             made = config_of(preset, config, **settings)
             if plan is not None:
-                return _plan(made, plan)
+                return _plan(made, plan, "--plan")
             return _run(made, quiet=bool(quiet), as_json=bool(json))
         except KeyboardInterrupt as stop:
             print(f"ebft: {_what_is_left(made)}", file=sys.stderr)
@@ -71,16 +75,21 @@ def plan(
     **settings: Any,
 ) -> int:
     """Say what a run would need, in memory and time, from the model's configuration alone."""
-    return _plan(config_of(preset, config, **settings), on)
+    return _plan(config_of(preset, config, **settings), on, "--on")
 
 
 def _run(config: EBFTConfig, *, quiet: bool, as_json: bool) -> int:
-    from ebft.distributed import SaidByTheFirst
-    from ebft.output.terminal import Reporter
-    from ebft.pipeline.run import run_ebft
+    if not config.output.resume:  # a finished run is not done again, and needs neither model nor text
+        _check_models(config)
+        check_hub(config)
+    began = time.perf_counter()
+    with importing():
+        from ebft.distributed import SaidByTheFirst
+        from ebft.output.terminal import Reporter
+        from ebft.pipeline.run import run_ebft
 
     try:
-        result = run_ebft(config=config, reporter=Reporter(quiet=quiet))
+        result = run_ebft(config=config, reporter=Reporter(quiet=quiet), since=began)
     except SaidByTheFirst:
         return 2
     if as_json:
@@ -88,16 +97,25 @@ def _run(config: EBFTConfig, *, quiet: bool, as_json: bool) -> int:
     return 0
 
 
-def _plan(config: EBFTConfig, on: str) -> int:
+def _plan(config: EBFTConfig, on: str, flag: str) -> int:
     from ebft.errors import EBFTError
 
     if on not in (HERE, *DEVICES):
-        raise EBFTError(f"--plan is {on!r}; expected {', '.join((HERE, *DEVICES))}{nearest(on, DEVICES)}")
-    from ebft.plan.planner import make_plan
+        raise EBFTError(f"{flag} is {on!r}; expected {', '.join((HERE, *DEVICES))}{nearest(on, DEVICES)}")
+    _check_models(config)
+    with importing():
+        from ebft.plan.planner import make_plan
 
     made = make_plan(config, on)
     print(made)
     return 2 if made.faults else 0
+
+
+def _check_models(config: EBFTConfig) -> None:
+    """``EBFTError`` for a model that is not there, before torch and transformers are imported, which takes seconds."""
+    locate(config.model.source)
+    if config.model.teacher is not None:
+        locate(config.model.teacher)
 
 
 # --- interruptions --------------------------------------------------------------------------------------------------
@@ -139,7 +157,8 @@ def _stop_at_once(number: int) -> NoReturn:
 
 
 def _what_is_left(config: EBFTConfig | None) -> str:
-    from ebft.output.folder import SUMMARY, OutputFolder, is_kept
+    from ebft.output.folder import OutputFolder, is_kept
+    from ebft.output.records import SUMMARY
 
     steps = config.steps if config else ()
     kept = [partial for step in steps if is_kept(partial := OutputFolder.partial(step.output.folder))]

@@ -7,7 +7,8 @@ from typing import Any
 
 from ebft.config import EBFTConfig
 from ebft.config.fields import is_file
-from ebft.errors import EBFTError
+from ebft.errors import EBFTError, first_line
+from ebft.model.locate import fault_of_hub
 
 BUILTIN, SELF = "builtin", "self"
 HUB_TEXTS: dict[str, dict[str, Any]] = {
@@ -31,6 +32,17 @@ def check_texts(config: EBFTConfig) -> None:
             check_text(name, "calibration")
     for name in config.evaluate.texts:
         check_text(name, "evaluation")
+
+
+def check_hub(config: EBFTConfig) -> None:
+    """``EBFTError`` if texts come from the hub and it does not answer: ``datasets`` would ask it for half a minute."""
+    for name in dict.fromkeys((*(config.data.parts if config.uses_text else ()), *config.evaluate.texts)):
+        path = HUB_TEXTS[name]["path"] if name in HUB_TEXTS else None
+        if path and (fault := fault_of_hub(path, "README.md", "dataset")):
+            raise EBFTError(
+                f"text {name} ({path}) cannot be read from the hub: {first_line(fault).rstrip('.')}; expected a "
+                f"connection, {BUILTIN}, or a file"
+            )
 
 
 def check_text(name: str, use: str) -> None:

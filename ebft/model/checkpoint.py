@@ -28,9 +28,10 @@ from transformers.utils import (
 )
 
 from ebft.errors import EBFTError, first_line
-from ebft.model.libraries import by_libraries, quiet, shown
+from ebft.model.libraries import by_libraries, quiet
 from ebft.model.limits import check_against_files, check_settings
-from ebft.model.sources import checked, files_of, locate, pickled, refuse_adapters
+from ebft.model.locate import locate, shown
+from ebft.model.sources import checked, files_of, pickled, refuse_adapters
 from ebft.model.tensors import (
     Lacking,
     Misshapen,

@@ -11,9 +11,8 @@ from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from ebft.errors import EBFTError, first_line
+from ebft.model.locate import shown
 from ebft.model.tensors import NotStreamable
-
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 
 @contextlib.contextmanager
@@ -76,8 +75,3 @@ def _fault(error: Exception, config: PretrainedConfig | None) -> str:
     else:
         said = first_line(error)
     return f"cannot be loaded: {said}"
-
-
-def shown(source: str | None) -> str:
-    """What a model is called."""
-    return source or DEFAULT_MODEL

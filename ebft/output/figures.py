@@ -76,6 +76,12 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def memory(peak: dict[str, int | None]) -> str:
+    """Peak memory of the host, in a few words."""
+    resident, anonymous = (None if size is None else f"{size / 2**30:.2f} GiB" for size in peak.values())
+    return f"{resident} resident{f' ({anonymous} anonymous)' if anonymous else ''}"
+
+
 def without_folder(value: Any) -> Any:
     """The name of a file or folder of this machine, in place of its path; of several too, joined by commas."""
     if not isinstance(value, str):

@@ -33,10 +33,10 @@ from ebft.errors import EBFTError, first_line
 from ebft.files import checksum, read_json
 from ebft.model.libraries import quiet
 from ebft.model.tensors import Tensors
-from ebft.output.records import TEMPORARY, digest_of, finite, sealed, sync, unsealed, write_whole
+from ebft.output.records import SUMMARY, TEMPORARY, digest_of, finite, sealed, sync, unsealed, write_whole
 from ebft_kernels import PackedMask, load_masks, save_masks
 
-SUMMARY, MASKS, LINES = "ebft_summary.json", "masks.safetensors", "blocks.jsonl"
+MASKS, LINES = "masks.safetensors", "blocks.jsonl"
 _BLOCKS, _COMMITS, _STREAMS, _TEXT = "blocks", "commits", "streams", "text"  # what only the run itself needs
 _WORKING = ".ebft-working"  # is there from a run's first moment to its last, and says what the run was begun with
 _REPLACED = ".replaced"  # an earlier run's output, for the moment that the new one takes its place

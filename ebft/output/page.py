@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ebft.output.figures import duration, perplexity_table, plain_merge, zero_shot_rows
+from ebft.output.figures import duration, memory, perplexity_table, plain_merge, zero_shot_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 9  # inches, of a picture
 
 _PAGE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string("""\
 {% macro table(headings, rows) %}
@@ -43,6 +46,7 @@ p.note { color: #566274; font-size: .9rem }
 <body>
 <h1>{{ summary.model }}</h1>
 <p>{{ summary.recipe }}; sparsity {{ "{:.2%}".format(summary.sparsity) }}; {{ duration(summary.seconds) }} in all.</p>
+<p class="note">Peak memory of the host: {{ memory(summary.peak_memory) }}.</p>
 {% if figures %}
 {{ table(headings, figures) }}
 {% endif %}
@@ -83,6 +87,7 @@ def report_page(summary: dict[str, Any], blocks: list[dict[str, Any]]) -> str:
         notes=[(name, note) for name, notes in noted for note in notes],
         settings=[[name, value] for name, value in summary["config"].items() if value is not None],
         duration=duration,
+        memory=memory,
     )
 
 
@@ -114,21 +119,37 @@ def _of_the_whole(summary: dict[str, Any], name: str) -> _Section:
 
 
 def _section(title: str, note: str, draw: Callable[[Axes], None]) -> _Section:
-    from matplotlib import rc_context  # here and below, not above: importing it takes half a second
-    from matplotlib.figure import Figure
+    from matplotlib import rc_context  # here and below, not above: importing it takes a third of a second
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    draw(axes)
     out = io.StringIO()
-    with rc_context({"svg.hashsalt": title}):  # names of what is drawn: the same for the same picture
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    # Letters as text, in place of outlines: the page is smaller, sooner drawn, and can be searched.
+    # The salt makes names of what is drawn: the same for the same picture.
+    with rc_context({"svg.hashsalt": title, "svg.fonttype": "none", "font.family": "sans-serif"}):
+        _figure(draw).savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
     return _Section(title, note, svg[svg.index("<svg") :])
 
 
+def _figure(draw: Callable[[Axes], None]) -> Figure:
+    """A picture with room for labels of the usual lengths; looking for how much they take would double the time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 3.6))
+    axes = figure.add_axes((0.09, 0.15, 0.89, 0.77))
+    axes.spines[["top", "right"]].set_visible(False)
+    draw(axes)
+    return figure
+
+
 def _errors(axes: Axes, blocks: list[dict[str, Any]]) -> None:
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        """``0.3`` in place of ``3 × 10⁻¹``, where matplotlib would have a label at all."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     numbers = [block["block"] for block in blocks]
     axes.plot(
         numbers, [block["relative_error_before"] for block in blocks], "o-", ms=3, label="pruned", color="#c0483e"
@@ -137,6 +158,9 @@ def _errors(axes: Axes, blocks: list[dict[str, Any]]) -> None:
         numbers, [block["relative_error_after"] for block in blocks], "o-", ms=3, label="recovered", color="#2a6fb0"
     )
     axes.set(xlabel="block", ylabel="relative error", yscale="log")
+    _in_whole_numbers(axes)
+    axes.yaxis.set_major_formatter(Plain())
+    axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(1, 0.4)))
     axes.legend(frameon=False)
 
 
@@ -150,19 +174,33 @@ def _losses(axes: Axes, blocks: list[dict[str, Any]]) -> None:
         shade = colormaps["viridis"](0.9 * place / max(1, len(blocks) - 1))
         axes.plot(steps, [loss / smooth[0] if smooth[0] else 1.0 for loss in smooth], lw=1, color=shade)
     axes.set(xlabel="step", ylabel="loss / first")
+    _in_whole_numbers(axes)
 
 
 def _language_model_losses(axes: Axes, losses: list[float]) -> None:
     axes.plot(range(1, len(losses) + 1), losses, lw=1, color="#2a6fb0")
     axes.set(xlabel="step", ylabel="loss")
+    _in_whole_numbers(axes)
 
 
 def _sparsity(axes: Axes, blocks: list[dict[str, Any]]) -> None:
     from matplotlib.colors import Normalize
 
     names = list(dict.fromkeys(name for block in blocks for name in block["matrices"]))
+    shown = [name.removesuffix(".weight") for name in names]
+    longest = max(map(len, shown), default=0)
+    left = min(0.5, 0.02 + 5 * longest / (72 * WIDTH))  # 5 points a letter
+    axes.set_position((left, 0.15, 0.9 - left, 0.77))
     grid = [[block["matrices"].get(name, float("nan")) for block in blocks] for name in names]
     image = axes.imshow(grid, aspect="auto", cmap="Blues", norm=Normalize(0, 1), interpolation="nearest")
-    axes.set_yticks(range(len(names)), [name.removesuffix(".weight") for name in names], fontsize=8, parse_math=False)
+    axes.set_yticks(range(len(names)), shown, fontsize=8, parse_math=False)
     axes.set(xlabel="block")
-    axes.figure.colorbar(image, ax=axes)
+    _in_whole_numbers(axes)
+    axes.figure.colorbar(image, cax=axes.figure.add_axes((0.92, 0.15, 0.02, 0.77)))
+
+
+def _in_whole_numbers(axes: Axes) -> None:
+    """Of blocks and steps there are no halves."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))

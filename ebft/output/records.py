@@ -10,9 +10,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ebft.errors import EBFTError
 from ebft.files import read_json
 
+SUMMARY = "ebft_summary.json"
 TEMPORARY = ".new"
+
+
+def finished_folder(output: str) -> Path:
+    """The folder of a finished run; ``EBFTError`` if it is none."""
+    folder = Path(output).expanduser()
+    if not (folder / SUMMARY).is_file() or not (folder / "config.json").is_file():
+        raise EBFTError(f"{output} holds no {SUMMARY} and config.json; expected the folder of a finished run")
+    return folder
 
 
 def write_whole(file: Path, content: str) -> None:

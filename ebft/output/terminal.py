@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ebft.config.pattern import is_far
-from ebft.output.figures import duration, number, perplexity_table, zero_shot_rows
+from ebft.output.figures import duration, memory, number, perplexity_table, zero_shot_rows
 from ebft.output.lasting import Lasting
 
 OFTEN = 10.0  # seconds between lines of progress, where there is no live display
@@ -80,7 +80,8 @@ class Reporter:
             self.console.print(_table(headings, zero_shot_rows(summary)))
         asked, got = summary["asked_sparsity"], summary["sparsity"]
         missed = f" ({asked:.2%} was asked for)" if asked is not None and is_far(asked, got) else ""
-        self.say(f"sparsity {got:.2%}{missed}, {duration(summary['seconds'])}, {summary['output']}")
+        took = f"{duration(summary['seconds'])}, peak memory {memory(summary['peak_memory'])}"
+        self.say(f"sparsity {got:.2%}{missed}, {took}, {summary['output']}")
 
     def figures(self, model: str, measured: dict[str, Any]) -> None:
         """What ``ebft eval`` has measured, on standard output."""

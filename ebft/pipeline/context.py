@@ -15,7 +15,7 @@ from ebft.data.streams import Store
 from ebft.distributed import Ranks
 from ebft.evaluation.zero_shot import ZeroShot
 from ebft.model.decoder import Decoder
-from ebft.model.libraries import shown
+from ebft.model.locate import shown
 from ebft.output.folder import OutputFolder
 from ebft.output.terminal import Reporter
 from ebft.pruning.masker import Masker

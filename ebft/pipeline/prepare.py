@@ -49,9 +49,10 @@ def prepare_run(
     output: OutputFolder,
     reporter: Reporter,
     ranks: Ranks,
+    clock: Clock,
 ) -> RunContext:
     """Load and check everything, so that what is wrong is said before any work is done."""
-    clock, source = Clock(), config.model.source if model is None else model
+    source = config.model.source if model is None else model
     device, compute = choose_device(config.runtime.device, config.runtime.dtype)
     kernels = _kernels(config, device)
     masker = make_masker(config, criterion)

@@ -33,14 +33,16 @@ from ebft.model.in_memory import given_model
 from ebft.model.libraries import quiet
 from ebft.model.tensors import ShardedWeights
 from ebft.output.card import model_card
-from ebft.output.folder import LINES, MASKS, SUMMARY, OutputFolder
+from ebft.output.folder import LINES, MASKS, OutputFolder
 from ebft.output.page import report_page
+from ebft.output.records import SUMMARY
 from ebft.output.terminal import Reporter
-from ebft.pipeline.context import RunContext, name_of
+from ebft.pipeline.context import Clock, RunContext, name_of
+from ebft.pipeline.memory import HostMemory, begin_peak_memory, peak_memory
 from ebft.pipeline.prepare import prepare_run
 from ebft.pipeline.summary import summarise
 from ebft.pipeline.survey import survey
-from ebft.pipeline.walk import apply_masks, begin_peak_memory, check_weights, peak_memory, say_notes, walk
+from ebft.pipeline.walk import apply_masks, check_weights, say_notes, walk
 from ebft.pruning.masker import Function
 from ebft.pruning.protocol import Criterion
 from ebft.pruning.structured.narrow import as_saved
@@ -100,6 +102,7 @@ def run_ebft(
     criterion: Criterion | Function | None = None,
     text: Iterable[str] | None = None,
     reporter: Reporter | None = None,
+    since: float | None = None,
 ) -> RunResult:
     """Prune a model, recover it block by block (arXiv 2402.12419), save it and measure it.
 
@@ -114,16 +117,20 @@ def run_ebft(
         criterion: a function (weight, inputs, pattern) -> bool mask, in place of ``config.prune.criterion``.
         text: documents to calibrate on, in place of ``config.data.calibration``.
         reporter: where progress goes (default: the terminal).
+        since: what ``time.perf_counter()`` gave when the work began, if imports are to count as a stage (default: now).
 
     Raises:
         EBFTError: something given cannot be used, activations are no longer finite, or memory ran out; the blocks that
             were finished are kept in ``OUTPUT.partial`` (of a schedule's earlier shares in ``OUTPUT.schedule``).
     """
-    config, reporter = config or EBFTConfig(), reporter or Reporter()
+    config, reporter, clock = config or EBFTConfig(), reporter or Reporter(), Clock()
+    if since is not None:
+        clock.began = since
+        clock.lap("import")
     source = given_model(config.model.source if model is None else model)
     teacher = None if teacher is None else given_model(teacher)
     if len(config.steps) == 1:
-        return _run_once(source, config, tokenizer, teacher, criterion, text, reporter)
+        return _run_once(source, config, tokenizer, teacher, criterion, text, reporter, clock)
     name, dense = name_of(source), None
     with joined() as ranks:  # of all of the runs
         ranks.after_first(
@@ -140,7 +147,8 @@ def run_ebft(
                 step = step.replace(model=source)
             if isinstance(dense, str) and source != dense and step.has_effect("teacher"):
                 step = step.replace(teacher=dense)
-            result = _run_once(source, step, tokenizer, teacher, criterion, text, reporter, name)
+            result = _run_once(source, step, tokenizer, teacher, criterion, text, reporter, clock, name)
+            clock = Clock()
             source = result.model if isinstance(source, PreTrainedModel) else str(result.output)
             teacher = dense if isinstance(dense, PreTrainedModel) else teacher
     return result
@@ -154,6 +162,7 @@ def _run_once(
     criterion: Criterion | Function | None,
     text: Iterable[str] | None,
     reporter: Reporter,
+    clock: Clock,
     name: str | None = None,
 ) -> RunResult:
     """``run_ebft`` for one share; ``name``: of the model, where that is not the source's."""
@@ -167,13 +176,14 @@ def _run_once(
             from ebft.plan.planner import fit_to_budget  # here, not above: torch's trackers take a while to import
 
             config = fit_to_budget(config, source, reporter.say)
+            clock.lap("plan")
         if output.finished and (result := _finished(config, output, reporter)):
             return result
-        with _running_out_said(output), contextlib.ExitStack() as inside:
-            context = prepare_run(config, source, tokenizer, teacher, criterion, text, output, reporter, ranks)
+        with _running_out_said(output), HostMemory() as memory, contextlib.ExitStack() as inside:
+            context = prepare_run(config, source, tokenizer, teacher, criterion, text, output, reporter, ranks, clock)
             context.name = name or context.name
             ranks.first(lambda: inside.enter_context(output) and None)
-            return _run(context, source if isinstance(source, PreTrainedModel) else None)
+            return _run(context, source if isinstance(source, PreTrainedModel) else None, memory)
 
 
 @contextlib.contextmanager
@@ -208,7 +218,7 @@ def _finished(config: EBFTConfig, output: OutputFolder, reporter: Reporter) -> R
     return None
 
 
-def _run(context: RunContext, given: PreTrainedModel | None) -> RunResult:
+def _run(context: RunContext, given: PreTrainedModel | None, memory: HostMemory) -> RunResult:
     decoder, out = context.decoder, context.output
     if context.config.output.resume and not out.resumed:
         context.reporter.say("there is nothing to resume: the run begins")
@@ -237,7 +247,7 @@ def _run(context: RunContext, given: PreTrainedModel | None) -> RunResult:
 
     kept = sum(line["kept_weights"] for line in lines)
     sparsity = 1 - kept / sum(line["prunable_weights"] for line in lines)
-    summary = summarise(context, sparsity, stages, whole_model, zero_shot)
+    summary = summarise(context, sparsity, stages, whole_model, zero_shot, memory.peak())
 
     def commit() -> list[str]:
         out.write_text("README.md", model_card(summary))

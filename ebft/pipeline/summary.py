@@ -57,6 +57,7 @@ def summarise(
     stages: dict[str, dict[str, float]],
     whole_model: dict[str, dict[str, Any]],
     zero_shot: dict[str, dict[str, float]],
+    peak_memory: dict[str, int | None],
 ) -> dict[str, Any]:
     """What ``ebft_summary.json`` holds; ``whole_model``: what recoveries of the whole model came to, by name."""
     config = context.config
@@ -69,6 +70,7 @@ def summarise(
         "zero_shot": zero_shot,
         "seconds": context.clock.total(),
         "stage_seconds": context.clock.laps,
+        "peak_memory": peak_memory,
         "sparsity": sparsity,
         "asked_sparsity": config.asked_sparsity,
         "whole_model": whole_model,

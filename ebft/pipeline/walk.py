@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,6 +20,7 @@ from ebft.errors import EBFTError
 from ebft.model.decoder import Decoder
 from ebft.output.folder import LINES
 from ebft.pipeline.context import RunContext
+from ebft.pipeline.memory import begin_peak_memory, peak_memory
 from ebft.pipeline.summary import implementations
 from ebft.pruning.masker import BlockMasks
 from ebft.pruning.statistics import InputObserver, Statistics, sum_over_ranks_
@@ -362,19 +361,6 @@ def _block_note(line: dict[str, Any]) -> str:
     if line["relative_held_out_before"] is not None:
         said += f", held out {line['relative_held_out_before']:.3g} -> {line['relative_held_out_after']:.3g}"
     return "; ".join([said, *line["notes"]])
-
-
-def begin_peak_memory(device: torch.device) -> None:
-    """What ``peak_memory`` gives on a GPU is from here on."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak since ``begin_peak_memory`` on a GPU; on a CPU, the process's peak resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def say_notes(context: RunContext) -> None:

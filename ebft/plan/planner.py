@@ -31,7 +31,7 @@ from ebft.model.checkpoint import load_config
 from ebft.model.decoder import autocast
 from ebft.model.device import choose_device
 from ebft.model.lengths import check_lengths
-from ebft.model.libraries import DEFAULT_MODEL
+from ebft.model.locate import DEFAULT_MODEL
 from ebft.model.stand_ins import Tracker, shapes_only
 from ebft.plan.data_sheets import DEVICES, HERE, SHARE
 from ebft.plan.plan import Plan, flags, gib

@@ -29,7 +29,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ebft.pipeline.run", "ebft.run"])
 # What makes files last, and moves or removes them: between any two of these calls a run may end.
 POINTS = ("fsync", "replace", "rename", "rmdir")
-TIMES = ("seconds", "tuning_seconds", "peak_memory_bytes")
+TIMES = ("seconds", "stage_seconds", "tuning_seconds", "peak_memory", "peak_memory_bytes")
 
 
 def in_child(work, *arguments) -> int:

@@ -4,19 +4,26 @@ import copy
 import importlib.util
 import json
 import pickle
+import re
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
 from conftest import random_model
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
+import ebft.model.locate
 import ebft.output.folder
 from ebft import EBFTError, run_ebft
 from ebft.compress import main as compress_main
+from ebft.model.locate import locate, on_hub
 from ebft.output.folder import check_settings_save
 from ebft.run import main
 from ebft_kernels import save_masks, use_impl
@@ -370,6 +377,55 @@ def test_an_environment_that_torchrun_did_not_make(refuse, monkeypatch, variable
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert says in refuse()
+
+
+def hub_error(kind, status):
+    return kind("said the hub.", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("raises", "says"),
+    [
+        (ConnectionError("no such host"), "is not in the hub's cache, and the hub does not answer (no such host)"),
+        (hub_error(HfHubHTTPError, 503), "is not in the hub's cache, and the hub does not answer (said the hub)"),
+        (hub_error(RepositoryNotFoundError, 404), "and the hub has none of that name, or a private one"),
+        (hub_error(GatedRepoError, 403), "and the hub gives it to those who asked for it"),
+    ],
+    ids=lambda of: type(of).__name__,
+)
+def test_a_model_that_the_hub_does_not_give_comes_from_its_cache(monkeypatch, model, tmp_path, raises, says):
+    def ask(url, timeout):
+        raise raises
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
+    with pytest.raises(EBFTError, match=re.escape(f"model nobody/nothing is no folder here, {says}")):
+        locate("nobody/nothing")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(model / file))
+    assert locate("nobody/cached") == {"pretrained_model_name_or_path": str(model)}
+    on_hub.cache_clear()
+
+
+def test_a_model_that_the_hub_has(monkeypatch):
+    asked = []
+
+    def ask(url, timeout):
+        asked.append(url)
+        raise hub_error(RemoteEntryNotFoundError, 404)  # it has the model, without this file
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
+    for _ in range(2):
+        assert locate("nobody/there") == {"pretrained_model_name_or_path": "nobody/there"}
+    assert asked == [huggingface_hub.hf_hub_url("nobody/there", "config.json")]
+    on_hub.cache_clear()
+
+
+def test_a_hub_that_is_silent_is_not_waited_for(monkeypatch):
+    never = threading.Event()
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: never.wait())
+    monkeypatch.setattr(ebft.model.locate, "_HUB_ANSWERS_WITHIN", 0.1)
+    with pytest.raises(EBFTError, match=r"the hub does not answer \(nothing came in 0.1 s\)"):
+        locate("nobody/nothing")
+    never.set()
 
 
 def test_what_the_hub_cannot_give(refuse):

@@ -419,7 +419,7 @@ import os, signal, sys
 import ebft.run, ebft.pipeline.run
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def run_ebft(config, reporter):
+def run_ebft(config, reporter, since):
     try:
         os.kill(os.getpid(), signal.{first})
     finally:
@@ -454,7 +454,7 @@ def test_a_second_interrupt_is_one_line(first, second, after, code, says, tmp_pa
 
 
 def test_what_the_background_does_not_hear_stays_unheard(monkeypatch):
-    monkeypatch.setattr("ebft.pipeline.run.run_ebft", lambda config, reporter: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("ebft.pipeline.run.run_ebft", lambda **given: os.kill(os.getpid(), signal.SIGINT))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with contextlib.redirect_stderr(io.StringIO()):

@@ -190,6 +190,7 @@ def a_summary(name, text):
         "perplexity": {text: values},
         "zero_shot": {text: {"documents": 3, "acc,none": 0.5, "acc_stderr,none": 0.1}},
         "seconds": 75.0,
+        "peak_memory": {"resident_bytes": 2**30, "anonymous_bytes": 2**29},
         "sparsity": 0.6,
         "asked_sparsity": 0.6,
         "whole_model": {"lora": {**whole, "plain_merge": merged}},
