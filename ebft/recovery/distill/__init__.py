@@ -46,6 +46,12 @@ class Distillation(WholeModelRecovery):
             at_least=0,
             at_most=1,
         )
+        distill_blocks: str = setting(
+            "auto",
+            "where blocks and the optimizer's states are kept: all on the device; or on the host, from where each "
+            "comes when it is its turn (activations are then made again); auto: the device where they fit",
+            choices=("auto", "device", "host"),
+        )
         distill_top: int = setting(64, "likeliest tokens of the dense model that are kept of each place", at_least=1)
 
     def recover(self, task: WholeTask) -> WholeResult:

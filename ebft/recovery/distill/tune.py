@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ebft.config import EBFTConfig
+from ebft.config import EBFTConfig, parse_bytes
 from ebft.distributed import Ranks
 from ebft.errors import EBFTError
 from ebft.model.matrices import router_paths
+from ebft.recovery.distill.blocks import Held, bytes_a_weight, placed
 from ebft.recovery.distill.predictions import Predictions
 from ebft.recovery.distill.stack import Stack
 from ebft.recovery.ebft.learning_rate import set_scales
@@ -39,19 +40,18 @@ def distill(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> 
     """
     began, decoder = time.perf_counter(), task.decoder
     predictions = Predictions.of(task.teacher, task.tokens, own.distill_top, task.store, task.ranks)
-    blocks = [decoder.working_block(index, task.saved(index)) for index in range(len(decoder))]
-    optimizers = [_optimizer(task, config, own, name, block) for name, block in zip(decoder.names, blocks, strict=True)]
+    blocks = _blocks(task, config, own)
     scaler = torch.amp.GradScaler(task.device.type, enabled=task.compute == torch.float16)
     stack = Stack(
         decoder=decoder,
         blocks=blocks,
-        optimizers=optimizers,
         ids=task.tokens,
         predictions=predictions,
         at_once=config.recover.at_once,
         ranks=task.ranks,
         clip=own.clip,
         recompute=own.recompute != "none",
+        store=task.store,
         scaler=scaler,
     )
     with stack.in_place():
@@ -60,13 +60,26 @@ def distill(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> 
     for block in blocks:
         block.requires_grad_(False)
     return WholeResult(
-        blocks=blocks,
+        blocks=list(blocks),
         losses=tuner.losses,
         held_out_before=tuner.before.loss,
         held_out_after=tuner.best.loss,
         seconds=time.perf_counter() - began,
         notes=tuner.notes,
     )
+
+
+def _blocks(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> Held:
+    """The blocks with their optimizers, where ``distill_blocks`` has them."""
+    decoder = task.decoder
+    sizes = [sum(p.numel() for p in decoder.stored_block(index).parameters()) for index in range(len(decoder))]
+    kept = sum(mask.count() for mask in task.masks.values()) / sum(mask.numel() for mask in task.masks.values())
+    needed = sum(sizes) * bytes_a_weight(own.moments, own.compact, kept) + 4 * max(sizes)  # and gradients of one block
+    budget = parse_bytes(config.runtime.gpu_memory, "--gpu-memory") if config.runtime.gpu_memory else None
+    working = (decoder.working_block(index, task.saved(index)) for index in range(len(decoder)))
+    named = zip(decoder.names, working, strict=True)
+    made = ((block, _optimizer(task, config, own, name, block)) for name, block in named)
+    return placed(own.distill_blocks, made, task.device, int(needed), budget)
 
 
 def _optimizer(
