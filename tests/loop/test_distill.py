@@ -158,7 +158,8 @@ def float64(monkeypatch):
 def test_in_float64_a_step_is_that_of_a_plain_loop(kind):
     """To rounding; of a model whose own code has no part in float32."""
     task, _ = task_of("gpt2", store=Store(CPU, dtype=torch.float64))
-    predictions = Predictions.of(Decoder(random_model("gpt2"), CPU), task.tokens, 8, task.store, Ranks())
+    half = Predictions.of(Decoder(random_model("gpt2"), CPU), task.tokens, 8, task.store, Ranks())
+    predictions = Predictions(half.tokens, half.logarithms.double().log_softmax(-1))  # rounded, they do not sum to 1
     stack = stack_of(task, predictions, kind)
     with stack.in_place():
         losses = [stack.step(batch, 1e-3, 0.25) for batch in BATCHES]
@@ -169,11 +170,10 @@ def test_in_float64_a_step_is_that_of_a_plain_loop(kind):
         torch.testing.assert_close(ours, expected[name].detach(), rtol=1e-10, atol=1e-10, msg=name)
 
 
-STATES = [{}, {"compact": True}, {"moments": "bf16"}, {"moments": "int8"}, {"moments": "int8", "compact": True}]
+STATES = [{}, {"compact": True}, {"moments": "bf16"}, {"moments": "int8", "compact": True}]
 
 
-@pytest.mark.parametrize("kind", ["host", "disk"])
-@pytest.mark.parametrize("states", STATES, ids=str)
+@pytest.mark.parametrize(("states", "kind"), [*((states, "host") for states in STATES), ({}, "disk")], ids=str)
 def test_streamed_blocks_take_the_same_steps(states, kind, tmp_path):
     """Bit for bit those of blocks that are held, with hidden states anywhere; batches of several sizes."""
     batches = [torch.tensor(numbers) for numbers in ([0, 1, 2], [3, 4, 5, 0], [5], [2, 4, 1, 0])]

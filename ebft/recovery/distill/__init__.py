@@ -8,15 +8,17 @@ What a block cannot see, that its errors add up with those of the others, this d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ebft.config.fields import setting
-from ebft.recovery.protocol import WholeModelRecovery
+from ebft.recovery.protocol import Footprint, WholeModelRecovery
 from ebft.recovery.settings import Betas, Clipping, GradientCheckpointing, Moments, SurvivorsOnly
 from ebft.registry import register_recovery
 
 if TYPE_CHECKING:
+    from ebft.plan.shapes import Shapes
     from ebft.recovery.whole_model import WholeResult, WholeTask
 
 
@@ -59,3 +61,25 @@ class Distillation(WholeModelRecovery):
         from ebft.recovery.distill.tune import distill
 
         return distill(task, self.config, self.settings)
+
+    def footprint(self, shapes: Shapes) -> Footprint:
+        """See ``Recovery``."""
+        from ebft.recovery.distill.footprint import footprint
+
+        return footprint(self, shapes)
+
+    def leaner(self, shapes: Shapes) -> Iterator[dict[str, Any]]:
+        """See ``Recovery``: first what costs time, then what costs precision."""
+        own = self.settings
+        if own.distill_blocks != "host":
+            if own.recompute == "none":
+                yield {"recompute": "block"}
+            yield {"distill_blocks": "host", "recompute": own.recompute}
+        if not own.compact:
+            yield {"compact": True}
+        size = self.config.recover.at_once
+        while size > 1:
+            size //= 2
+            yield {"micro_batch": size}
+        for moments in {"fp32": ("bf16", "int8"), "bf16": ("int8",), "int8": ()}[own.moments]:
+            yield {"moments": moments}

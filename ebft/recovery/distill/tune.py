@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from ebft.recovery.distill.stack import Stack
 from ebft.recovery.ebft.learning_rate import set_scales
 from ebft.recovery.samples import Split, batch_order
 from ebft.recovery.whole_model import WholeResult, WholeTask
-from ebft_kernels import MaskedAdamW
+from ebft_kernels import MaskedAdamW, PackedMask
 
 if TYPE_CHECKING:
     from ebft.recovery.distill import Distillation
@@ -85,26 +85,39 @@ def _blocks(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> 
 def _optimizer(
     task: WholeTask, config: EBFTConfig, own: Distillation.Settings, name: str, block: nn.Module
 ) -> MaskedAdamW:
-    """Of a block: every matrix at a rate of its own size, all else but routers beside them; no weight decay."""
-    routers = router_paths(block)
-    tuned = {
-        f"{name}.{of_block}": parameter.requires_grad_()
-        for of_block, parameter in block.named_parameters()
-        if parameter.is_floating_point() and of_block.rpartition(".")[0] not in routers
-    }
-    masks = {parameter: task.masks[full] for full, parameter in tuned.items() if full in task.masks}
-    others = [parameter for full, parameter in tuned.items() if full not in task.masks]
-    optimizer = MaskedAdamW(
-        [*({"params": [matrix]} for matrix in masks), {"params": others}],
-        weight_decay=0.0,
-        betas=own.betas,
-        masks=masks,
-        moments=own.moments,
-        compact=own.compact,
-        seed=config.runtime.seed,
-    )
+    """Of a block of the model, with rates by its own weights."""
+    masks = {n: mask for n, _ in block.named_parameters() if (mask := task.masks.get(f"{name}.{n}")) is not None}
+    optimizer = optimizer_of(block, masks, own, seed=config.runtime.seed)
     set_scales(optimizer, "rms")
     return optimizer
+
+
+def optimizer_of(
+    block: nn.Module, masks: Mapping[str, PackedMask], own: Distillation.Settings, *, seed: int = 0
+) -> MaskedAdamW:
+    """Every matrix at a rate of its own size, all else but routers beside them; no weight decay.
+
+    Args:
+        masks: of the block's parameters by their names in it.
+    """
+    routers = router_paths(block)
+    tuned = {
+        name: parameter.requires_grad_()
+        for name, parameter in block.named_parameters()
+        if parameter.is_floating_point() and name.rpartition(".")[0] not in routers
+    }
+    return MaskedAdamW(
+        [
+            *({"params": [tuned[name]]} for name in tuned if name in masks),
+            {"params": [parameter for name, parameter in tuned.items() if name not in masks]},
+        ],
+        weight_decay=0.0,
+        betas=own.betas,
+        masks={parameter: masks[name] for name, parameter in tuned.items() if name in masks},
+        moments=own.moments,
+        compact=own.compact,
+        seed=seed,
+    )
 
 
 @dataclass(frozen=True)
