@@ -144,9 +144,11 @@ class WholeModelRecovery(Recovery):
 
     Attributes:
         holds_the_model: all of it is on the device at once, in float32 (``WholeTask.model``).
+        loss: what a report calls what it minimises.
     """
 
     holds_the_model: ClassVar[bool] = True
+    loss: ClassVar[str] = "language-model loss"
 
     def recover(self, task: WholeTask) -> WholeResult:
         """Recover the model that ``task`` holds; ``EBFTError`` where that cannot be done."""

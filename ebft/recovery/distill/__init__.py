@@ -28,6 +28,7 @@ class Distillation(WholeModelRecovery):
 
     told = "as a whole towards the dense model's predictions"
     holds_the_model = False
+    loss = "distillation loss"
 
     @dataclass(frozen=True)
     class Settings(Clipping, GradientCheckpointing, Betas, Moments, SurvivorsOnly):

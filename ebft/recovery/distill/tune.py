@@ -64,6 +64,10 @@ def distill(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> 
         losses=tuner.losses,
         held_out_before=tuner.before.loss,
         held_out_after=tuner.best.loss,
+        held_out_parts={
+            "divergence from the dense model": (tuner.before.kl, tuner.best.kl),
+            "cross-entropy of the text": (tuner.before.ce, tuner.best.ce),
+        },
         seconds=time.perf_counter() - began,
         notes=tuner.notes,
     )
@@ -128,9 +132,6 @@ class Validated:
     ce: float
     loss: float
 
-    def __str__(self) -> str:
-        return f"KL {self.kl:.3f}, cross-entropy {self.ce:.3f}"
-
 
 class _Tuner:
     """Weights on their way, the best of them so far, and what validation says.
@@ -168,9 +169,7 @@ class _Tuner:
             self._see()
         self._restore()
         self.losses = [self._loss(kl, ce) for kl, ce in torch.stack(totals).tolist()]
-        self.notes.append(
-            f"tuned at a rate of {lr:.2g}; on the validation split: {self.before} before, {self.best} after"
-        )
+        self.notes.append(f"tuned at a rate of {lr:.2g}")
 
     def _found_rate(self) -> float:
         """The best of a few rates, each tried for a few steps from the same weights; the best of these weights stay."""
