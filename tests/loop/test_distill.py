@@ -1,17 +1,23 @@
 """Whole-model distillation against a plain loop over the model's own forward, in float64 where it can be."""
 
 import dataclasses
+import json
+import signal
 
 import pytest
 import torch
 from conftest import random_model
+from faults import in_child, job
+from safetensors.torch import load_file
+from several import dies_distilling, on_ranks
 from test_whole_model import task_of
 from torch.nn import functional as F
 
-from ebft import EBFTConfig
+from ebft import EBFTConfig, run_ebft
 from ebft.data.streams import Store
 from ebft.distributed import Ranks
 from ebft.model.decoder import Decoder
+from ebft.output.audit import audit
 from ebft.output.folder import OutputFolder
 from ebft.recovery.distill import Distillation
 from ebft.recovery.distill.blocks import Held, Streamed
@@ -231,3 +237,54 @@ def test_distillation_brings_a_model_nearer_to_the_dense_one():
             assert not weight.requires_grad
             if mask := task.masks.get(f"{name}.{of_block}"):
                 assert not weight[~mask.dense()].any()
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def summary_of(folder) -> dict:
+    return json.loads((folder / "ebft_summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "place", [{"distill_blocks": "host", "streams": "disk"}, {"distill_blocks": "device"}], ids=str
+)
+def test_a_run_killed_while_it_distils_goes_on(place, short_run, tmp_path):
+    """To the same bits."""
+    given = {"recover": "ebft+distill", "samples": 8, **place}
+    assert in_child(job, short_run("whole", **given)) == 0
+    settings = short_run("out", **given)
+    assert in_child(dies_distilling, settings) == -signal.SIGKILL
+    assert (tmp_path / "out.partial").exists()
+    assert in_child(job, settings | {"resume": True}) == 0
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    one, other = (summary_of(tmp_path / name)["whole_model"]["distill"] for name in ("out", "whole"))
+    times = ("seconds", "peak_memory_bytes")
+    assert [one.pop(name) > 0 for name in times] == [other.pop(name) > 0 for name in times]
+    assert one == other
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_a_run_and_its_ranks(place, short_run, silent, tiny, tmp_path):
+    """Two ranks do to rounding what one process does, whose report says what it came to."""
+    given = {"recover": "ebft+distill", "samples": 6, "batch_size": 2, "holdout": 0.2, "distill_blocks": place}
+    result = run_ebft(config=EBFTConfig.preset("demo", **short_run("one", **given)), reporter=silent)
+    entry = result.summary["whole_model"]["distill"]
+    assert entry["held_out_after"] < entry["held_out_before"]
+    divergence, entropy = entry["held_out_parts"].values()
+    assert [(kl + ce) / 2 for kl, ce in zip(divergence, entropy, strict=True)] == pytest.approx(
+        [entry["held_out_before"], entry["held_out_after"]]
+    )
+    page, card = ((result.output / name).read_text() for name in ("report.html", "README.md"))
+    assert "Distillation loss (distill)" in page
+    for text in (page, card):
+        assert f"cross-entropy of the text {entropy[0]:.3f} before and {entropy[1]:.3f} after" in text
+    assert audit(str(result.output), str(tiny / "model")).faults == []
+
+    assert on_ranks(2, job, short_run("two", **given)) == [0, 0]
+    shared = summary_of(tmp_path / "two")["whole_model"]["distill"]
+    assert shared["losses"] == pytest.approx(entry["losses"], rel=1e-4)
+    for part, figures in entry["held_out_parts"].items():
+        assert shared["held_out_parts"][part] == pytest.approx(figures, rel=1e-4)
