@@ -184,7 +184,6 @@ def test_a_step_allocates_what_was_planned(changes, folder, tmp_path):
     "changes",
     [
         {},
-        {"micro_batch": 2, "recompute": "block"},
         {"distill_blocks": "host", "micro_batch": 2, "dtype": "bfloat16"},
         {"distill_blocks": "host", "micro_batch": 1, "moments": "int8", "compact": True, "seqlen": 16},
     ],
