@@ -20,7 +20,7 @@ from ebft.model.decoder import Decoder
 from ebft.output.audit import audit
 from ebft.output.folder import OutputFolder
 from ebft.recovery.distill import Distillation
-from ebft.recovery.distill.blocks import Held, Streamed
+from ebft.recovery.distill.blocks import ROOM, Held, Streamed, where_they_fit
 from ebft.recovery.distill.objective import losses_and_gradient_, losses_of
 from ebft.recovery.distill.predictions import Predictions, likeliest_of
 from ebft.recovery.distill.stack import Stack
@@ -200,6 +200,18 @@ def test_streamed_blocks_take_the_same_steps(states, kind, tmp_path):
     before = weights_of(stack_of(task_of("llama-gqa")[0], predictions))
     assert not any(torch.equal(weight, before[name]) for name, weight in found[1][1].items())
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_where_blocks_fit(monkeypatch):
+    """A GPU is only pretended: what is free there, or in the budget, decides; a CPU is the host."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    gpu, least, most = torch.device("cuda"), int(ROOM * 1000), int(ROOM * 800)
+    assert [where_they_fit("auto", gpu, needed, None) for needed in (least, least + 1)] == ["device", "host"]
+    assert [where_they_fit("auto", gpu, needed, 800) for needed in (most, most + 1)] == ["device", "host"]
+    assert where_they_fit("auto", gpu, least, 5000) == "device"
+    assert where_they_fit("device", gpu, 10**9, None) == "device"
+    assert where_they_fit("host", gpu, 1, None) == where_they_fit("host", CPU, 1, None) == "host"
+    assert where_they_fit("auto", CPU, 10**9, None) == "device"
 
 
 def test_streamed_blocks_are_away_but_for_their_turn():

@@ -27,26 +27,25 @@ def bytes_a_weight(moments: str, compact: bool, kept: float) -> float:
     return 4 + states * (kept if compact else 1) + 1 / 8
 
 
-def placed(
-    where: str, made: Iterable[tuple[nn.Module, MaskedAdamW]], device: torch.device, needed: int, budget: int | None
-) -> Held:
-    """``Held`` or ``Streamed``, as ``--distill-blocks`` has it.
+def where_they_fit(where: str, device: torch.device, needed: int, budget: int | None) -> str:
+    """What ``--distill-blocks`` means here: ``device`` or ``host``.
 
     Args:
-        made: every block, float32 on the device, and its optimizer, which has taken no step.
         needed: bytes of all that is held.
         budget: of the device's memory, where the run has one.
     """
-    if where == "auto":
-        where = "device"
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            where = "device" if needed <= ROOM * min(free, budget or free) else "host"
-    return Streamed(made, device) if where == "host" else Held(made)
+    if where != "auto" or device.type != "cuda":
+        return "host" if where == "host" else "device"
+    free, _ = torch.cuda.mem_get_info(device)
+    return "device" if needed <= ROOM * min(free, budget or free) else "host"
 
 
 class Held:
-    """All blocks on the device, with their optimizers and what these have stored."""
+    """All blocks on the device, with their optimizers and what these have stored.
+
+    Args:
+        made: every block, float32 on the device, and its optimizer, which has taken no step.
+    """
 
     streamed = False
 

@@ -42,7 +42,6 @@ class _Needs:
         self.keeps_activations = not self.streamed and self.own.recompute == "none"
         kept = 1 - self.config.prune.mask_pattern.sparsity
         self.a_weight = bytes_a_weight(self.own.moments, self.own.compact, kept)
-        self.kept = kept
 
     def footprint(self) -> Footprint:
         """See ``Recovery``."""
@@ -51,9 +50,10 @@ class _Needs:
         forward, of_step = self._flops()
         passes = data.samples * (1 + self.held_out * (own.distill_epochs + 1))  # predictions, and validation
         of_predictions = data.samples * (data.seqlen - 1) * Predictions.bytes_a_token(own.distill_top)
+        locked = shapes.gpu and not self.streamed
         host = {
             "the dense model's predictions": of_predictions,
-            "the best weights of all blocks": 4 * shapes.in_blocks,
+            "the best weights of all blocks": self.blocks * _locked(self._sizes) if locked else 4 * shapes.in_blocks,
         }
         if self.streamed:
             host["weights and states of all blocks"] = self.blocks * self._away
@@ -168,12 +168,21 @@ class _Needs:
         return 4 * (self.shapes.parameters - self.shapes.in_blocks)
 
     @property
+    def _sizes(self) -> list[int]:
+        """Bytes of each of a block's parameters."""
+        return [4 * parameter.numel() for parameter in self.shapes.block.parameters()]
+
+    @property
     def _away(self) -> int:
-        """Bytes of a block on the host; page-locked ones come in powers of two."""
-        sizes = [p.numel() for p in self.shapes.block.parameters()]
+        """Bytes of a block on the host."""
         states = self.a_weight - 4 - 1 / 8
-        tensors = [4 * n for n in sizes] + 2 * [int(states / 2 * n) for n in sizes]
-        return sum(1 << (size - 1).bit_length() if self.shapes.gpu else size for size in tensors) + sum(sizes) // 8
+        tensors = [*self._sizes, *2 * [int(states / 2 * size / 4) for size in self._sizes]]
+        return (_locked(tensors) if self.shapes.gpu else sum(tensors)) + sum(self._sizes) // 32
+
+
+def _locked(sizes: list[int]) -> int:
+    """Bytes of tensors in page-locked memory, which come in powers of two."""
+    return sum(1 << (size - 1).bit_length() for size in sizes)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -15,7 +15,7 @@ from ebft.config import EBFTConfig, parse_bytes
 from ebft.distributed import Ranks
 from ebft.errors import EBFTError
 from ebft.model.matrices import router_paths
-from ebft.recovery.distill.blocks import Held, bytes_a_weight, placed
+from ebft.recovery.distill.blocks import Held, Streamed, bytes_a_weight, where_they_fit
 from ebft.recovery.distill.predictions import Predictions
 from ebft.recovery.distill.stack import Stack
 from ebft.recovery.ebft.learning_rate import set_scales
@@ -83,7 +83,8 @@ def _blocks(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> 
     working = (decoder.working_block(index, task.saved(index)) for index in range(len(decoder)))
     named = zip(decoder.names, working, strict=True)
     made = ((block, _optimizer(task, config, own, name, block)) for name, block in named)
-    return placed(own.distill_blocks, made, task.device, int(needed), budget)
+    where = where_they_fit(own.distill_blocks, task.device, int(needed), budget)
+    return Streamed(made, task.device) if where == "host" else Held(made)
 
 
 def _optimizer(
