@@ -16,11 +16,12 @@ from ebft import EBFTConfig
 from ebft.output.figures import duration
 from ebft.plan.data_sheets import DEVICES, SHARE
 from ebft.plan.plan import Plan, flags
-from ebft.plan.planner import AHEAD, CONTEXT, FRAGMENTS, HOST, WORKSPACES, make_plan
+from ebft.plan.planner import AHEAD, BUS, CONTEXT, FRAGMENTS, HOST, WORKSPACES, make_plan
 from ebft.pruning.protocol import MASK_BYTES
 
 DOCS = Path(__file__).parent.parent / "docs" / "plans.md"
 SIZES = (4, 8, 16, 24, 80)  # GiB
+DISTILLED = (("Llama-7B", 8), ("Llama-7B", 16), ("Llama-2-70B", 24))  # the same, of --recover ebft+distill
 GIB, MIB = 2**30, 2**20
 
 
@@ -107,6 +108,12 @@ def main() -> None:
         row("Llama-2-70B", "16 GiB", large),
     ]
     print("\n".join(examples))
+    distilled, traffic = [], []
+    for name, size in DISTILLED:
+        plan = plan_for(name, known[name], gpu_memory=f"{size}GiB", recover="ebft+distill")
+        distilled.append(row(name, f"{size} GiB", plan))
+        traffic.append("\n".join([f"{name}, {size} GiB:", *plan.traffic]))
+        print(distilled[-1], flush=True)
     names = ", ".join(f"{name} {known.rate / 1e12:.0f}" for name, known in DEVICES.items())
     head = (
         "| model | GPU budget | GPU GiB | most of it in | host GiB | disk GiB | streams | settings chosen | rtx4090 "
@@ -117,6 +124,9 @@ def main() -> None:
         PAGE.format(
             examples=head + "\n".join(examples),
             table=head + "\n".join(lines),
+            distilled=head + "\n".join(distilled),
+            traffic="\n\n".join(traffic),
+            bus=BUS / 1e9,
             plan=small,
             names=names,
             share=f"{SHARE:.0%}",
@@ -133,7 +143,7 @@ def main() -> None:
 
 PAGE = """# Plans
 
-What runs need, by `python -m ebft.run … --plan`. This page is written by `python -m benchmarks.plans`; on a
+What runs need, by `ebft plan`. This page is written by `python -m benchmarks.plans`; on a
 CPU the plan of a step is held against the allocation events of torch's profiler, within a tenth
 (`tests/loop/test_plan.py`). On a GPU one run of `light` has been: on an H200, on blocks of LlamaV1-7B's shape, torch's
 allocator had 11.42 GiB at most, beside 1.51 GiB that a bug (mended since) kept of blocks that were done, where the rows
@@ -185,6 +195,23 @@ The first in full:
 
 ```
 {plan}
+```
+
+## With distillation
+`--recover ebft+distill`, all else as above. Held blocks take 12 bytes a weight of the whole model, so on the ladder
+come first `--recompute block`, then `--distill-blocks host`, `--compact`, `--micro-batch` and `--moments`, which the
+walk shares, and then what is left of the walk's own. The step is that of the largest block again, on fake tensors;
+the other rows are sums. Page-locked memory comes in powers of two, a tensor at a time, and is counted so; the best
+weights seen are kept beside it, in float32.
+
+{distilled}
+
+Blocks and states travel while others are worked on. The plan says how long they take at {bus:.0f} GB/s (PCIe 4.0, 16
+lanes), and which batches take as long: with smaller ones the GPU waits for the bus, and larger ones cost no more
+traffic. No such run has been measured on a GPU yet.
+
+```
+{traffic}
 ```
 
 ## All

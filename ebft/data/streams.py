@@ -5,6 +5,7 @@ Just over the guide line, because the ways to hold hidden states are one interfa
 
 from __future__ import annotations
 
+import copy
 import math
 import mmap
 import os
@@ -106,6 +107,8 @@ def carry(
             yield tuple(_widened(source[rows]) for source in sources)
         return
     side = torch.cuda.Stream(device)
+    if any(source.is_cuda for source in sources):  # which the work before may still be writing
+        side.wait_stream(torch.cuda.current_stream(device))
 
     def send(rows: Tensor | slice) -> tuple[list[Tensor], torch.cuda.Event]:
         with torch.cuda.device(device), torch.cuda.stream(side):
@@ -160,10 +163,14 @@ class Stream:
     def entering(cls, decoder: Decoder, tokens: Tensor, batch_size: int, store: Store, name: str) -> Stream:
         """The stream before the first block, from token ids (samples, seqlen)."""
         stream = cls((*tokens.shape, decoder.width()), store, batch_size, name)
-        with decoder.at_entrance():
-            for ids, states in zip(tokens.split(batch_size), stream.states.split(batch_size), strict=True):
-                states.copy_(decoder.enter(ids))
+        stream.enter(decoder, tokens)
         return stream
+
+    def enter(self, decoder: Decoder, tokens: Tensor) -> None:
+        """Take the hidden states before the first block, of token ids (samples, seqlen)."""
+        with decoder.at_entrance():
+            for ids, states in zip(tokens.split(self.batch_size), self.states.split(self.batch_size), strict=True):
+                states.copy_(decoder.enter(ids))
 
     def batches(self) -> Iterator[Tensor]:
         """Hidden states (batch, seqlen, width), float32 on the device, in order."""
@@ -175,27 +182,40 @@ class Stream:
         """A stream of this size with nothing in it yet."""
         return Stream(tuple(self.states.shape), self.store, self.batch_size, name)
 
-    @torch.no_grad()
+    def first(self, samples: int) -> Stream:
+        """The first so many samples, in the same room."""
+        part = copy.copy(self)
+        part.states = self.states[:samples]
+        return part
+
     def through(self, run: Run, out: Stream) -> None:
         """Write what ``run`` makes of this stream into ``out``, which may be this stream."""
-        device = self.store.device
-        back = torch.cuda.Stream(device) if device.type == "cuda" and out.states.is_pinned() else None
-        for hidden, states in zip(self.batches(), out.states.split(self.batch_size), strict=True):
-            result = run(hidden)
-            if back is None:
-                states.copy_(result)
-                continue
-            result = result.to(states.dtype)
-            back.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(back):
-                states.copy_(result, non_blocking=True)
-            result.record_stream(back)
-        if back is not None:
-            back.synchronize()
+        write_through([self], run, out)
 
     def is_finite(self) -> bool:
         """No NaN and no infinity anywhere."""
         return all(bool(torch.isfinite(states).all()) for states in self.states.split(self.batch_size))
+
+
+@torch.no_grad()
+def write_through(sources: Sequence[Stream], run: Callable[..., Tensor], out: Stream) -> None:
+    """Write what ``run`` makes of the batches of all ``sources`` together into ``out``, which may be one of them."""
+    device, size = out.store.device, out.batch_size
+    back = torch.cuda.Stream(device) if device.type == "cuda" and out.states.is_pinned() else None
+    rows = (slice(start, start + size) for start in range(0, len(out.states), size))
+    batches = carry(device, [source.states for source in sources], rows)
+    for given, states in zip(batches, out.states.split(size) if len(out.states) else (), strict=True):
+        result = run(*given)
+        if back is None:
+            states.copy_(result)
+            continue
+        result = result.to(states.dtype)
+        back.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(back):
+            states.copy_(result, non_blocking=True)
+        result.record_stream(back)
+    if back is not None:
+        back.synchronize()
 
 
 class Streams:

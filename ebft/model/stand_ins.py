@@ -13,6 +13,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+OTHERS = "batch, temporaries and others"
+_KINDS = {
+    "Parameter": "weights",
+    "Gradient": "gradients",
+    "Optstate": "optimizer states",
+    "Activation": "activations",
+}
+
 
 class Tracker(MemTracker):
     """torch's tracker, which hangs hooks on parameters to know their gradients: here on those alone that have any."""
@@ -24,6 +32,15 @@ class Tracker(MemTracker):
     def peak(self) -> int:
         """Most bytes at a time, on the device that has most."""
         return max(int(size["Total"]) for size in self.get_tracker_snapshot("peak").values())
+
+    def rows(self) -> dict[str, int]:
+        """Bytes at the peak, by what they are for."""
+        rows = dict.fromkeys((*_KINDS.values(), OTHERS), 0)
+        for kind, size in next(iter(self.get_tracker_snapshot("peak").values())).items():
+            name = str(getattr(kind, "value", kind))
+            if name != "Total":
+                rows[_KINDS.get(name, OTHERS)] += int(size)
+        return rows
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from ebft.config import ORGANISATION
 from ebft.output.figures import (
     STAGES,
+    held_out,
     metrics_of,
     perplexity_table,
     plain_merge,
@@ -46,6 +47,7 @@ def model_card(summary: dict[str, Any]) -> str:
         use=summary["calibration"],
         source=without_folder(summary["calibration"]["source"]) if names else "",
         plain_merge=plain_merge(summary),
+        held_out=[(name, told) for name, of in summary["whole_model"].items() if (told := held_out(of))],
     )
     return str(ModelCard(f"---\n{_card_data(summary).to_yaml()}\n---\n\n{text}"))
 
@@ -106,6 +108,9 @@ The kept ones were tuned {{ tuned }}, on {{ use.tokens }} tokens of {{ source }}
 {% if plain_merge %}
 {{ plain_merge }}
 {% endif %}
+{% for name, told in held_out %}
+{{ name }}, {{ told }}.
+{% endfor %}
 
 {% if figures %}
 |{% for cell in headings %} {{ cell }} |{% endfor %}

@@ -64,6 +64,15 @@ def plain_merge(summary: dict[str, Any]) -> str:
     )
 
 
+def held_out(entry: dict[str, Any]) -> str:
+    """What a recovery of the whole model came to on the sequences that were held out, in words; nothing without any."""
+    if entry["held_out_before"] is None:
+        return ""
+    figures = {"loss": [entry["held_out_before"], entry["held_out_after"]], **entry["held_out_parts"]}
+    said = ", ".join(f"{name} {before:.3f} before and {after:.3f} after" for name, (before, after) in figures.items())
+    return f"on held-out sequences, nats a token: {said}"
+
+
 def number(value: float) -> str:
     """A perplexity for people."""
     return f"{value:.2f}" if value < 1e4 else f"{value:.3g}"

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ebft.output.figures import duration, memory, perplexity_table, plain_merge, zero_shot_rows
+from ebft.output.figures import duration, held_out, memory, perplexity_table, plain_merge, zero_shot_rows
+from ebft.registry import recoveries
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,13 +110,12 @@ def _of_blocks(blocks: list[dict[str, Any]]) -> list[_Section]:
 
 
 def _of_the_whole(summary: dict[str, Any], name: str) -> _Section:
-    before, after = (summary["whole_model"][name][f"held_out_{when}"] for when in ("before", "after"))
-    merged = plain_merge(summary) if "plain_merge" in summary["whole_model"][name] else ""
+    entry, loss = summary["whole_model"][name], recoveries[name].loss
+    merged = plain_merge(summary) if "plain_merge" in entry else ""
     note = f"Of the whole model, nats a token, before each step.{merged}"
-    if before is not None:
-        note += f" On held-out sequences: {before:.3f} before, {after:.3f} after."
-    draw = partial(_language_model_losses, losses=summary["whole_model"][name]["losses"])
-    return _section(f"Language-model loss ({name})", note, draw)
+    if told := held_out(entry):
+        note += f" {told[:1].upper()}{told[1:]}."
+    return _section(f"{loss[:1].upper()}{loss[1:]} ({name})", note, partial(_whole_losses, losses=entry["losses"]))
 
 
 def _section(title: str, note: str, draw: Callable[[Axes], None]) -> _Section:
@@ -177,7 +177,7 @@ def _losses(axes: Axes, blocks: list[dict[str, Any]]) -> None:
     _in_whole_numbers(axes)
 
 
-def _language_model_losses(axes: Axes, losses: list[float]) -> None:
+def _whole_losses(axes: Axes, losses: list[float]) -> None:
     axes.plot(range(1, len(losses) + 1), losses, lw=1, color="#2a6fb0")
     axes.set(xlabel="step", ylabel="loss")
     _in_whole_numbers(axes)

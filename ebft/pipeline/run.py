@@ -33,6 +33,7 @@ from ebft.model.in_memory import given_model
 from ebft.model.libraries import quiet
 from ebft.model.tensors import ShardedWeights
 from ebft.output.card import model_card
+from ebft.output.figures import held_out
 from ebft.output.folder import LINES, MASKS, OutputFolder
 from ebft.output.page import report_page
 from ebft.output.records import SUMMARY
@@ -319,10 +320,13 @@ def _recover_whole(context: RunContext, name: str) -> dict[str, Any]:
             "losses": result.losses,
             "held_out_before": result.held_out_before,
             "held_out_after": result.held_out_after,
+            "held_out_parts": {part: list(of) for part, of in result.held_out_parts.items()},
             "seconds": result.seconds,
             "peak_memory_bytes": peak_memory(decoder.device),
             "notes": result.notes,
         }
+        if told := held_out(entry):
+            context.reporter.say(f"{name}: {told}")
         if result.left_out:
             entry["plain_merge"] = _plain_merge(context, recovered, result.left_out)
             context.clock.lap("plain_merge_perplexity")

@@ -24,6 +24,7 @@ class Plan:
         flops: of the walk over the blocks.
         seconds: name of a device -> what that takes there, for the matrix products alone.
         gpu: whether the device is one.
+        traffic: lines about what travels between host and device in every step.
         faults: what cannot be had, a sentence each.
     """
 
@@ -37,6 +38,7 @@ class Plan:
     flops: float
     seconds: dict[str, float]
     gpu: bool
+    traffic: list[str]
     faults: list[str]
 
     @property
@@ -61,6 +63,7 @@ class Plan:
         lines += [f"    {name:<42} {gib(size)}" for name, size in self.disk.items()]
         times = ", ".join(f"{duration(seconds)} on {name}" for name, seconds in self.seconds.items())
         lines.append(f"blocks: {self.flops / 1e12:.1f} TFLOP, {times}")
+        lines += self.traffic
         lines.append("left out: the time of loading, saving and perplexities; pages that the system keeps of files")
         return "\n".join([*lines, *self.faults])
 

@@ -9,6 +9,7 @@ Long, because the sums and the search over settings use the same parts.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, cached_property
@@ -33,13 +34,15 @@ from ebft.model.device import choose_device
 from ebft.model.lengths import check_lengths
 from ebft.model.locate import DEFAULT_MODEL
 from ebft.model.stand_ins import Tracker, shapes_only
+from ebft.output.figures import duration
 from ebft.plan.data_sheets import DEVICES, HERE, SHARE
 from ebft.plan.plan import Plan, flags, gib
 from ebft.plan.shapes import Observed, Shapes
 from ebft.pruning.masker import make_masker
 from ebft.pruning.transposable import ENTRIES_AT_ONCE
-from ebft.recovery.protocol import Footprint, Recovery
+from ebft.recovery.protocol import Footprint, Recovery, Traffic
 from ebft.recovery.task import make_recoveries
+from ebft.registry import recoveries
 
 _MIB = 2**20
 
@@ -50,6 +53,7 @@ FRAGMENTS = 0.05  # of what is allocated: the caching allocator's rounding and h
 AHEAD = 2  # batches that travel to a GPU while one is worked on
 HOST = 1536 * _MIB  # Python, torch, transformers and CUDA's part on the host
 DRAWN = 4  # tensors of logits in float64 while a token is drawn
+BUS = 25e9  # bytes a second each way between host and GPU: what PCIe 4.0 with 16 lanes reaches
 TILE_BYTES = 8  # an entry of the largest tensor while transposable masks are made, beside MASK_BYTES
 QUESTION = 512  # tokens of a zero-shot task's question and one of its answers
 WIKITEXT2 = 350_000  # tokens of its test split, for vocabularies of 32 000; fewer with larger ones
@@ -70,10 +74,10 @@ def make_plan(config: EBFTConfig, on: str = HERE, model_config: Any = None) -> P
     Raises:
         EBFTError: the model or the settings cannot be used.
     """
-    if config.whole_model_recoveries:
+    if any(recoveries[name].holds_the_model for name in config.whole_model_recoveries):
         raise EBFTError(
             f"--recover {config.recover.method} holds the whole model in memory, which neither --plan nor a memory "
-            "budget counts; expected recoveries of blocks alone"
+            "budget counts; expected recoveries of blocks, or distill"
         )
     return _Planner(config, on, model_config).fitting()
 
@@ -159,8 +163,9 @@ class _Planner:
         return None
 
     def _recoveries(self, config: EBFTConfig) -> list[Recovery]:
-        chain, _ = make_recoveries(config)
-        return [*chain.links] if chain else []
+        """Those of the whole model first: to stream its blocks saves most, and costs no precision."""
+        chain, of_whole = make_recoveries(config)
+        return [*of_whole.values(), *(chain.links if chain else ())]
 
     def _places(self) -> list[str]:
         """Where streams may be, the fastest first."""
@@ -204,6 +209,7 @@ class _Planner:
             flops=flops,
             seconds={name: flops / rate for name, rate in self._rates().items()},
             gpu=self.gpu,
+            traffic=[line for of in self.footprints(config) if of.traffic for line in self._travelling(of.traffic)],
             faults=self._faults(config),
         )
 
@@ -252,7 +258,7 @@ class _Planner:
         if not self.gpu:
             return {}
         a_sample = config.data.seqlen * self.shapes.width * getattr(torch, config.runtime.stream_dtype).itemsize
-        streams = self._buffers(config) * config.data.samples * a_sample
+        streams = int(self._buffers(config) * config.data.samples * a_sample)
         travelling = AHEAD * 2 * min(config.recover.batch_size, config.data.samples) * a_sample
         on_device = config.runtime.streams == "device"
         rows = {"streams": streams} if on_device else {"batches on their way": travelling}
@@ -299,14 +305,17 @@ class _Planner:
     def _streams(self, config: EBFTConfig) -> int:
         """Hidden states of calibration, or of evaluation texts."""
         size = getattr(torch, config.runtime.stream_dtype).itemsize
-        calibration = self._buffers(config) * config.data.samples * config.data.seqlen * size
+        calibration = int(self._buffers(config) * config.data.samples * config.data.seqlen * size)
         return max(calibration, sum(map(_tokens_of, config.evaluate.texts)) * 4) * self.shapes.width
 
-    def _buffers(self, config: EBFTConfig) -> int:
+    def _buffers(self, config: EBFTConfig) -> float:
         """Streams of calibration: inputs and targets; dense inputs, mixed ones, and what recoveries keep."""
+        kept = {"block": 0.0, "model": 0.0}
+        for recovery, of in zip(self._recoveries(config), self.footprints(config), strict=True):
+            kept[recovery.scope] = max(kept[recovery.scope], of.streams)
         dense_inputs = any(recovery.needs_dense_inputs for recovery in self._recoveries(config))
-        kept = max((of.streams for of in self.footprints(config)), default=0)
-        return 2 + (dense_inputs and config.recover.target == "dense-stream") + (config.recover.input == "mix") + kept
+        walk = 2 + (dense_inputs and config.recover.target == "dense-stream") + (config.recover.input == "mix")
+        return max(walk + kept["block"], kept["model"])
 
     # --- what the real code does with fake tensors ------------------------------------------------------------------
 
@@ -315,13 +324,13 @@ class _Planner:
         """Peak bytes of the stages that every run may have."""
         config, shapes = self.config, self.shapes
         batch = min(config.recover.batch_size, config.data.samples)
-        masker, recoveries = make_masker(config), self._recoveries(config)
-        needs = masker.needs.union(*(recovery.needs for recovery in recoveries))
+        masker, links = make_masker(config), self._recoveries(config)
+        needs = masker.needs.union(*(recovery.needs for recovery in links))
         grams = shapes.gram_bytes if "gram" in needs else 0
         working = max(map(masker.working_bytes, shapes.matrices.values()))
         if config.prune.transposable:
             working += TILE_BYTES * min(ENTRIES_AT_ONCE, config.prune.mask_pattern.group * shapes.largest)
-        at_once = max((recovery.blocks_at_once for recovery in recoveries), default=1)
+        at_once = max((recovery.blocks_at_once for recovery in links), default=1)
         beside = 4 * shapes.largest * (at_once - 1)  # the block that is tuned, while the next one is made
         made = 4 * shapes.largest + sum(m.experts * m.outputs * m.inputs for m in shapes.matrices.values())
         found = {"masks of a block": beside + made + working + grams}
@@ -361,6 +370,17 @@ class _Planner:
         passes = len(self.shapes.decoder) * (2 + (masker.surveyor is not None) + watched)
         of_recoveries = sum(of.flops for of in self.footprints(config))
         return config.data.samples * passes * counter.get_total_flops() + of_recoveries
+
+    def _travelling(self, traffic: Traffic) -> Iterator[str]:
+        """How long blocks are on their way to and from the device, and how large a batch takes as long."""
+        seconds = traffic.a_step / BUS
+        yield (
+            f"blocks and states travel in each of {traffic.steps} steps: {gib(traffic.a_step).strip()} each way, "
+            f"{duration(seconds)} at {BUS / 1e9:.0f} GB/s, {duration(seconds * traffic.steps)} in all"
+        )
+        for name, rate in self._rates().items():
+            hidden = max(1, math.ceil(seconds * rate / traffic.flops))
+            yield f"  on {name} work hides it from --batch-size {hidden} (it is {traffic.samples})"
 
     def _rates(self) -> dict[str, float]:
         """FLOP/s by name: of the device named, of the one that is here, or of all that are known."""

@@ -36,6 +36,23 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What travels between host and device in every step, and beside what work.
+
+    Attributes:
+        a_step: bytes to the device, or back, whichever are more.
+        steps: in all.
+        samples: in a step.
+        flops: of a step, for one sample.
+    """
+
+    a_step: int
+    steps: int
+    samples: int
+    flops: float
+
+
+@dataclass(frozen=True)
 class Footprint:
     """What a recovery needs beside what every run needs; the plan adds these up.
 
@@ -44,7 +61,9 @@ class Footprint:
         stages: the device's memory, in all, in stages of its own that come at other times.
         host, disk: rows of these, in bytes.
         flops: of its work on all samples and blocks.
-        streams: hidden states of all samples that it keeps beside inputs and targets.
+        streams: hidden states of all samples that it keeps: of a block beside inputs and targets, of the whole model
+            when these are gone.
+        traffic: of weights and states between host and device; None for none.
     """
 
     device: Mapping[str, int] = field(default_factory=dict)
@@ -52,7 +71,8 @@ class Footprint:
     host: Mapping[str, int] = field(default_factory=dict)
     disk: Mapping[str, int] = field(default_factory=dict)
     flops: float = 0.0
-    streams: int = 0
+    streams: float = 0
+    traffic: Traffic | None = None
 
 
 class Recovery:
@@ -124,9 +144,11 @@ class WholeModelRecovery(Recovery):
 
     Attributes:
         holds_the_model: all of it is on the device at once, in float32 (``WholeTask.model``).
+        loss: what a report calls what it minimises.
     """
 
     holds_the_model: ClassVar[bool] = True
+    loss: ClassVar[str] = "language-model loss"
 
     def recover(self, task: WholeTask) -> WholeResult:
         """Recover the model that ``task`` holds; ``EBFTError`` where that cannot be done."""

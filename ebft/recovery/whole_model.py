@@ -82,6 +82,7 @@ class WholeResult:
         blocks: the recovered ones, in order, float32; weights at pruned places are zero.
         losses: the loss of every step, before that step; nats a token.
         held_out_before, held_out_after: the loss on the samples that were held out; None without any.
+        held_out_parts: what that loss is made of, by name: before, after; empty where it is one thing.
         seconds: time that the steps took.
         notes: what is worth a line in the report, a sentence each.
         left_out: full parameter name -> makes what the mask kept out of the weight, (outputs, inputs) as the
@@ -93,6 +94,7 @@ class WholeResult:
     held_out_before: float | None
     held_out_after: float | None
     seconds: float
+    held_out_parts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     left_out: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 

@@ -30,6 +30,7 @@ KINDS = {
     "structured": "--structured --prune flap --sparsity 0.3 --streams disk",
     "schedule": "--schedule 0.4,0.6 --streams disk",
     "lora": "--recover ebft+lora --lm-epochs 1 --streams disk",
+    "distill": "--recover ebft+distill --distill-epochs 2 --distill-blocks host --streams disk",
     "written text, layerwise": "--calibration self --recover layerwise+ebft --refine dsnot",
     "sparsegpt, full": "--prune sparsegpt --recover ebft+full --lm-epochs 1",
 }

@@ -16,6 +16,7 @@ from ebft import EBFTConfig
 from ebft.distributed import joined
 from ebft.output.folder import OutputFolder
 from ebft.pipeline import walk
+from ebft.recovery.distill.stack import Stack
 from ebft.recovery.ebft.reconstruct import BlockReconstructor
 from ebft_kernels import PackedMask
 
@@ -77,6 +78,20 @@ def tune(out: Path, changes: dict) -> None:
             numbers = [result.losses, result.gradient_norms, [result.error_before, result.error_after]]
             numbers += [[result.branch_energy], *(w.flatten().tolist() for w in block.parameters())]
             out.write_text(json.dumps(numbers))
+
+
+def dies_distilling(given: dict) -> None:
+    """A run that is killed in the third step of its distillation."""
+    step, taken = Stack.step, []
+
+    def last(self, *arguments):
+        taken.append(arguments)
+        if len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *arguments)
+
+    Stack.step = last
+    job(given)
 
 
 def dies(given: dict, part: str) -> None:

@@ -1,17 +1,26 @@
 """Whole-model distillation against a plain loop over the model's own forward, in float64 where it can be."""
 
 import dataclasses
+import json
+import signal
 
 import pytest
 import torch
 from conftest import random_model
+from faults import in_child, job
+from safetensors.torch import load_file
+from several import dies_distilling, on_ranks
 from test_whole_model import task_of
 from torch.nn import functional as F
 
-from ebft import EBFTConfig
+from ebft import EBFTConfig, run_ebft
+from ebft.data.streams import Store
 from ebft.distributed import Ranks
 from ebft.model.decoder import Decoder
+from ebft.output.audit import audit
+from ebft.output.folder import OutputFolder
 from ebft.recovery.distill import Distillation
+from ebft.recovery.distill.blocks import ROOM, Held, Streamed, where_they_fit
 from ebft.recovery.distill.objective import losses_and_gradient_, losses_of
 from ebft.recovery.distill.predictions import Predictions, likeliest_of
 from ebft.recovery.distill.stack import Stack
@@ -75,58 +84,158 @@ def test_predictions_are_the_models_own(monkeypatch):
     torch.testing.assert_close(torch.cat([part.logarithms for part in two]), whole.logarithms)
 
 
+def stack_of(task, predictions, kind=Held, *, recompute=False, clip=0.0, lr_scale=1.0, **states) -> Stack:
+    """All blocks of a task's model with their optimizers, every parameter tuned, two samples at once."""
+    decoder = task.decoder
+
+    def made():
+        for index, name in enumerate(decoder.names):
+            block = decoder.working_block(index, task.saved(index))
+            weights = {f"{name}.{n}": p.requires_grad_() for n, p in block.named_parameters()}
+            masks = {weights[n]: mask for n, mask in task.masks.items() if n in weights}
+            settings = {"eps": 1e-4, **states}  # above rounding's noise in gradients that are 0
+            optimizer = MaskedAdamW(weights.values(), weight_decay=0.0, masks=masks, **settings)
+            optimizer.param_groups[0]["scale"] = 1.0
+            yield block, optimizer
+
+    blocks = Streamed(made(), CPU) if kind is Streamed else Held(made())
+    return Stack(decoder, blocks, task.tokens, predictions, 2, Ranks(), clip, recompute, task.store)
+
+
+def stepped_plainly(task, predictions, batches, share) -> tuple[dict, list]:
+    """Weights and losses of the model's own forward, autograd, and AdamW on masked gradients."""
+    model = task.model
+    tuned = {
+        f"{name}.{n}": p.requires_grad_() for name, block in task.blocks.items() for n, p in block.named_parameters()
+    }
+    plain, losses = torch.optim.AdamW(tuned.values(), lr=1e-3, eps=1e-4, weight_decay=0.0), []
+    for batch in batches:
+        ids = task.tokens[batch]
+        logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        known = (predictions.tokens[batch].flatten(0, 1).long(), predictions.logarithms[batch].flatten(0, 1).float())
+        kl, ce = plain_losses(logits, *known, ids[:, 1:].flatten())
+        (((1 - share) * kl + share * ce) / len(logits)).backward()
+        losses.append(torch.stack([kl, ce]).detach().double() / len(logits))
+        for name, mask in task.masks.items():
+            if tuned[name].grad is not None:
+                mask.zero_pruned_(tuned[name].grad)
+        plain.step()
+        plain.zero_grad()
+    return tuned, losses
+
+
+def weights_of(stack) -> dict:
+    """By their full names."""
+    named = zip(stack.decoder.names, stack.blocks, strict=True)
+    return {f"{name}.{n}": p.detach() for name, block in named for n, p in block.named_parameters()}
+
+
+BATCHES = torch.tensor([[0, 1, 2, 3], [4, 5, 0, 1], [2, 3, 4, 5]])
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", ["llama-gqa", "gpt2", "mixtral", "gemma2"])
 def test_a_step_is_that_of_a_plain_loop(family, recompute):
-    """The same weights after three steps as with the model's own forward, autograd, and AdamW on masked gradients."""
-    task, decoder = task_of(family)
-    teacher = Decoder(random_model(family), CPU)
-    predictions = Predictions.of(teacher, task.tokens, 8, task.store, Ranks())
-    blocks = [decoder.working_block(i, task.saved(i)) for i in range(len(decoder))]
-    optimizers = []
-    for name, block in zip(decoder.names, blocks, strict=True):
-        weights = {f"{name}.{n}": p.requires_grad_() for n, p in block.named_parameters()}
-        masks = {weights[n]: mask for n, mask in task.masks.items() if n in weights}
-        optimizers.append(MaskedAdamW(weights.values(), lr=1.0, eps=1e-4, weight_decay=0.0, masks=masks))
-        optimizers[-1].param_groups[0]["scale"] = 1.0
-    stack = Stack(decoder, blocks, optimizers, task.tokens, predictions, 2, Ranks(), 0.0, recompute)
-
-    reference, _ = task_of(family)
-    model = reference.model
-    tuned = {
-        f"{name}.{n}": p.requires_grad_()
-        for name, block in reference.blocks.items()
-        for n, p in block.named_parameters()
-    }
-    plain = torch.optim.AdamW(
-        tuned.values(), lr=1e-3, eps=1e-4, weight_decay=0.0
-    )  # eps: above rounding's noise in gradients that are 0
-    batches = torch.tensor([[0, 1, 2, 3], [4, 5, 0, 1], [2, 3, 4, 5]])
+    """The same losses in three steps, and weights after them."""
+    task, _ = task_of(family)
+    predictions = Predictions.of(Decoder(random_model(family), CPU), task.tokens, 8, task.store, Ranks())
+    stack = stack_of(task, predictions, recompute=recompute)
     with stack.in_place():
-        for batch in batches:
-            losses = stack.step(batch, 1e-3, 0.25)
-            ids = task.tokens[batch]
-            logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-            known = (
-                predictions.tokens[batch].flatten(0, 1).long(),
-                predictions.logarithms[batch].flatten(0, 1).float(),
-            )
-            kl, ce = plain_losses(logits, *known, ids[:, 1:].flatten())
-            ((0.75 * kl + 0.25 * ce) / len(logits)).backward()
-            torch.testing.assert_close(
-                losses, torch.stack([kl, ce]).detach().double() / len(logits), rtol=1e-4, atol=1e-5
-            )
-            for name, mask in reference.masks.items():
-                if tuned[name].grad is not None:
-                    mask.zero_pruned_(tuned[name].grad)
-            plain.step()
-            plain.zero_grad()
-    for name, block in zip(decoder.names, blocks, strict=True):
-        for of_block, ours in block.named_parameters():
-            full = f"{name}.{of_block}"
-            torch.testing.assert_close(ours.detach(), tuned[full].detach(), rtol=1e-3, atol=3e-5, msg=full)
-            if full in task.masks:
-                assert not ours[~task.masks[full].dense()].any()
+        losses = [stack.step(batch, 1e-3, 0.25) for batch in BATCHES]
+    expected, plain = stepped_plainly(task_of(family)[0], predictions, BATCHES, 0.25)
+    torch.testing.assert_close(losses, plain, rtol=1e-4, atol=1e-5)
+    for name, ours in weights_of(stack).items():
+        torch.testing.assert_close(ours, expected[name].detach(), rtol=1e-3, atol=3e-5, msg=name)
+        if name in task.masks:
+            assert not ours[~task.masks[name].dense()].any()
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """What is in float32 by default, and what we make float32, is in float64."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kind", [Held, Streamed])
+@pytest.mark.usefixtures("float64")
+def test_in_float64_a_step_is_that_of_a_plain_loop(kind):
+    """To rounding; of a model whose own code has no part in float32."""
+    task, _ = task_of("gpt2", store=Store(CPU, dtype=torch.float64))
+    half = Predictions.of(Decoder(random_model("gpt2"), CPU), task.tokens, 8, task.store, Ranks())
+    predictions = Predictions(half.tokens, half.logarithms.double().log_softmax(-1))  # rounded, they do not sum to 1
+    stack = stack_of(task, predictions, kind)
+    with stack.in_place():
+        losses = [stack.step(batch, 1e-3, 0.25) for batch in BATCHES]
+    expected, plain = stepped_plainly(task_of("gpt2")[0], predictions, BATCHES, 0.25)
+    torch.testing.assert_close(losses, plain, rtol=1e-10, atol=1e-10)
+    for name, ours in weights_of(stack).items():
+        assert ours.dtype == torch.float64
+        torch.testing.assert_close(ours, expected[name].detach(), rtol=1e-10, atol=1e-10, msg=name)
+
+
+STATES = [{}, {"compact": True}, {"moments": "bf16"}, {"moments": "int8", "compact": True}]
+
+
+@pytest.mark.parametrize(("states", "kind"), [*((states, "host") for states in STATES), ({}, "disk")], ids=str)
+def test_streamed_blocks_take_the_same_steps(states, kind, tmp_path):
+    """Bit for bit those of blocks that are held, with hidden states anywhere; batches of several sizes."""
+    batches = [torch.tensor(numbers) for numbers in ([0, 1, 2], [3, 4, 5, 0], [5], [2, 4, 1, 0])]
+    predictions = Predictions.of(
+        Decoder(random_model("llama-gqa"), CPU), task_of("llama-gqa")[0].tokens, 8, Store(CPU), Ranks()
+    )
+    found = []
+    for placed in (Held, Streamed):
+        with OutputFolder(str(tmp_path / placed.__name__), overwrite=False) as output:
+            task, _ = task_of("llama-gqa", store=Store(CPU, kind, output=output))
+            stack = stack_of(task, predictions, placed, recompute=True, clip=0.5, **states)
+            with stack.in_place():
+                losses = [stack.step(batch, 1e-2, 0.25) for batch in batches]
+                losses.append(torch.tensor(stack.losses(torch.tensor([3, 1, 0]))))
+            assert not any(output.streams.glob("*"))
+        moments = [state for optimizer in stack.optimizers for state in optimizer.state_dict()["state"].values()]
+        found.append((losses, weights_of(stack), moments))
+    before = weights_of(stack_of(task_of("llama-gqa")[0], predictions))
+    assert not any(torch.equal(weight, before[name]) for name, weight in found[1][1].items())
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_where_blocks_fit(monkeypatch):
+    """A GPU is only pretended: what is free there, or in the budget, decides; a CPU is the host."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    gpu, least, most = torch.device("cuda"), int(ROOM * 1000), int(ROOM * 800)
+    assert [where_they_fit("auto", gpu, needed, None) for needed in (least, least + 1)] == ["device", "host"]
+    assert [where_they_fit("auto", gpu, needed, 800) for needed in (most, most + 1)] == ["device", "host"]
+    assert where_they_fit("auto", gpu, least, 5000) == "device"
+    assert where_they_fit("device", gpu, 10**9, None) == "device"
+    assert where_they_fit("host", gpu, 1, None) == where_they_fit("host", CPU, 1, None) == "host"
+    assert where_they_fit("auto", CPU, 10**9, None) == "device"
+
+
+def test_streamed_blocks_are_away_but_for_their_turn():
+    """What is on the device is a copy, of one block and the next; its changes and states come home."""
+    task, _ = task_of("llama-gqa")
+    predictions = Predictions.of(Decoder(random_model("llama-gqa"), CPU), task.tokens, 8, task.store, Ranks())
+    stack = stack_of(task, predictions, Streamed)
+    homes = [[p.data_ptr() for p in block.parameters()] for block in stack.blocks]
+    here = []
+    for index, _ in stack.blocks.in_turn([2, 0]):
+        here.append([p.data_ptr() for p in list(stack.blocks)[index].parameters()])
+        assert not set(here[-1]) & set(homes[index])
+        others = (list(stack.blocks)[other] for other in range(3) if other != index)
+        assert [[p.data_ptr() for p in block.parameters()] for block in others] == [
+            home for other, home in enumerate(homes) if other != index
+        ]
+    assert [[p.data_ptr() for p in block.parameters()] for block in stack.blocks] == homes
+    states = []
+    with stack.in_place():
+        for batch in BATCHES:
+            stack.step(batch, 1e-3, 0.25)
+            assert homes == [[p.data_ptr() for p in block.parameters()] for block in stack.blocks]
+            states.append([state["exp_avg"].data_ptr() for o in stack.optimizers for state in o.state.values()])
+    assert states[0] == states[1] == states[2]
 
 
 def test_distillation_brings_a_model_nearer_to_the_dense_one():
@@ -140,3 +249,54 @@ def test_distillation_brings_a_model_nearer_to_the_dense_one():
             assert not weight.requires_grad
             if mask := task.masks.get(f"{name}.{of_block}"):
                 assert not weight[~mask.dense()].any()
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def summary_of(folder) -> dict:
+    return json.loads((folder / "ebft_summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "place", [{"distill_blocks": "host", "streams": "disk"}, {"distill_blocks": "device"}], ids=str
+)
+def test_a_run_killed_while_it_distils_goes_on(place, short_run, tmp_path):
+    """To the same bits."""
+    given = {"recover": "ebft+distill", "samples": 8, **place}
+    assert in_child(job, short_run("whole", **given)) == 0
+    settings = short_run("out", **given)
+    assert in_child(dies_distilling, settings) == -signal.SIGKILL
+    assert (tmp_path / "out.partial").exists()
+    assert in_child(job, settings | {"resume": True}) == 0
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    one, other = (summary_of(tmp_path / name)["whole_model"]["distill"] for name in ("out", "whole"))
+    times = ("seconds", "peak_memory_bytes")
+    assert [one.pop(name) > 0 for name in times] == [other.pop(name) > 0 for name in times]
+    assert one == other
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_a_run_and_its_ranks(place, short_run, silent, tiny, tmp_path):
+    """Two ranks do to rounding what one process does, whose report says what it came to."""
+    given = {"recover": "ebft+distill", "samples": 6, "batch_size": 2, "holdout": 0.2, "distill_blocks": place}
+    result = run_ebft(config=EBFTConfig.preset("demo", **short_run("one", **given)), reporter=silent)
+    entry = result.summary["whole_model"]["distill"]
+    assert entry["held_out_after"] < entry["held_out_before"]
+    divergence, entropy = entry["held_out_parts"].values()
+    assert [(kl + ce) / 2 for kl, ce in zip(divergence, entropy, strict=True)] == pytest.approx(
+        [entry["held_out_before"], entry["held_out_after"]]
+    )
+    page, card = ((result.output / name).read_text() for name in ("report.html", "README.md"))
+    assert "Distillation loss (distill)" in page
+    for text in (page, card):
+        assert f"cross-entropy of the text {entropy[0]:.3f} before and {entropy[1]:.3f} after" in text
+    assert audit(str(result.output), str(tiny / "model")).faults == []
+
+    assert on_ranks(2, job, short_run("two", **given)) == [0, 0]
+    shared = summary_of(tmp_path / "two")["whole_model"]["distill"]
+    assert shared["losses"] == pytest.approx(entry["losses"], rel=1e-4)
+    for part, figures in entry["held_out_parts"].items():
+        assert shared["held_out_parts"][part] == pytest.approx(figures, rel=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ebft import BlockReconstructor, EBFTError
 from ebft.config import EBFTConfig
+from ebft.data.streams import Store
+from ebft.distributed import Ranks
 from ebft.model.decoder import Decoder
 from ebft.model.device import choose_device
 from ebft.plan.data_sheets import DEVICES, SHARE
@@ -20,6 +23,10 @@ from ebft.pruning import Pattern
 from ebft.pruning.protocol import MASK_BYTES
 from ebft.pruning.statistics import InputStatistics
 from ebft.pruning.wanda import Wanda
+from ebft.recovery.distill import Distillation
+from ebft.recovery.distill.predictions import Predictions
+from ebft.recovery.distill.stack import Stack
+from ebft.recovery.distill.tune import _blocks
 from ebft.recovery.optimizers.adamw import AdamW
 from ebft.run import main
 from ebft_kernels import PackedMask, use_impl
@@ -173,11 +180,71 @@ def test_a_step_allocates_what_was_planned(changes, folder, tmp_path):
     assert planned == pytest.approx(allocated_at_most(work, tmp_path), rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"distill_blocks": "host", "micro_batch": 2, "dtype": "bfloat16"},
+        {"distill_blocks": "host", "micro_batch": 1, "moments": "int8", "compact": True, "seqlen": 16},
+    ],
+    ids=lambda changes: flags(changes) or "as it is",
+)
+def test_a_step_of_distillation_allocates_what_was_planned(changes, tmp_path):
+    """Within a tenth, blocks and what is on the host included, for a CPU has them in one memory."""
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small = LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=512, max_position_embeddings=256, pad_token_id=0)
+    AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path)
+    settings = {"batch_size": 8, "samples": 8, "seqlen": 128, "eval": "", "device": "cpu", "sparsity": 0.5, **changes}
+    config = EBFTConfig.of(model=str(tmp_path), recover="distill", **settings)
+    plan, seqlen = make_plan(config), config.data.seqlen
+    away = plan.host.get("weights and states of all blocks", 0)
+    planned = sum(plan.device.values()) + away
+    if "hidden states at the borders" not in plan.device:
+        planned += 5 * 8 * seqlen * 256 * 4
+    compute = getattr(torch, config.runtime.dtype) if config.runtime.dtype != "auto" else torch.float32
+    decoder = Decoder(AutoModelForCausalLM.from_pretrained(tmp_path), CPU, compute)
+    decoder.call_for(0, config.recover.at_once, seqlen)
+    masks = {
+        f"{name}.{m.name}": PackedMask.from_topk(torch.rand(m.outputs, m.inputs), m.inputs // 2)
+        for name, matrices in zip(decoder.names, decoder.matrices, strict=True)
+        for m in matrices
+    }
+    own = config.of_method(Distillation.Settings)
+    tokens = torch.randint(512, (8, seqlen))
+    predictions = Predictions(
+        torch.zeros(8, seqlen - 1, own.distill_top, dtype=torch.int32), torch.full((8, seqlen - 1, 65), -4.2).half()
+    )
+
+    def work():
+        task = SimpleNamespace(decoder=decoder, masks=masks, device=CPU, saved=lambda index: None)
+        blocks, again = _blocks(task, config, own), own.recompute != "none"
+        stack = Stack(decoder, blocks, tokens, predictions, config.recover.at_once, Ranks(), 1.0, again, Store(CPU))
+        with stack.in_place():
+            for _ in range(2):
+                stack.step(torch.arange(8), 1e-3, 0.5)
+
+    assert planned == pytest.approx(allocated_at_most(work, tmp_path), rel=0.1)
+
+
 def test_making_a_mask_allocates_what_was_planned(tmp_path):
     weight, inputs = torch.randn(512, 1024), InputStatistics(1, torch.rand(1024))
     with use_impl("torch"):
         most = allocated_at_most(lambda: Wanda().mask(weight, inputs, Pattern(0.5)), tmp_path)
     assert most <= MASK_BYTES * weight.numel() <= 1.3 * most
+
+
+def test_work_of_distillation(two_blocks):
+    """The dense model's pass, two epochs of three passes' worth, another where activations are made again."""
+    small = {"model": two_blocks, "device": "cpu", "recover": "distill", "samples": 64, "eval": "", "seqlen": 64}
+    walk = make_plan(EBFTConfig.of(**{**small, "recover": "none", "prune": "wanda"})).flops
+    held, streamed = (make_plan(EBFTConfig.of(**small, distill_blocks=where)).flops for where in ("device", "host"))
+    head = 32000 * 4096  # which has no gradients
+    weights = 2 * 202_375_168 + head
+    forward = 2 * weights * 64 * 64
+    validation = 3 / 8
+    assert held - walk == pytest.approx(forward * (1 + validation + 2 * 7 / 8 * (3 - head / weights)), rel=0.02)
+    blocks_again = forward * (1 - head / weights)
+    assert streamed - held == pytest.approx(2 * 7 / 8 * blocks_again, rel=0.02)
 
 
 # --- budgets --------------------------------------------------------------------------------------------------------
@@ -238,6 +305,22 @@ def test_a_step_without_gradients_is_the_last_resort(two_blocks):
     assert "update_in_backward" not in with_norm.chosen
     assert without.chosen["update_in_backward"]
     assert without.device["gradients"] < 0.01 * with_norm.device["gradients"]
+
+
+def test_a_distillation_that_fits(two_blocks):
+    """Held where there is room; streamed where there is not, and then in small parts."""
+    small = {"model": two_blocks, "eval": "", "recover": "distill", "samples": 64, "prune": "magnitude"}
+    held, streamed = (make_plan(EBFTConfig.of(gpu_memory=size, **small), "a100") for size in ("16GiB", "7GiB"))
+    assert held.faults == streamed.faults == []
+    assert held.chosen == {"streams": "device"}
+    assert held.traffic == []
+    assert streamed.chosen == {"streams": "host", "distill_blocks": "host", "compact": True, "micro_batch": 4}
+    assert streamed.device_peak <= 7 * GIB
+    weights, states = 2 * 202_383_360, 0.3 * 8 + 1 / 8  # of survivors alone, and a mask
+    said = re.search(r"in each of 14 steps: ([\d.]+) GiB each way", "\n".join(streamed.traffic))
+    assert float(said[1]) * GIB == pytest.approx((8 + states) * weights, rel=1e-2)
+    assert streamed.host["weights and states of all blocks"] >= (4 + states) * weights
+    assert "work hides it from --batch-size" in str(streamed)
 
 
 def test_a_named_gpu_is_a_budget(two_blocks):

@@ -252,6 +252,8 @@ def test_runs(family, changes, config, silent, tokenizer, tmp_path):
         assert 0 < entry["seconds"] <= summary["stage_seconds"][name]
         assert entry["peak_memory_bytes"] >= max(block["peak_memory_bytes"] for block in result.blocks)
         assert f"Language-model loss ({name})" in page
+        assert f"loss {entry['held_out_before']:.3f} before and {entry['held_out_after']:.3f} after" in page
+        assert f"{name}, on held-out sequences, nats a token: loss" in card
     if "lora" in changes["recover"]:
         plain = summary["whole_model"]["lora"]["plain_merge"]
         linear = sum(mask.numel() for mask in result.masks.values() if len(mask.shape) == 2)

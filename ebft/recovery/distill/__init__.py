@@ -8,15 +8,17 @@ What a block cannot see, that its errors add up with those of the others, this d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ebft.config.fields import setting
-from ebft.recovery.protocol import WholeModelRecovery
+from ebft.recovery.protocol import Footprint, WholeModelRecovery
 from ebft.recovery.settings import Betas, Clipping, GradientCheckpointing, Moments, SurvivorsOnly
 from ebft.registry import register_recovery
 
 if TYPE_CHECKING:
+    from ebft.plan.shapes import Shapes
     from ebft.recovery.whole_model import WholeResult, WholeTask
 
 
@@ -26,6 +28,7 @@ class Distillation(WholeModelRecovery):
 
     told = "as a whole towards the dense model's predictions"
     holds_the_model = False
+    loss = "distillation loss"
 
     @dataclass(frozen=True)
     class Settings(Clipping, GradientCheckpointing, Betas, Moments, SurvivorsOnly):
@@ -47,6 +50,12 @@ class Distillation(WholeModelRecovery):
             at_least=0,
             at_most=1,
         )
+        distill_blocks: str = setting(
+            "auto",
+            "where blocks and the optimizer's states are kept: all on the device; or on the host, from where each "
+            "comes when it is its turn (activations are then made again); auto: the device where they fit",
+            choices=("auto", "device", "host"),
+        )
         distill_top: int = setting(64, "likeliest tokens of the dense model that are kept of each place", at_least=1)
 
     def recover(self, task: WholeTask) -> WholeResult:
@@ -54,3 +63,25 @@ class Distillation(WholeModelRecovery):
         from ebft.recovery.distill.tune import distill
 
         return distill(task, self.config, self.settings)
+
+    def footprint(self, shapes: Shapes) -> Footprint:
+        """See ``Recovery``."""
+        from ebft.recovery.distill.footprint import footprint
+
+        return footprint(self, shapes)
+
+    def leaner(self, shapes: Shapes) -> Iterator[dict[str, Any]]:
+        """See ``Recovery``: first what costs time, then what costs precision."""
+        own = self.settings
+        if own.distill_blocks != "host":
+            if own.recompute == "none":
+                yield {"recompute": "block"}
+            yield {"distill_blocks": "host", "recompute": own.recompute}
+        if not own.compact:
+            yield {"compact": True}
+        size = self.config.recover.at_once
+        while size > 1:
+            size //= 2
+            yield {"micro_batch": size}
+        for moments in {"fp32": ("bf16", "int8"), "bf16": ("int8",), "int8": ()}[own.moments]:
+            yield {"moments": moments}

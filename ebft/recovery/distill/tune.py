@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ebft.config import EBFTConfig
+from ebft.config import EBFTConfig, parse_bytes
 from ebft.distributed import Ranks
 from ebft.errors import EBFTError
 from ebft.model.matrices import router_paths
+from ebft.recovery.distill.blocks import Held, Streamed, bytes_a_weight, where_they_fit
 from ebft.recovery.distill.predictions import Predictions
 from ebft.recovery.distill.stack import Stack
 from ebft.recovery.ebft.learning_rate import set_scales
@@ -22,13 +23,14 @@ from ebft.recovery.optimizers.masked import forget
 from ebft.recovery.rates import FORWARD_ALONE, Trials
 from ebft.recovery.samples import Split, batch_order
 from ebft.recovery.whole_model import WholeResult, WholeTask
-from ebft_kernels import MaskedAdamW
+from ebft_kernels import MaskedAdamW, PackedMask
 
 if TYPE_CHECKING:
     from ebft.recovery.distill import Distillation
 
 VALIDATION = 0.125  # share of the sequences, where --holdout gives none
 FIRST_RATE = 0.003  # that is tried; a tenth of a block's first, because all blocks move together
+WARMUP = 0.05  # share of the steps in which the rate rises
 WITH_TEXT = 0.5  # the share of cross-entropy that is tried
 _WHOLE, _TRIAL = -1, 2**20  # in place of a block's number and an epoch's, for the batch order
 
@@ -41,19 +43,18 @@ def distill(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> 
     """
     began, decoder = time.perf_counter(), task.decoder
     predictions = Predictions.of(task.teacher, task.tokens, own.distill_top, task.store, task.ranks)
-    blocks = [decoder.working_block(index, task.saved(index)) for index in range(len(decoder))]
-    optimizers = [_optimizer(task, config, own, name, block) for name, block in zip(decoder.names, blocks, strict=True)]
+    blocks = _blocks(task, config, own)
     scaler = torch.amp.GradScaler(task.device.type, enabled=task.compute == torch.float16)
     stack = Stack(
         decoder=decoder,
         blocks=blocks,
-        optimizers=optimizers,
         ids=task.tokens,
         predictions=predictions,
         at_once=config.recover.at_once,
         ranks=task.ranks,
         clip=own.clip,
         recompute=own.recompute != "none",
+        store=task.store,
         scaler=scaler,
     )
     with stack.in_place():
@@ -62,38 +63,69 @@ def distill(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> 
     for block in blocks:
         block.requires_grad_(False)
     return WholeResult(
-        blocks=blocks,
+        blocks=list(blocks),
         losses=tuner.losses,
         held_out_before=tuner.before.loss(tuner.share),
         held_out_after=tuner.best.loss(tuner.share),
+        held_out_parts={
+            "divergence from the dense model": (tuner.before.kl, tuner.best.kl),
+            "cross-entropy of the text": (tuner.before.ce, tuner.best.ce),
+        },
         seconds=time.perf_counter() - began,
         notes=[tuner.note],
     )
 
 
+def _blocks(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> Held:
+    """The blocks with their optimizers, where ``distill_blocks`` has them."""
+    decoder = task.decoder
+    sizes = [sum(p.numel() for p in decoder.stored_block(index).parameters()) for index in range(len(decoder))]
+    kept = sum(mask.count() for mask in task.masks.values()) / sum(mask.numel() for mask in task.masks.values())
+    needed = sum(sizes) * bytes_a_weight(own.moments, own.compact, kept) + 4 * max(sizes)  # and gradients of one block
+    budget = parse_bytes(config.runtime.gpu_memory, "--gpu-memory") if config.runtime.gpu_memory else None
+    working = (decoder.working_block(index, task.saved(index)) for index in range(len(decoder)))
+    named = zip(decoder.names, working, strict=True)
+    made = ((block, _optimizer(task, config, own, name, block)) for name, block in named)
+    where = where_they_fit(own.distill_blocks, task.device, int(needed), budget)
+    return Streamed(made, task.device) if where == "host" else Held(made)
+
+
 def _optimizer(
     task: WholeTask, config: EBFTConfig, own: Distillation.Settings, name: str, block: nn.Module
 ) -> MaskedAdamW:
-    """Of a block: every matrix at a rate of its own size, all else but routers beside them; no weight decay."""
-    routers = router_paths(block)
-    tuned = {
-        f"{name}.{of_block}": parameter.requires_grad_()
-        for of_block, parameter in block.named_parameters()
-        if parameter.is_floating_point() and of_block.rpartition(".")[0] not in routers
-    }
-    masks = {parameter: task.masks[full] for full, parameter in tuned.items() if full in task.masks}
-    others = [parameter for full, parameter in tuned.items() if full not in task.masks]
-    optimizer = MaskedAdamW(
-        [*({"params": [matrix]} for matrix in masks), {"params": others}],
-        weight_decay=0.0,
-        betas=own.betas,
-        masks=masks,
-        moments=own.moments,
-        compact=own.compact,
-        seed=config.runtime.seed,
-    )
+    """Of a block of the model, with rates by its own weights."""
+    masks = {n: mask for n, _ in block.named_parameters() if (mask := task.masks.get(f"{name}.{n}")) is not None}
+    optimizer = optimizer_of(block, masks, own, seed=config.runtime.seed)
     set_scales(optimizer, "rms")
     return optimizer
+
+
+def optimizer_of(
+    block: nn.Module, masks: Mapping[str, PackedMask], own: Distillation.Settings, *, seed: int = 0
+) -> MaskedAdamW:
+    """Every matrix at a rate of its own size, all else but routers beside them; no weight decay.
+
+    Args:
+        masks: of the block's parameters by their names in it.
+    """
+    routers = router_paths(block)
+    tuned = {
+        name: parameter.requires_grad_()
+        for name, parameter in block.named_parameters()
+        if parameter.is_floating_point() and name.rpartition(".")[0] not in routers
+    }
+    return MaskedAdamW(
+        [
+            *({"params": [tuned[name]]} for name in tuned if name in masks),
+            {"params": [parameter for name, parameter in tuned.items() if name not in masks]},
+        ],
+        weight_decay=0.0,
+        betas=own.betas,
+        masks={parameter: masks[name] for name, parameter in tuned.items() if name in masks},
+        moments=own.moments,
+        compact=own.compact,
+        seed=seed,
+    )
 
 
 class Validated:
@@ -102,9 +134,6 @@ class Validated:
     def __init__(self, of_samples: Tensor) -> None:
         self.of_samples = of_samples
         self.kl, self.ce = of_samples.mean(0).tolist()
-
-    def __str__(self) -> str:
-        return f"KL {self.kl:.3f}, cross-entropy {self.ce:.3f}"
 
     def loss(self, share: float) -> float:
         """What is minimised, with this share of the cross-entropy."""
@@ -138,7 +167,9 @@ class _Tuner:
         self.losses = list[float]()
         self.before = self.best = self._validated()
         if not math.isfinite(self.before.loss(self.share)):
-            raise EBFTError(f"the pruned model on the validation split has {self.before}; expected finite numbers")
+            raise EBFTError(
+                f"the pruned model on the validation split has a divergence of {self.before.kl}; expected finite numbers"
+            )
         self._kept = self._copied()
 
     def run(self) -> None:
@@ -148,7 +179,8 @@ class _Tuner:
         step, totals = 0, list[Tensor]()
         for epoch in range(self._own.distill_epochs):
             for batch in self._batches(epoch):
-                totals.append(self._stack.step(batch, self.rate * (1 - step / self._steps), self.share))
+                lr = self.rate * min((step + 1) / max(1, WARMUP * self._steps), 1 - step / self._steps)
+                totals.append(self._stack.step(batch, lr, self.share))
                 step += 1
                 self._on_step(step / self._steps)
             self._see()
@@ -159,8 +191,7 @@ class _Tuner:
     def note(self) -> str:
         """What was done, in a sentence."""
         text = f", with {self.share:.0%} of the text's cross-entropy" if self.share else ""
-        validated = f"on the validation split: {self.before} before, {self.best} after"
-        return f"tuned at a rate of {self.rate:.2g}{text}; {validated}"
+        return f"tuned at a rate of {self.rate:.2g}{text}"
 
     def _search(self) -> None:
         """Find the rate; and the share of the text, where it is open and one more trial shows that it helps.

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ebft.model.decoder import BlockCall
-from ebft.model.stand_ins import Tracker
+from ebft.model.stand_ins import OTHERS, Tracker
 from ebft.recovery.ebft.objective import Objective
 from ebft.recovery.ebft.pairs import in_turn_through
 from ebft.recovery.ebft.reconstruct import BlockReconstructor
@@ -29,13 +29,6 @@ if TYPE_CHECKING:
     from ebft.recovery.ebft import EBFT
 
 EXCHANGED_BYTES = 48  # a weight of the matrix at hand, while a part of its mask is chosen anew
-_TRACKED = {
-    "Parameter": "weights",
-    "Gradient": "gradients",
-    "Optstate": "optimizer states",
-    "Activation": "activations",
-}
-_OTHERS = "batch, temporaries and others"
 
 
 def footprint(recovery: EBFT, shapes: Shapes) -> Footprint:
@@ -82,14 +75,10 @@ def _step(recovery: EBFT, shapes: Shapes) -> dict[str, int]:
             with tracker:
                 for _ in range(2):
                     reconstructor.step(tuning, x, y)
-    rows = dict.fromkeys((*_TRACKED.values(), _OTHERS), 0)
-    for kind, bytes_of_kind in next(iter(tracker.get_tracker_snapshot("peak").values())).items():
-        name = str(getattr(kind, "value", kind))
-        if name != "Total":
-            rows[_TRACKED.get(name, _OTHERS)] += int(bytes_of_kind)
+    rows = tracker.rows()
     of_masks = sum(of_matrix.nbytes for of_matrix in words)  # the optimizer's, though not among its states
     rows["optimizer states"] += of_masks
-    rows[_OTHERS] += 2 * (batch - planned) * seqlen * shapes.width * 4 - of_masks
+    rows[OTHERS] += 2 * (batch - planned) * seqlen * shapes.width * 4 - of_masks
     sizes = [shapes.block.get_parameter(name).numel() for name in shapes.matrices]
     if recovery.changes_masks:
         rows["masks chosen anew"] = 4 * sum(sizes) + EXCHANGED_BYTES * max(sizes)
@@ -99,7 +88,7 @@ def _step(recovery: EBFT, shapes: Shapes) -> dict[str, int]:
         parameters = map(shapes.block.get_parameter, shapes.matrices)
         largest = max(parameter.numel() for parameter in parameters if parameter.ndim == 2)
         given = 4 if made.weights == "fp32" else 2
-        rows[_OTHERS] += largest * (shapes.compute.itemsize + (given if given != shapes.compute.itemsize else 0))
+        rows[OTHERS] += largest * (shapes.compute.itemsize + (given if given != shapes.compute.itemsize else 0))
     return rows
 
 
