@@ -193,7 +193,7 @@ def test_streamed_blocks_take_the_same_steps(states, kind, tmp_path):
             stack = stack_of(task, predictions, placed, recompute=True, clip=0.5, **states)
             with stack.in_place():
                 losses = [stack.step(batch, 1e-2, 0.25) for batch in batches]
-                losses.append(torch.tensor(stack.losses(torch.tensor([3, 1, 0]))))
+                losses.append(stack.losses(torch.tensor([3, 1, 0])))
             assert not any(output.streams.glob("*"))
         moments = [state for optimizer in stack.optimizers for state in optimizer.state_dict()["state"].values()]
         found.append((losses, weights_of(stack), moments))
@@ -282,6 +282,7 @@ def test_a_run_killed_while_it_distils_goes_on(place, short_run, tmp_path):
 def test_a_run_and_its_ranks(place, short_run, silent, tiny, tmp_path):
     """Two ranks do to rounding what one process does, whose report says what it came to."""
     given = {"recover": "ebft+distill", "samples": 6, "batch_size": 2, "holdout": 0.2, "distill_blocks": place}
+    given |= {"distill_text": 0.5}
     result = run_ebft(config=EBFTConfig.preset("demo", **short_run("one", **given)), reporter=silent)
     entry = result.summary["whole_model"]["distill"]
     assert entry["held_out_after"] < entry["held_out_before"]

@@ -167,9 +167,7 @@ class _Tuner:
         self.losses = list[float]()
         self.before = self.best = self._validated()
         if not math.isfinite(self.before.loss(self.share)):
-            raise EBFTError(
-                f"the pruned model on the validation split has a divergence of {self.before.kl}; expected finite numbers"
-            )
+            raise EBFTError(f"the pruned model's divergence from the dense one is {self.before.kl}; expected a number")
         self._kept = self._copied()
 
     def run(self) -> None:
