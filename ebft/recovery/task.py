@@ -60,6 +60,7 @@ class BlockTask:
         finished: the lines of ``blocks.jsonl`` of the blocks before, as far as they are known.
         blocks: how many the model has.
         error_before: mean squared error before the recoveries that came before in a sum; None for the first.
+        seconds: that the recovery may take; None for as long as its own settings say.
     """
 
     index: int
@@ -80,6 +81,7 @@ class BlockTask:
     finished: Sequence[Mapping[str, Any]] = ()
     blocks: int = 1
     error_before: float | None = None
+    seconds: float | None = None
 
     def told(self, place: int, places: int, done: int, steps: int) -> None:
         """``on_step`` of a part of the task: the one at ``place`` of ``places`` alike."""

@@ -6,7 +6,6 @@ in memory whole, in float32, on the device; only parameters of its blocks are tu
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +20,7 @@ from ebft.distributed import Ranks
 from ebft.errors import EBFTError
 from ebft.model.decoder import Decoder, autocast
 from ebft.model.tensors import Tensors
+from ebft.recovery.allowance import Allowance
 from ebft.recovery.checkpointing import recomputed
 from ebft.recovery.samples import Split, batch_order
 from ebft.recovery.settings import LanguageModelTuning
@@ -42,6 +42,7 @@ class WholeTask:
         store: where hidden states of all samples may be kept.
         ranks: those that share every batch.
         on_step: called with the share of the work that is done.
+        seconds: that the recovery may take; None for as long as its own settings say.
     """
 
     decoder: Decoder
@@ -52,6 +53,7 @@ class WholeTask:
     store: Store
     ranks: Ranks
     on_step: Callable[[float], None]
+    seconds: float | None = None
 
     @property
     def device(self) -> torch.device:
@@ -117,10 +119,11 @@ def fit(
     scaler = torch.amp.GradScaler(task.device.type, enabled=task.compute == torch.float16)
     losses, step = torch.zeros(steps, device=task.device), 0
     before = _held_out_loss(task, config, split)
-    clock = _Clock(task, own.lm_seconds)
+    limits = [limit for limit in (own.lm_seconds, task.seconds) if limit is not None]
+    allowance = Allowance(min(limits, default=None), task.device, task.ranks)
     with recomputed(list(task.blocks.values()) if own.recompute != "none" else [], random=dropout):
         for batch in _batches(split.tuned, config, own.lm_epochs):
-            passed = max(step / steps, clock.passed()) if step else 0.0
+            passed = max(step / steps, allowance.passed()) if step else 0.0
             if passed >= 1:
                 break
             for group in optimizer.param_groups:
@@ -139,32 +142,13 @@ def fit(
             task.on_step(passed)
     task.ranks.add_([losses])
     of_steps = losses[:step].tolist()
-    seconds = time.perf_counter() - clock.began
+    seconds = allowance.taken()
     after = _held_out_loss(task, config, split)
     if not all(map(torch.isfinite, map(torch.tensor, [*of_steps, 0.0 if after is None else after]))):
         raise EBFTError(
             f"the language-model loss is no longer a number with --lm-lr {own.lm_lr:g}; expected a smaller one"
         )
     return WholeResult(list(task.blocks.values()), of_steps, before, after, seconds)
-
-
-@dataclass
-class _Clock:
-    """How much of ``seconds`` has passed; with several ranks in their mean, so that all do the same."""
-
-    task: WholeTask
-    seconds: float | None
-    began: float = field(default_factory=lambda: time.perf_counter())
-
-    def passed(self) -> float:
-        """The share; 0 without a limit. A sync point with one."""
-        if self.seconds is None:
-            return 0.0
-        if self.task.device.type == "cuda":
-            torch.cuda.synchronize(self.task.device)
-        elapsed = torch.tensor(time.perf_counter() - self.began, dtype=torch.float64)
-        self.task.ranks.add_([elapsed])
-        return float(elapsed) / self.task.ranks.count / self.seconds
 
 
 def _batches(tuned: Tensor, config: EBFTConfig, epochs: int) -> Iterator[Tensor]:

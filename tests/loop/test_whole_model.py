@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import ebft.pipeline.run
 import ebft.recovery.lora
-import ebft.recovery.whole_model
+import ebft.recovery.allowance
 import ebft_kernels
 from ebft import EBFTConfig, EBFTError, run_ebft
 from ebft.data.streams import Store
@@ -199,7 +199,7 @@ def test_by_time(monkeypatch):
     """A clock that is a second later every time: after 4 seconds it ends, and the rate has fallen by a quarter each."""
     now, rates = iter(range(100)), []
     clock = SimpleNamespace(perf_counter=lambda: float(next(now)))
-    monkeypatch.setattr(ebft.recovery.whole_model, "time", clock)
+    monkeypatch.setattr(ebft.recovery.allowance, "time", clock)
 
     class Optimizer(MaskedAdamW):
         def step(self, *arguments):

@@ -11,14 +11,14 @@ from ebft.recovery.optimizers.masked import MaskedOptimizer
 from ebft_kernels import MaskedAdamW
 
 
-def share_of_rate(own: EBFT.Settings, step: int, steps: int) -> float:
-    """Of the learning rate at ``step`` (from 0) of ``steps``: a linear rise over ``--warmup``, then ``--lr-decay``."""
+def learning_rate(own: EBFT.Settings, highest: float, step: int, steps: int) -> float:
+    """At ``step`` (from 0) of ``steps``: a linear rise to the ``highest`` over ``--warmup``, then ``--lr-decay``."""
     rise = round(own.warmup * steps)
     if step < rise:
-        return (step + 1) / rise
+        return highest * (step + 1) / rise
     passed = (step - rise) / (steps - rise)
     decays = {"linear": 1 - passed, "cosine": (1 + math.cos(math.pi * passed)) / 2, "constant": 1.0}
-    return decays[own.lr_decay]
+    return highest * decays[own.lr_decay]
 
 
 @torch.no_grad()

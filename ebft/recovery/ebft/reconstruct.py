@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,12 +26,13 @@ from ebft.distributed import Ranks
 from ebft.errors import EBFTError, MemoryRanOut
 from ebft.model.decoder import BlockCall
 from ebft.model.matrices import router_paths
+from ebft.recovery.allowance import Allowance
 from ebft.recovery.checkpointing import recompute, recomputed
 from ebft.recovery.ebft import EBFT
 from ebft.recovery.ebft.early_stopping import Best, HeldOut, Probe, Watch
 from ebft.recovery.ebft.epochs import MOST, epochs_for
 from ebft.recovery.ebft.halves import halves
-from ebft.recovery.ebft.learning_rate import set_scales, share_of_rate
+from ebft.recovery.ebft.learning_rate import learning_rate, set_scales
 from ebft.recovery.ebft.objective import Measured, Objective, measured_by_token
 from ebft.recovery.ebft.refresh import BATCHES, MaskRefresh
 from ebft.recovery.optimizers.masked import MaskedOptimizer, forget
@@ -41,6 +41,8 @@ from ebft.recovery.samples import Energies, Errors, Split, batch_order, samples_
 from ebft.recovery.task import BlockResult, BlockTask, Forward
 from ebft.registry import optimizers
 from ebft_kernels import MaskedAdamW, PackedMask, mask_linears_, unmask_linears_
+
+MOST_BY_TIME = 10_000  # epochs of a block that has its time: patience or the time ends it
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class BlockReconstructor:
             finished=task.finished,
             blocks=task.blocks,
             error_before=task.error_before,
+            seconds=task.seconds,
         )
 
     def fit(
@@ -139,6 +142,7 @@ class BlockReconstructor:
         finished: Sequence[Mapping[str, Any]] = (),
         blocks: int = 1,
         error_before: float | None = None,
+        seconds: float | None = None,
         **kwargs: Any,
     ) -> BlockResult:
         """Tune ``block`` in place.
@@ -157,13 +161,13 @@ class BlockReconstructor:
             forward: (block, hidden) -> hidden; by default ``block(hidden, **kwargs)`` under autocast.
             on_step: called with (steps done, steps in all) after each step.
             only: names of the parameters that are tuned (default: all but routers).
-            finished, blocks, error_before: see ``BlockTask``.
+            finished, blocks, error_before, seconds: see ``BlockTask``.
 
         Raises:
             EBFTError: the block has no halves to recompute.
             MemoryRanOut: the GPU's memory ran out where nothing can be repeated.
         """
-        config, own, batch_size = self._config, self._own, self._config.recover.batch_size
+        config, own = self._config, self._own
         forward = forward or partial(BlockCall((), kwargs), compute=self._compute)
         split = Split.of(samples_of_all(inputs, self._ranks), config.recover.holdout, self._ranks)
         errors = Errors(inputs, targets, split, self._device, self._ranks, self.micro_batch)
@@ -175,47 +179,51 @@ class BlockReconstructor:
             set_scales(tuning.optimizer, own.lr_scale)
             before = now = judged(split.probe)
             harm = (before.error if error_before is None else error_before) / (energy or math.inf)
-            most = epochs_for(own, finished, harm)
-            steps = most * -(-len(split.tuned) // batch_size)
-            losses, norms = torch.zeros(steps, device=self._device), torch.zeros(steps, device=self._device)
+            allowance = Allowance(seconds, self._device, self._ranks)
+            most = epochs_for(own, finished, harm) if seconds is None else MOST_BY_TIME
+            steps = most * -(-len(split.tuned) // config.recover.batch_size)
+            losses, norms = list[Tensor](), list[Tensor]()
             refresh = MaskRefresh(config, block, masks, tuning.optimizer, steps)
             best = Best(block, refresh.masks)
             judge = partial(measured_by_token, errors, through, split.held_out)
             watch: Watch = HeldOut(best, before, judge, own.patience) if len(split.held_out) else Probe(best, before)
-            began = time.perf_counter()
             rate, trial_cost = own.lr, 0.0
             if rate == "auto":
                 run = partial(self._trial, tuning, errors, best, judge, index)
-                judging = len(split.held_out) / (FORWARD_ALONE * batch_size)
-                trials = Trials.of(run, steps=steps, judging=judging, whole=steps * blocks)
-                rate = found_rate(trials, steps, finished)
+                expected = self._steps_in(allowance, judge, split) if seconds is not None else steps
+                trials = Trials.of(run, steps=expected, judging=self._judging(split), whole=expected * blocks)
+                rate = found_rate(trials, expected, finished)
                 trial_cost = trials.spent
-            step = 0
+            since = allowance.passed()
             for epoch in range(most):
                 for batch, x, y in self._batches(errors, index, epoch):
-                    _set_rate(tuning.optimizer, rate * share_of_rate(own, step, steps))
-                    losses[step], norms[step] = self.step(tuning, x, y, of=len(batch))
-                    step += 1
-                    if refresh.due(step):
-                        self._refresh(tuning, refresh, errors, index, step)
+                    step, of = (len(losses), steps) if seconds is None else allowance.as_steps(since)
+                    if losses and step >= of:
+                        break
+                    _set_rate(tuning.optimizer, learning_rate(own, rate, step, of))
+                    loss, norm = self.step(tuning, x, y, of=len(batch))
+                    losses.append(loss)
+                    norms.append(norm)
+                    if refresh.due(len(losses)):
+                        self._refresh(tuning, refresh, errors, index, len(losses))
                     if on_step:
-                        on_step(step, steps)
+                        on_step(min(step + 1, of), of)
                 # The one sync point of an epoch.
                 errors.at_once = self.micro_batch  # which may have been halved
                 now = judged(split.probe)
-                if watch.done(now) or not math.isfinite(now.loss):
+                if watch.done(now) or not math.isfinite(now.loss) or step >= of:
                     break
             notes, error = watch.end(now)
-            seconds = time.perf_counter() - began
-        self._ranks.add_([losses])
+        of_steps = torch.stack([torch.stack(losses), torch.stack(norms)])
+        self._ranks.add_([of_steps[0]])
 
         return BlockResult(
-            losses=losses[:step].tolist(),
-            gradient_norms=norms[:step].tolist(),
+            losses=of_steps[0].tolist(),
+            gradient_norms=of_steps[1].tolist(),
             error_before=before.error,
             error_after=error,
             branch_energy=energy,
-            seconds=seconds,
+            seconds=allowance.taken(),
             notes=tuning.notes + refresh.notes() + notes,
             held_out_before=watch.held_out_before,
             held_out_after=watch.held_out_after,
@@ -233,6 +241,17 @@ class BlockReconstructor:
         carried = carry(self._device, (errors.inputs, errors.targets), map(split.here, batches))
         for batch, (x, y) in zip(batches, carried, strict=True):
             yield batch, x, y
+
+    def _judging(self, split: Split) -> float:
+        """What it costs to look at the validation split, in steps."""
+        return len(split.held_out) / (FORWARD_ALONE * self._config.recover.batch_size)
+
+    def _steps_in(self, allowance: Allowance, judge: Callable[[], Measured], split: Split) -> int:
+        """About how many steps the time that is left is enough for. A sync point."""
+        began = allowance.left() or 0.0
+        judge()
+        left = allowance.left() or 0.0
+        return max(1, int(left / max((began - left) / self._judging(split), 1e-9)))
 
     def _trial(
         self,
