@@ -16,7 +16,8 @@ _BEGINNING = """\
 Made from the code by `python -m ebft.cli.reference`; `tests/test_cli.py` holds it to that.
 
 Every setting is a flag of `ebft run`, a key of a YAML file (`--config run.yaml`) and an argument in Python. Later beats
-earlier: preset, file, flags. With no `--preset` it is `paper` where a model is named, and `demo` where none is.
+earlier: preset, file, flags. With no `--preset` it is `best` with `--time`, `paper` where a model is named, and `demo`
+where none is.
 
 ```yaml
 preset: light

@@ -56,6 +56,8 @@ class EBFTConfig:
         object.__setattr__(self, "methods", tuple(made.values()))
         if self.recover.holdout and self.data.samples < 2:
             raise EBFTError(f"--holdout is {self.recover.holdout:g} of 1 sequence; expected --samples 2 or more")
+        if self.runtime.time and self.prune.schedule:
+            raise EBFTError("--time is of one run, and --schedule makes several; expected one of them")
         self._check_names()
         for method in self.chosen:
             if hasattr(method, "check"):
@@ -150,6 +152,11 @@ class EBFTConfig:
     def block_recoveries(self) -> tuple[str, ...]:
         """Those of them that are a part of the walk."""
         return tuple(name for name in self.recover.names if recoveries[name].scope == "block")
+
+    @property
+    def goes_by_time(self) -> bool:
+        """Whether one of the recoveries takes the time that it is given."""
+        return any(recoveries[name].goes_by_time for name in self.recover.names)
 
     # --- by flat names ----------------------------------------------------------------------------------------------
 

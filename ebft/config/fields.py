@@ -245,3 +245,16 @@ def parse_bytes(text: str, what: str) -> int:
     if not 1 <= size < math.inf:
         raise EBFTError(f"{what} is {text!r}; expected a size such as 8GiB or 500MB")
     return int(size)
+
+
+def parse_seconds(text: str, what: str) -> float:
+    """``"90s"``, ``"10m"``, ``"1h"``, ``"1h30m"`` … in seconds; ``EBFTError`` about ``what`` for anything else."""
+    match = re.fullmatch(r"(?:([0-9.]+)h)?(?:([0-9.]+)m)?(?:([0-9.]+)s)?", text.strip().lower())
+    try:
+        parts = [float(part or 0) for part in match.groups()] if match else []
+    except ValueError:
+        parts = []
+    seconds = sum(part * size for part, size in zip(parts, (3600, 60, 1), strict=False))
+    if not 0 < seconds < 10**8:
+        raise EBFTError(f"{what} is {_short(text)}; expected a time such as 90s, 10m or 1h30m")
+    return seconds

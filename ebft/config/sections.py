@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ebft.config.fields import Needs, check_fields, is_file, parse_bytes, setting, typed
+from ebft.config.fields import Needs, check_fields, is_file, parse_bytes, parse_seconds, setting, typed
 from ebft.config.pattern import Pattern
 from ebft.errors import EBFTError
 
@@ -344,6 +344,13 @@ class Runtime:
     seed: int = setting(
         0, "seed of the calibration sample and the batch order", at_least=0, at_most=2**63 - 1, needs=_TEXT
     )
+    time: str | None = setting(
+        None,
+        "time that the whole run may take, such as 10m or 1h: recoveries take what loading, measuring and saving leave",
+        metavar="TIME",
+        basic=True,
+        needs=Needs("a recovery that goes by time", ("recover",), lambda c: c.goes_by_time),
+    )
     fused: bool = setting(False, "demand fused kernels for mask and optimizer; fail where there are none", basic=True)
     gpu_memory: str | None = setting(
         None,
@@ -369,6 +376,13 @@ class Runtime:
         for size, said in ((self.gpu_memory, "--gpu-memory"), (self.host_memory, "--host-memory")):
             if size is not None:
                 parse_bytes(size, said)
+        if self.time is not None:
+            parse_seconds(self.time, "--time")
+
+    @property
+    def seconds(self) -> float | None:
+        """``time`` in seconds."""
+        return None if self.time is None else parse_seconds(self.time, "--time")
 
 
 @dataclass(frozen=True)

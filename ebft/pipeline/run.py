@@ -40,6 +40,7 @@ from ebft.output.records import SUMMARY
 from ebft.output.terminal import Reporter
 from ebft.pipeline.context import Clock, RunContext, name_of
 from ebft.pipeline.memory import HostMemory, begin_peak_memory, peak_memory
+from ebft.pipeline.pace import Pace
 from ebft.pipeline.prepare import prepare_run
 from ebft.pipeline.summary import summarise
 from ebft.pipeline.survey import survey
@@ -227,15 +228,20 @@ def _run(context: RunContext, given: PreTrainedModel | None, memory: HostMemory)
     if text := context.generated:
         _stage(context, "generated", lambda: None, partial(out.write_generated, text.tokens.ids, text.made_from))
     dense = _stage(context, "dense_perplexity", partial(_measure_dense, context))
+    pace = Pace(context)
     if surveyor := context.masker.surveyor:
         surveyor.take(_stage(context, "survey", partial(survey, context, surveyor)))
-    lines = walk(context)
+    pace.begin_walk(context.clock.laps["dense_perplexity"])
+    lines = walk(context, pace)
     stages = {"dense": dense}
     recovers = context.recovery is not None or bool(context.whole_model)
     if recovers:
         pruned = partial(_measure, context, "pruned perplexity", decoder, _pruned(context))
         stages["pruned"] = _stage(context, "pruned_perplexity", pruned)
-    whole_model = {name: _recover_whole(context, name) for name in context.whole_model}
+    whole_model = {
+        name: _recover_whole(context, name, pace.of_whole(len(context.whole_model) - place))
+        for place, name in enumerate(context.whole_model)
+    }
     if not isinstance(decoder.weights, ShardedWeights):  # a model in memory takes the recovered weights
         for index in range(len(decoder)):
             decoder.store_block(index, out.block(index), out.block_masks(index))
@@ -295,8 +301,8 @@ def _pruned(context: RunContext) -> Callable[[int], nn.Module]:
     return block_at
 
 
-def _recover_whole(context: RunContext, name: str) -> dict[str, Any]:
-    """Recover the whole model by ``name``; gives its entry in the summary."""
+def _recover_whole(context: RunContext, name: str, seconds: float | None) -> dict[str, Any]:
+    """Recover the whole model by ``name``, in so many seconds if there is a limit; gives its entry in the summary."""
     decoder, out, recovered = context.decoder, context.output, list[nn.Module]()
 
     def make() -> dict[str, Any]:
@@ -312,6 +318,7 @@ def _recover_whole(context: RunContext, name: str) -> dict[str, Any]:
                 store=context.store,
                 ranks=context.ranks,
                 on_step=advance,
+                seconds=seconds,
             )
             result = context.whole_model[name].recover(task)
         recovered.extend(result.blocks)

@@ -21,6 +21,7 @@ from ebft.model.decoder import Decoder
 from ebft.output.folder import LINES
 from ebft.pipeline.context import RunContext
 from ebft.pipeline.memory import begin_peak_memory, peak_memory
+from ebft.pipeline.pace import Pace
 from ebft.pipeline.summary import implementations
 from ebft.pruning.masker import BlockMasks
 from ebft.pruning.statistics import InputObserver, Statistics, sum_over_ranks_
@@ -28,8 +29,8 @@ from ebft.recovery.task import BlockResult, BlockTask, Following
 from ebft_kernels import PackedMask
 
 
-def walk(context: RunContext) -> list[dict[str, Any]]:
-    """Prune and recover every block in turn; gives the report's lines."""
+def walk(context: RunContext, pace: Pace) -> list[dict[str, Any]]:
+    """Prune and recover every block in turn, in the time that ``pace`` gives it; gives the report's lines."""
     decoder, out, sharing = context.decoder, context.output, context.sharing
     finished = context.ranks.first(partial(_finished_blocks, context))
     say_notes(context)
@@ -60,7 +61,8 @@ def walk(context: RunContext) -> list[dict[str, Any]]:
             pruned = decoder.round_as_stored(index, block) if kept_apart else None
             result = None
             if streams and context.recovery:
-                result = _recover(context, streams, index, block, masks, statistics, lines, advance)
+                seconds = pace.of_block(lines.values(), len(decoder))
+                result = _recover(context, streams, index, block, masks, statistics, lines, advance, seconds)
 
             weights = decoder.round_as_stored(index, block)  # the stream goes through the block as it is saved
             check_weights(context, index, weights)
@@ -231,8 +233,9 @@ def _recover(
     statistics: Statistics,
     lines: Mapping[int, dict[str, Any]],
     advance: Callable[..., None],
+    seconds: float | None,
 ) -> BlockResult:
-    """Recover ``block`` in place; ``lines``: those of finished blocks."""
+    """Recover ``block`` in place, in so many seconds if there is a limit; ``lines``: those of finished blocks."""
     assert context.recovery is not None
     dense_inputs = streams.dense_inputs
     task = BlockTask(
@@ -252,6 +255,7 @@ def _recover(
         following=partial(_following, context, streams, index) if _has_following(context, index) else None,
         finished=[lines[before] for before in range(index) if before in lines],
         blocks=len(context.decoder),
+        seconds=seconds,
     )
     result = context.recovery.recover(task)
     if not math.isfinite(result.error_after):

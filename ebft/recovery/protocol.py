@@ -87,6 +87,7 @@ class Recovery:
         needs: statistics of the pass that makes the targets that it looks at (``InputStatistics``).
         needs_dense_inputs: it looks at what the dense block is given, beside what it gives.
         changes_masks: it may choose masks anew.
+        goes_by_time: it takes the seconds that its task gives it, where it gives any.
         blocks_at_once: blocks that are in its hands together; 2: it wants the next one too (``BlockTask.following``).
         settings, config: its own settings, and those of the run.
     """
@@ -99,6 +100,7 @@ class Recovery:
     needs: frozenset[str] = frozenset()
     needs_dense_inputs: bool = False
     changes_masks: bool = False
+    goes_by_time: ClassVar[bool] = False
     blocks_at_once: int = 1
 
     def __init__(self, config: EBFTConfig) -> None:

@@ -61,14 +61,24 @@ class Trials:
             self._losses[rate] = loss if math.isfinite(loss) else math.inf
         return self._losses[rate]
 
-    def climbed(self, first: float = FIRST) -> float:
-        """The best rate on a ladder of factor ``FACTOR``, from ``first`` step by step towards the better side."""
+    def climbed(self, first: float, untuned: float, *, enough: float = 1.0) -> float:
+        """The best rate on a ladder of factor ``FACTOR``, from ``first`` step by step towards the better side.
+
+        Args:
+            untuned: the loss without a trial.
+            enough: the higher of two rates is the better one if it gains this share of what the lower one does: in a
+                tuning much longer than its trials, high rates make up for a slow beginning.
+        """
+
+        def beats(high: float, low: float) -> bool:
+            of_high, of_low = (untuned - self.loss(rate) for rate in (high, low))
+            return of_high > (enough * of_low if of_low > 0 else of_low)
+
         best = first
-        for factor in (FACTOR, 1 / FACTOR):
-            while self.loss(best * factor) < self.loss(best):
-                best *= factor
-            if best != first:
-                break
+        while self.loss(best) < untuned and beats(best * FACTOR, best):
+            best *= FACTOR
+        while best <= first and not beats(best, best / FACTOR):
+            best /= FACTOR
         return best
 
     def beside(self, rate: float, *, above: bool) -> float:
@@ -77,19 +87,20 @@ class Trials:
         return neighbour if self.loss(neighbour) < self.loss(rate) else rate
 
 
-def found_rate(trials: Trials, steps: int, finished: Sequence[Mapping[str, Any]]) -> float:
+def found_rate(trials: Trials, untuned: float, steps: int, finished: Sequence[Mapping[str, Any]]) -> float:
     """The rate for a block: found by a whole search in the first one, and by a step aside from the last one's later.
 
     A later block has trials of its own when all so far, with these, stay below ``COST``; sides take turns.
 
     Args:
         trials: of this block.
+        untuned: its loss on the validation split.
         steps: that it will be tuned for.
         finished: the lines of ``blocks.jsonl`` of the blocks before.
     """
     before = [line for line in finished if line.get("learning_rate")]
     if not before:
-        return trials.climbed()
+        return trials.climbed(FIRST, untuned)
     rate, spent = before[-1]["learning_rate"], sum(line["trial_steps"] for line in before)
     if spent + 2 * (trials.length + trials.judging) > COST * steps * (len(before) + 1):
         return rate

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ebft.config.fields import check_fields, setting
+from ebft.config.fields import Needs, check_fields, setting
+
+UNTIMED = Needs("no --time, which says how long it takes", ("time",), lambda config: config.runtime.time is None)
 
 
 @dataclass(frozen=True)

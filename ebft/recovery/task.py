@@ -163,6 +163,7 @@ class Chain:
                 masks={**task.masks, **_masks_of(results)},
                 on_step=partial(task.told, place, len(self.links)),
                 error_before=results[0].error_before if results else None,
+                seconds=None if task.seconds is None else task.seconds - sum(result.seconds for result in results),
             )
             results.append(link.recover(part))
         return in_turn(results)

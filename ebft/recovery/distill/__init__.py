@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ebft.config.fields import setting
 from ebft.recovery.protocol import Footprint, WholeModelRecovery
-from ebft.recovery.settings import Betas, Clipping, GradientCheckpointing, Moments, SurvivorsOnly
+from ebft.recovery.settings import UNTIMED, Betas, Clipping, GradientCheckpointing, Moments, SurvivorsOnly
 from ebft.registry import register_recovery
 
 if TYPE_CHECKING:
@@ -35,7 +35,10 @@ class Distillation(WholeModelRecovery):
         """Of distillation."""
 
         distill_epochs: int = setting(
-            2, "most passes over the calibration sequences; the weights that validation likes best are kept", at_least=1
+            2,
+            "passes over the calibration sequences; the weights that do best on the validation split are kept",
+            at_least=1,
+            needs=UNTIMED,
         )
         distill_lr: float | Literal["auto"] = setting(
             "auto",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from itertools import count, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,12 +14,13 @@ from ebft.config import EBFTConfig, parse_bytes
 from ebft.distributed import Ranks
 from ebft.errors import EBFTError
 from ebft.model.matrices import router_paths
+from ebft.recovery.allowance import Allowance
 from ebft.recovery.distill.blocks import Held, Streamed, bytes_a_weight, where_they_fit
 from ebft.recovery.distill.predictions import Predictions
 from ebft.recovery.distill.stack import Stack
 from ebft.recovery.ebft.learning_rate import set_scales
 from ebft.recovery.optimizers.masked import forget
-from ebft.recovery.rates import FORWARD_ALONE, Trials
+from ebft.recovery.rates import FACTOR, FORWARD_ALONE, Trials
 from ebft.recovery.samples import Split, batch_order
 from ebft.recovery.whole_model import WholeResult, WholeTask
 from ebft_kernels import MaskedAdamW, PackedMask
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from ebft.recovery.distill import Distillation
 
 VALIDATION = 0.125  # share of the sequences, where --holdout gives none
-FIRST_RATE = 0.003  # that is tried; a tenth of a block's first, because all blocks move together
+FIRST_RATE = 0.009  # that is tried; less than a block's first, because all blocks move together
+ENOUGH = 0.4  # of the gain of a lower rate: a tuning is many times as long as its trials
+PATIENCE = 2  # epochs without a gain, before the rate is lowered
+LOWEST = 0.01  # of the first rate; below that nothing is left to gain
 WARMUP = 0.05  # share of the steps in which the rate rises
 WITH_TEXT = 0.5  # the share of cross-entropy that is tried
 _WHOLE, _TRIAL = -1, 2**20  # in place of a block's number and an epoch's, for the batch order
@@ -41,7 +44,7 @@ def distill(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> 
     Raises:
         EBFTError: the loss is NaN or infinity from the start.
     """
-    began, decoder = time.perf_counter(), task.decoder
+    allowance, decoder = Allowance(task.seconds, task.device, task.ranks), task.decoder
     predictions = Predictions.of(task.teacher, task.tokens, own.distill_top, task.store, task.ranks)
     blocks = _blocks(task, config, own)
     scaler = torch.amp.GradScaler(task.device.type, enabled=task.compute == torch.float16)
@@ -59,7 +62,7 @@ def distill(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> 
     )
     with stack.in_place():
         tuner = _Tuner(stack, config, own, task.on_step)
-        tuner.run()
+        tuner.run(allowance)
     for block in blocks:
         block.requires_grad_(False)
     return WholeResult(
@@ -71,7 +74,7 @@ def distill(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> 
             "divergence from the dense model": (tuner.before.kl, tuner.best.kl),
             "cross-entropy of the text": (tuner.before.ce, tuner.best.ce),
         },
-        seconds=time.perf_counter() - began,
+        seconds=allowance.taken(),
         notes=[tuner.note],
     )
 
@@ -162,6 +165,7 @@ class _Tuner:
         self._split = Split.of(len(stack.ids), config.recover.holdout or VALIDATION, Ranks())
         self._tuned = [p for block in stack.blocks for p in block.parameters() if p.requires_grad]
         self._steps = own.distill_epochs * -(-len(self._split.tuned) // self._batch_size)
+        self._judging = len(self._split.held_out) / (FORWARD_ALONE * self._batch_size)  # what it costs, in steps
         self.rate = FIRST_RATE if own.distill_lr == "auto" else own.distill_lr
         self.share = 0.0 if own.distill_text == "auto" else own.distill_text
         self.losses = list[float]()
@@ -170,20 +174,43 @@ class _Tuner:
             raise EBFTError(f"the pruned model's divergence from the dense one is {self.before.kl}; expected a number")
         self._kept = self._copied()
 
-    def run(self) -> None:
-        """Trials find what the settings leave open; then come all epochs, at a rate that falls to zero."""
+    def run(self, allowance: Allowance) -> None:
+        """Trials find what the settings leave open; then come all epochs, at a rate that falls to zero.
+
+        With a time limit it is the time that the rate falls by, and epochs follow one another until it is over. Where
+        validation has not become better for ``PATIENCE`` epochs, the best weights are gone on from at a lower rate.
+        """
         if self._own.distill_lr == "auto":
-            self._search()
-        step, totals = 0, list[Tensor]()
-        for epoch in range(self._own.distill_epochs):
+            self._search(self._steps_in(allowance))
+        since, rate, totals, without_gain = allowance.passed(), self.rate, list[Tensor](), 0
+        for epoch in count():
             for batch in self._batches(epoch):
-                lr = self.rate * min((step + 1) / max(1, WARMUP * self._steps), 1 - step / self._steps)
-                totals.append(self._stack.step(batch, lr, self.share))
-                step += 1
-                self._on_step(step / self._steps)
+                step, of = (len(totals), self._steps) if allowance.seconds is None else allowance.as_steps(since)
+                if totals and step >= of:
+                    break
+                share = min((step + 1) / max(1, WARMUP * of), 1 - step / of)
+                totals.append(self._stack.step(batch, rate * share, self.share))
+                self._on_step((step + 1) / of)
+            best = self.best
             self._see()
+            without_gain = 0 if self.best is not best else without_gain + 1
+            if len(totals) >= self._steps if allowance.seconds is None else step >= of:
+                break
+            if without_gain >= PATIENCE:
+                rate, without_gain = rate / FACTOR, 0
+                if rate < self.rate * LOWEST:
+                    break
+                self._put(self._kept)
         self._put(self._kept)
         self.losses = [(1 - self.share) * kl + self.share * ce for kl, ce in torch.stack(totals).tolist()]
+
+    def _steps_in(self, allowance: Allowance) -> int:
+        """How many steps there will be; where there is a time limit, by what validation takes. A sync point."""
+        if (before := allowance.left()) is None:
+            return self._steps
+        self._validated()
+        left = allowance.left() or 0.0
+        return max(1, int(left / max((before - left) / self._judging, 1e-9)))
 
     @property
     def note(self) -> str:
@@ -191,8 +218,8 @@ class _Tuner:
         text = f", with {self.share:.0%} of the text's cross-entropy" if self.share else ""
         return f"tuned at a rate of {self.rate:.2g}{text}"
 
-    def _search(self) -> None:
-        """Find the rate; and the share of the text, where it is open and one more trial shows that it helps.
+    def _search(self, steps: int) -> None:
+        """Find the rate for so many steps; and the share of the text, where one more trial shows that it helps.
 
         All trials begin from the same weights. The best weights of them stay: that one has been no loss of time.
         """
@@ -205,9 +232,8 @@ class _Tuner:
             seen[rate] = self._see()
             return seen[rate].loss(self.share)
 
-        judging = len(self._split.held_out) / (FORWARD_ALONE * self._batch_size)
-        trials = Trials.of(trial, steps=self._steps, judging=judging, whole=self._steps)
-        self.rate = trials.climbed(FIRST_RATE)
+        trials = Trials.of(trial, steps=steps, judging=self._judging, whole=steps)
+        self.rate = trials.climbed(FIRST_RATE, self.before.loss(self.share), enough=ENOUGH)
         if self._own.distill_text == "auto" and trials.affordable():
             without, best, kept = seen[self.rate], self.best, self._kept
             self.share = WITH_TEXT

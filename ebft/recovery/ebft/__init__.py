@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ebft.config.fields import Needs, setting
 from ebft.errors import EBFTError
 from ebft.recovery.protocol import BlockRecovery, Footprint, Place
-from ebft.recovery.settings import Clipping, GradientCheckpointing, WeightDecay
+from ebft.recovery.settings import UNTIMED, Clipping, GradientCheckpointing, WeightDecay
 from ebft.registry import optimizers, register_recovery
 
 if TYPE_CHECKING:
@@ -32,11 +32,15 @@ _REFRESH = Needs(
 class EBFT(BlockRecovery):
     """Tunes a block's kept weights by back-propagation until it gives the dense block's outputs."""
 
+    goes_by_time = True
+
     @dataclass(frozen=True)
     class Settings(Clipping, WeightDecay, GradientCheckpointing):
         """Of block-wise reconstruction."""
 
-        epochs: int = setting(10, "passes over the calibration sequences in each block", at_least=1, basic=True)
+        epochs: int = setting(
+            10, "passes over the calibration sequences in each block", at_least=1, basic=True, needs=UNTIMED
+        )
         lr: float | Literal["auto"] = setting(
             2e-4,
             "learning rate, which --lr-decay lowers in each block; auto: found by short trials on the validation split "
@@ -132,6 +136,11 @@ class EBFT(BlockRecovery):
             _check_epochs_where(own, config)
         if own.refresh_every:
             _check_refresh(own, config)
+        if config.runtime.time and (own.refresh_every or own.epochs_where == "error"):
+            other = "--refresh-every" if own.refresh_every else "--epochs-where error"
+            raise EBFTError(
+                f"{other} counts a block's steps beforehand, which --time leaves open; expected one of both"
+            )
         if _optimizer_of(own, config).updates_in_backward:
             _check_update_in_backward(own)
 

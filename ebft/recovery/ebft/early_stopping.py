@@ -47,9 +47,11 @@ class Watch(Protocol):
 
     Attributes:
         held_out_before, held_out_after: as in ``BlockResult``.
+        untuned: the loss that it goes by, before the first epoch.
     """
 
     held_out_before: float | None
+    untuned: float
 
     @property
     def held_out_after(self) -> float | None:
@@ -69,6 +71,7 @@ class Probe:
     held_out_after: float | None = None
 
     def __init__(self, best: Best, before: Measured) -> None:
+        self.untuned = before.loss
         self._best, self._before, self._least, self._epochs = best, before, before, 0
         best.see(before.loss)
 
@@ -104,6 +107,7 @@ class HeldOut:
         self._judge, self._patience = judge, patience
         self._last = self._least = judge()
         self.held_out_before: float | None = self._last.error
+        self.untuned = self._last.loss
         self._best, self._kept, self._epochs, self._best_epoch = best, before, 0, 0
         best.see(self._last.loss)
 

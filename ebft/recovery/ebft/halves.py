@@ -112,6 +112,7 @@ def _part(task: BlockTask, place: int, half: str, only: frozenset[str], targets:
         targets=targets,
         only=only,
         on_step=partial(task.told, place, 2),
+        seconds=None if task.seconds is None else task.seconds / 2,
     )
 
 

@@ -192,7 +192,7 @@ class BlockReconstructor:
                 run = partial(self._trial, tuning, errors, best, judge, index)
                 expected = self._steps_in(allowance, judge, split) if seconds is not None else steps
                 trials = Trials.of(run, steps=expected, judging=self._judging(split), whole=expected * blocks)
-                rate = found_rate(trials, expected, finished)
+                rate = found_rate(trials, watch.untuned, expected, finished)
                 trial_cost = trials.spent
             since = allowance.passed()
             for epoch in range(most):
