@@ -97,6 +97,8 @@ def prepare_run(
     for method in (recovery, *whole_model.values()):
         if method is not None:
             method.prepare(Place(device, compute, sharing))
+    for whole in whole_model.values():
+        whole.check_room(decoder)
     _say_how(context, kernels)
     output.fingerprint = ranks.first(partial(fingerprint, context))
     clock.lap("load")

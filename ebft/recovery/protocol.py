@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from ebft.config import EBFTConfig
     from ebft.distributed import Ranks
+    from ebft.model.decoder import Decoder
     from ebft.plan.shapes import Shapes
     from ebft.recovery.samples import Energies
     from ebft.recovery.task import BlockResult, BlockTask
@@ -151,6 +152,9 @@ class WholeModelRecovery(Recovery):
 
     holds_the_model: ClassVar[bool] = True
     loss: ClassVar[str] = "language-model loss"
+
+    def check_room(self, decoder: Decoder) -> None:
+        """``EBFTError`` where the machine has not the memory for this model; nothing has been done yet."""
 
     def recover(self, task: WholeTask) -> WholeResult:
         """Recover the model that ``task`` holds; ``EBFTError`` where that cannot be done."""

@@ -61,23 +61,16 @@ class Trials:
             self._losses[rate] = loss if math.isfinite(loss) else math.inf
         return self._losses[rate]
 
-    def climbed(self, first: float, untuned: float, *, enough: float = 1.0) -> float:
+    def climbed(self, first: float, untuned: float) -> float:
         """The best rate on a ladder of factor ``FACTOR``, from ``first`` step by step towards the better side.
 
         Args:
-            untuned: the loss without a trial.
-            enough: the higher of two rates is the better one if it gains this share of what the lower one does: in a
-                tuning much longer than its trials, high rates make up for a slow beginning.
+            untuned: the loss without a trial: where the first is no better than that, higher ones are not tried.
         """
-
-        def beats(high: float, low: float) -> bool:
-            of_high, of_low = (untuned - self.loss(rate) for rate in (high, low))
-            return of_high > (enough * of_low if of_low > 0 else of_low)
-
         best = first
-        while self.loss(best) < untuned and beats(best * FACTOR, best):
+        while self.loss(best) < untuned and self.loss(best * FACTOR) < self.loss(best):
             best *= FACTOR
-        while best <= first and not beats(best, best / FACTOR):
+        while best <= first and self.loss(best / FACTOR) < self.loss(best):
             best /= FACTOR
         return best
 

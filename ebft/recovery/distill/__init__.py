@@ -8,16 +8,19 @@ What a block cannot see, that its errors add up with those of the others, this d
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ebft.config.fields import setting
+from ebft.errors import EBFTError
 from ebft.recovery.protocol import Footprint, WholeModelRecovery
 from ebft.recovery.settings import UNTIMED, Betas, Clipping, GradientCheckpointing, Moments, SurvivorsOnly
 from ebft.registry import register_recovery
 
 if TYPE_CHECKING:
+    from ebft.model.decoder import Decoder
     from ebft.plan.shapes import Shapes
     from ebft.recovery.whole_model import WholeResult, WholeTask
 
@@ -60,6 +63,19 @@ class Distillation(WholeModelRecovery):
             choices=("auto", "device", "host"),
         )
         distill_top: int = setting(64, "likeliest tokens of the dense model that are kept of each place", at_least=1)
+
+    def check_room(self, decoder: Decoder) -> None:
+        """See ``WholeModelRecovery``: weights, states and a copy of the best weights in the host's memory."""
+        from ebft.recovery.distill.blocks import bytes_a_weight
+
+        weights = sum(p.numel() for block in decoder.names for p in decoder.model.get_submodule(block).parameters())
+        needed = int(weights * (4 + bytes_a_weight(self.settings.moments, self.settings.compact, kept=1.0)))
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > there:
+            raise EBFTError(
+                f"distillation of this model takes {needed / 2**30:.0f} GiB of the host's memory, which has "
+                f"{there / 2**30:.0f}; expected a --recover without distill, such as ebft, or --moments int8"
+            )
 
     def recover(self, task: WholeTask) -> WholeResult:
         """See ``WholeModelRecovery``."""

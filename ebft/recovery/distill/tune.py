@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from ebft.recovery.distill import Distillation
 
 VALIDATION = 0.125  # share of the sequences, where --holdout gives none
-FIRST_RATE = 0.009  # that is tried; less than a block's first, because all blocks move together
-ENOUGH = 0.4  # of the gain of a lower rate: a tuning is many times as long as its trials
+FIRST_RATE = 0.003  # that is tried; less than a block's first, because all blocks move together
+LONGER = 0.28  # the power of a tuning's steps that its best rate rises with (docs/quality.md, "Rates")
 PATIENCE = 2  # epochs without a gain, before the rate is lowered
 LOWEST = 0.01  # of the first rate; below that nothing is left to gain
 WARMUP = 0.05  # share of the steps in which the rate rises
@@ -233,13 +233,14 @@ class _Tuner:
             return seen[rate].loss(self.share)
 
         trials = Trials.of(trial, steps=steps, judging=self._judging, whole=steps)
-        self.rate = trials.climbed(FIRST_RATE, self.before.loss(self.share), enough=ENOUGH)
+        best = trials.climbed(FIRST_RATE, self.before.loss(self.share))
+        self.rate = best * (steps / trials.length) ** LONGER
         if self._own.distill_text == "auto" and trials.affordable():
-            without, best, kept = seen[self.rate], self.best, self._kept
+            without, earlier = seen[best], (self.best, self._kept)
             self.share = WITH_TEXT
-            trial(self.rate, trials.length)
-            if not seen[self.rate].is_less_surprised_than(without):
-                self.share, self.best, self._kept = 0.0, best, kept
+            trial(best, trials.length)
+            if not seen[best].is_less_surprised_than(without):
+                self.share, (self.best, self._kept) = 0.0, earlier
         self._put(self._kept)
 
     def _batches(self, epoch: int) -> Iterator[Tensor]:
