@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--gpu-memory", default="16GB", help="what ebft.run is allowed; nothing: no limit")
-    parser.add_argument("--runs", nargs="+", default=["paper", "light", "best"], help="presets")
+    parser.add_argument("--runs", nargs="+", default=["paper", "light"], help="presets")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--ffn", type=int, default=11008)
     parser.add_argument("--name", default="seven_b_run")

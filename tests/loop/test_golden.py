@@ -29,8 +29,7 @@ RUNS = {
         "flap",
         "--sparsity",
         "0.3",
-        "--preset",
-        "light",
+        *("--lr", "0.01", "--lr-scale", "rms", "--weight-decay", "0"),  # what the preset light was
         "--target",
         "dense-stream",
     ],

@@ -14,8 +14,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import ebft.pipeline.run
-import ebft.recovery.lora
 import ebft.recovery.allowance
+import ebft.recovery.lora
 import ebft_kernels
 from ebft import EBFTConfig, EBFTError, run_ebft
 from ebft.data.streams import Store
