@@ -107,7 +107,10 @@ METHODS = {
     "light, then lora": Method(
         ("--preset", "light", "--target", "dense-stream", "--batch-size", "4", "--recover", "ebft+lora", *SIX_MINUTES)
     ),
+    **{f"light, lr {lr}": Method(("--preset", "light", "--lr", lr)) for lr in ("0.003", "0.01", "0.03", "0.1", "0.3")},
     "best": Method(("--preset", "best")),
+    "distillation alone": Method(("--preset", "best", "--recover", "distill", "--distill-epochs", "5")),
+    "blocks alone": Method(("--preset", "best", "--recover", "ebft", "--epochs", "8", "--batch-size", "4")),
     "best, held-out stop": Method(("--preset", "best", *HELD_OUT)),
     "best, epochs where the error is": Method(("--preset", "best", *HELD_OUT, "--epochs-where", "error")),
     **{f"light, {name}": Method(("--preset", "light", *flags)) for name, flags in OPTIONS.items()},

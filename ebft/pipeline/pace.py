@@ -37,35 +37,39 @@ class Pace:
     def begin_walk(self, measuring: float) -> None:
         """The dense model has been measured, which took so long; and say what is planned."""
         self.measuring, self.began = measuring, self.context.clock.total()
-        limit = self.context.config.runtime.seconds
+        limit, said_as = self.context.config.runtime.seconds, self.context.config.runtime.time
         if limit is None:
             return
         recovering = self._end - self.began
         if recovering <= 0:
             self.context.reporter.say(
-                f"--time {self.context.config.runtime.time} leaves nothing for recovery: loading, measuring and saving "
+                f"--time {said_as} leaves nothing for recovery: loading, measuring and saving "
                 f"take about {self.began + limit - self._end:.0f} s"
             )
         walk = recovering * self._walk_share
         said = {"blocks": walk, "whole model": recovering - walk, "measuring and saving": limit - self._end}
         parts = ", ".join(f"{max(0, seconds):.0f} s {what}" for what, seconds in said.items() if seconds)
-        self.context.reporter.say(f"--time {self.context.config.runtime.time}: {self.began:.0f} s so far, then {parts}")
+        self.context.reporter.say(f"--time {said_as}: {self.began:.0f} s so far, then {parts}")
 
     def of_block(self, finished: Iterable[Mapping[str, Any]], blocks: int) -> float | None:
-        """Seconds for the recovery of the next of ``blocks``, of which those are finished."""
+        """Seconds for the recovery of the next of ``blocks``, of which those are finished; the same on all ranks."""
         if self.context.config.runtime.seconds is None:
             return None
         lines = list(finished)
-        end = self.began + (self._end - self.began) * self._walk_share
-        each = max(0.0, end - self.context.clock.total()) / max(1, blocks - len(lines))
-        beside = [line["seconds"] - line["tuning_seconds"] for line in lines]
-        return max(0.0, each - statistics.median(beside)) if beside else each / 2
+
+        def seconds() -> float:
+            end = self.began + (self._end - self.began) * self._walk_share
+            each = max(0.0, end - self.context.clock.total()) / max(1, blocks - len(lines))
+            beside = [line["seconds"] - line["tuning_seconds"] for line in lines]
+            return max(0.0, each - statistics.median(beside)) if beside else each / 2
+
+        return self.context.sharing.first(seconds)
 
     def of_whole(self, left: int) -> float | None:
-        """Seconds for the next recovery of the whole model, of ``left`` that are still to come."""
+        """Seconds for the next recovery of the whole model, of ``left`` that are to come; the same on all ranks."""
         if self.context.config.runtime.seconds is None:
             return None
-        return max(0.0, self._end - self.context.clock.total()) / left
+        return self.context.ranks.first(lambda: max(0.0, self._end - self.context.clock.total()) / left)
 
     @property
     def _walk_share(self) -> float:

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from faults import job
+from several import on_ranks
 from torch import nn
 
 import ebft.recovery.allowance
 from ebft import EBFTConfig, EBFTError, run_ebft
 from ebft.config.fields import parse_seconds
+from ebft.distributed import Ranks
 from ebft.pipeline.context import Clock
 from ebft.pipeline.pace import Pace
 from ebft.recovery.allowance import Allowance
@@ -159,6 +162,8 @@ def pace_of(limit: str | None, whole: bool = True) -> Pace:
         recovery=object(),
         whole_model={"distill": object()} if whole else {},
         reporter=SimpleNamespace(say=lambda sentence: None),
+        ranks=Ranks(),
+        sharing=Ranks(),
     )
     pace = Pace(context)
     pace.begin_walk(10.0)
@@ -216,6 +221,13 @@ def test_a_run_by_time_ends(short_run, silent):
     result = run_ebft(config=EBFTConfig.preset("best", **settings), reporter=silent)
     assert {len(block["losses"]) for block in result.blocks} == {1}
     assert len(result.summary["whole_model"]["distill"]["losses"]) == 1
+
+
+def test_ranks_agree_on_the_time(short_run):
+    """Each has its own clock, and both take the same number of steps: otherwise one would wait for ever."""
+    given = {"samples": 8, "time": "8s", "recover": "ebft+distill", "lr": "auto", "lr_scale": "rms", "holdout": 0.25}
+    settings = short_run("one", **given)
+    assert on_ranks(2, job, {name: value for name, value in settings.items() if name != "epochs"}) == [0, 0]
 
 
 def test_settings_keep_the_word():
