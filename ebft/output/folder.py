@@ -306,18 +306,24 @@ class OutputFolder:
             save_masks({name: mask for of_block in masks for name, mask in of_block.items()}, self.path / MASKS)
         return [self.path / MASKS]
 
-    def save_shards(self, source: Tensors, count: int, max_shard_size: int) -> list[Path]:
+    def save_shards(
+        self, source: Tensors, count: int, max_shard_size: int, progress: Callable[[str, int], Any]
+    ) -> list[Path]:
         """The checkpoint: every tensor of ``source`` as it is, but for those of the ``count`` finished blocks.
 
         Tensors go from memory-mapped files to the new ones; none of them is held.
+
+        Args:
+            progress: as ``Reporter.progress``.
         """
         newest = {name: block for block in map(self.block, range(count)) for name in block.names()}
         shapes = source.shapes() | {name: newest[name].shapes()[name] for name in newest}
         split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
-        with self.writing():
-            for file, names in split.filename_to_tensors.items():
+        with self.writing(), progress("saving", len(split.filename_to_tensors)) as advance:
+            for done, (file, names) in enumerate(split.filename_to_tensors.items(), start=1):
                 tensors = {name: newest.get(name, source)[name] for name in names}
                 save_file(tensors, self.path / file, metadata={"format": "pt"})
+                advance(done)
             if split.is_sharded:
                 index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
                 self.write_json(SAFE_WEIGHTS_INDEX_NAME, index)

@@ -382,7 +382,7 @@ def _save(context: RunContext) -> list[Path]:
     largest = parse_bytes(context.config.output.max_shard_size, "--max-shard-size")
     model, masks = as_saved(context.config, decoder, out)
     if isinstance(decoder.weights, ShardedWeights):
-        files = out.save_shards(decoder.weights.tensors, count, largest)
+        files = out.save_shards(decoder.weights.tensors, count, largest, context.reporter.progress)
     else:
         files = out.save_model(model, largest)
     out.save_settings(model, context.tokenizer)
