@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from several import dies_distilling, on_ranks
 from test_whole_model import task_of
 from torch.nn import functional as F
 
-from ebft import EBFTConfig, run_ebft
+from ebft import EBFTConfig, EBFTError, run_ebft
 from ebft.data.streams import Store
 from ebft.distributed import Ranks
 from ebft.model.decoder import Decoder
@@ -301,3 +302,11 @@ def test_a_run_and_its_ranks(place, short_run, silent, tiny, tmp_path):
     assert shared["losses"] == pytest.approx(entry["losses"], rel=1e-4)
     for part, figures in entry["held_out_parts"].items():
         assert shared["held_out_parts"][part] == pytest.approx(figures, rel=1e-4)
+
+
+def test_a_host_that_is_too_small_is_said_before_any_work(short_run, silent, monkeypatch):
+    monkeypatch.setattr("ebft.recovery.distill.os.sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 1)
+    settings = short_run(recover="ebft+distill")
+    with pytest.raises(EBFTError, match="GiB of the host's memory, which has 0; expected a --recover without distill"):
+        run_ebft(config=EBFTConfig.preset("demo", **settings), reporter=silent)
+    assert not Path(settings["output"]).exists()

@@ -123,6 +123,7 @@ def test_any_optimizer_begins_anew(optimizer):
         ({"time": "1m", "refresh_every": 4}, "--refresh-every counts a block's steps beforehand"),
         ({"time": "1m", "recover": "layerwise"}, "it needs a recovery that goes by time"),
         ({"time": "1m", "schedule": [0.4, 0.5]}, "expected one of them"),
+        ({"recover": "distill", "samples": 1}, "--samples is 1; expected 2 or more"),
     ],
 )
 def test_what_does_not_go_together_is_said(given, sentence):

@@ -20,6 +20,7 @@ from ebft.recovery.settings import UNTIMED, Betas, Clipping, GradientCheckpointi
 from ebft.registry import register_recovery
 
 if TYPE_CHECKING:
+    from ebft.config import EBFTConfig
     from ebft.model.decoder import Decoder
     from ebft.plan.shapes import Shapes
     from ebft.recovery.whole_model import WholeResult, WholeTask
@@ -64,12 +65,19 @@ class Distillation(WholeModelRecovery):
         )
         distill_top: int = setting(64, "likeliest tokens of the dense model that are kept of each place", at_least=1)
 
-    def check_room(self, decoder: Decoder) -> None:
-        """See ``WholeModelRecovery``: weights, states and a copy of the best weights in the host's memory."""
-        from ebft.recovery.distill.blocks import bytes_a_weight
+    @classmethod
+    def check(cls, config: EBFTConfig) -> None:
+        """See ``Recovery``."""
+        if config.data.samples < 2:
+            raise EBFTError(
+                "--recover distill holds a sequence out to judge by, and --samples is 1; expected 2 or more"
+            )
 
-        weights = sum(p.numel() for block in decoder.names for p in decoder.model.get_submodule(block).parameters())
-        needed = int(weights * (4 + bytes_a_weight(self.settings.moments, self.settings.compact, kept=1.0)))
+    def check_room(self, decoder: Decoder) -> None:
+        """See ``WholeModelRecovery``."""
+        from ebft.recovery.distill.tune import host_memory_of
+
+        needed = host_memory_of(decoder, self.config, self.settings)
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > there:
             raise EBFTError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ebft.config import EBFTConfig, parse_bytes
 from ebft.distributed import Ranks
 from ebft.errors import EBFTError
+from ebft.model.decoder import Decoder
 from ebft.model.matrices import router_paths
 from ebft.recovery.allowance import Allowance
 from ebft.recovery.distill.blocks import Held, Streamed, bytes_a_weight, where_they_fit
@@ -82,15 +83,27 @@ def distill(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> 
 def _blocks(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> Held:
     """The blocks with their optimizers, where ``distill_blocks`` has them."""
     decoder = task.decoder
-    sizes = [sum(p.numel() for p in decoder.stored_block(index).parameters()) for index in range(len(decoder))]
     kept = sum(mask.count() for mask in task.masks.values()) / sum(mask.numel() for mask in task.masks.values())
-    needed = sum(sizes) * bytes_a_weight(own.moments, own.compact, kept) + 4 * max(sizes)  # and gradients of one block
-    budget = parse_bytes(config.runtime.gpu_memory, "--gpu-memory") if config.runtime.gpu_memory else None
     working = (decoder.working_block(index, task.saved(index)) for index in range(len(decoder)))
     named = zip(decoder.names, working, strict=True)
     made = ((block, _optimizer(task, config, own, name, block)) for name, block in named)
-    where = where_they_fit(own.distill_blocks, task.device, int(needed), budget)
-    return Streamed(made, task.device) if where == "host" else Held(made)
+    on_host = place_of_blocks(decoder, config, own, kept) == "host"
+    return Streamed(made, task.device) if on_host else Held(made)
+
+
+def place_of_blocks(decoder: Decoder, config: EBFTConfig, own: Distillation.Settings, kept: float) -> str:
+    """``device`` or ``host``, of which ``kept`` is the share of kept weights."""
+    sizes = [sum(p.numel() for p in decoder.stored_block(index).parameters()) for index in range(len(decoder))]
+    needed = sum(sizes) * bytes_a_weight(own.moments, own.compact, kept) + 4 * max(sizes)  # and gradients of one block
+    budget = parse_bytes(config.runtime.gpu_memory, "--gpu-memory") if config.runtime.gpu_memory else None
+    return where_they_fit(own.distill_blocks, decoder.device, int(needed), budget)
+
+
+def host_memory_of(decoder: Decoder, config: EBFTConfig, own: Distillation.Settings) -> int:
+    """Bytes: blocks and states that are not on a GPU, the weights that trials begin from, and the best ones."""
+    weights = sum(p.numel() for index in range(len(decoder)) for p in decoder.stored_block(index).parameters())
+    on_gpu = decoder.device.type == "cuda" and place_of_blocks(decoder, config, own, kept=1.0) == "device"
+    return int(weights * (8 + (0 if on_gpu else bytes_a_weight(own.moments, own.compact, kept=1.0))))
 
 
 def _optimizer(
@@ -234,7 +247,7 @@ class _Tuner:
 
         trials = Trials.of(trial, steps=steps, judging=self._judging, whole=steps)
         best = trials.climbed(FIRST_RATE, self.before.loss(self.share))
-        self.rate = best * (steps / trials.length) ** LONGER
+        self.rate = best * min(FACTOR, (steps / trials.length) ** LONGER)
         if self._own.distill_text == "auto" and trials.affordable():
             without, earlier = seen[best], (self.best, self._kept)
             self.share = WITH_TEXT
