@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from ebft.output.page import _errors, _figure, _language_model_losses, _losses, _section, _sparsity
+from ebft.output.page import _errors, _figure, _whole_losses, _losses, _section, _sparsity
 
 NAMES = {"short": "fc.weight", "long": "block_sparse_moe.shared_expert.gate_and_up_projection.weight"}
 
@@ -34,7 +34,7 @@ def test_no_label_is_cut_off(draw, count, smallest, name):
 
 
 def test_no_label_of_the_whole_model_s_losses_is_cut_off():
-    _is_inside(_figure(partial(_language_model_losses, losses=[12345.6, 2.0] * 1000)))
+    _is_inside(_figure(partial(_whole_losses, losses=[12345.6, 2.0] * 1000)))
 
 
 def _is_inside(figure):
