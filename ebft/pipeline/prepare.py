@@ -14,7 +14,7 @@ from ebft.config import EBFTConfig
 from ebft.data.calibration import Tokens, calibration_tokens, check_vocabulary, evaluation_tokens, mixture
 from ebft.data.generation import Generated, generate
 from ebft.data.streams import Store
-from ebft.data.texts import SELF, check_texts
+from ebft.data.texts import SELF, check_hub, check_texts
 from ebft.distributed import Ranks
 from ebft.errors import EBFTError
 from ebft.evaluation.zero_shot import ZeroShot
@@ -118,6 +118,7 @@ def _check_before_loading(config: EBFTConfig, source: str | PreTrainedModel | No
     """``EBFTError`` for what can be known to be wrong without reading weights."""
     if text is None:
         check_texts(config)
+        check_hub(config)
     if isinstance(source, str) and not source.lower().endswith(".gguf"):  # whose header takes seconds to read
         check_lengths(config, load_config(source, trust_remote_code=config.model.trust_remote_code))
 

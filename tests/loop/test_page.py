@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from ebft.output.page import _errors, _figure, _whole_losses, _losses, _section, _sparsity
+from ebft.output.page import _errors, _figure, _losses, _section, _sparsity, _whole_losses
 
 NAMES = {"short": "fc.weight", "long": "block_sparse_moe.shared_expert.gate_and_up_projection.weight"}
 
