@@ -115,10 +115,10 @@ def test_products_in_float16(optimizer):
         ),
         (
             {"moments": "int8"},
-            "--moments is a setting of --recover lora or full, or --optimizer adamw, and --recover is ebft and "
-            "--optimizer is muon; expected one of these, or no such setting",
+            "--moments is a setting of --recover lora or full or distill, or --optimizer adamw, and --recover is ebft "
+            "and --optimizer is muon; expected one of these, or no such setting",
         ),
-        ({"compact": True}, "--compact is a setting of --recover full, or --optimizer adamw, and"),
+        ({"compact": True}, "--compact is a setting of --recover full or distill, or --optimizer adamw, and"),
         ({"update_in_backward": True, "clip": 0}, "--update-in-backward is a setting of --optimizer adamw, and --opt"),
         (
             {"update_in_backward": True, "recover": "layerwise"},

@@ -224,7 +224,7 @@ ALWAYS = {
     *("trust_remote_code", "ignore_unused"),
 }
 # Of every other setting: a value that no preset has, and what gives it an effect.
-ALL = {"recover": "layerwise+ebft+lora+full"}
+ALL = {"recover": "layerwise+ebft+lora+full+distill"}
 SETTINGS = {
     "teacher": ("x", ALL),
     "sparsegpt_damping": (0.1, {"prune": "sparsegpt"}),
@@ -245,6 +245,12 @@ SETTINGS = {
     "lora_alpha": (8.0, ALL),
     "lora_dropout": (0.1, {**ALL, "lora_masked": False}),
     "lora_masked": (False, ALL),
+    "distill_epochs": (3, ALL),
+    "distill_lr": (1e-3, ALL),
+    "distill_text": (0.25, ALL),
+    "distill_top": (8, ALL),
+    "distill_blocks": ("host", ALL),
+    "time": ("10m", ALL),
     "calibration": ("wikitext2", {}),
     "windows": ("packed", {}),
     "samples": (32, {}),
