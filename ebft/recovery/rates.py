@@ -61,16 +61,17 @@ class Trials:
             self._losses[rate] = loss if math.isfinite(loss) else math.inf
         return self._losses[rate]
 
-    def climbed(self, first: float, untuned: float) -> float:
+    def climbed(self, first: float, untuned: float, *, down: bool = True) -> float:
         """The best rate on a ladder of factor ``FACTOR``, from ``first`` step by step towards the better side.
 
         Args:
             untuned: the loss without a trial: where the first is no better than that, higher ones are not tried.
+            down: whether lower ones are.
         """
         best = first
         while self.loss(best) < untuned and self.loss(best * FACTOR) < self.loss(best):
             best *= FACTOR
-        while best <= first and self.loss(best / FACTOR) < self.loss(best):
+        while down and best <= first and self.loss(best / FACTOR) < self.loss(best):
             best /= FACTOR
         return best
 

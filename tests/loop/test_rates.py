@@ -53,6 +53,12 @@ def test_where_the_first_does_harm_no_higher_one_is_tried():
     assert max(tried) == FIRST
 
 
+def test_where_no_lower_one_is_to_be_tried_the_first_stays():
+    trials = Trials(valley(1e-3), length=4, judging=1.0, most=1000)
+    assert trials.climbed(FIRST, 1.0, down=False) == FIRST
+    assert trials.climbed(FIRST, 1.0) < FIRST / 10
+
+
 @pytest.mark.parametrize(("steps", "blocks"), [(28, 6), (28, 30), (224, 30), (8, 2), (1, 1)])
 def test_trials_cost_no_more_than_they_may(steps, blocks):
     """Over a whole walk, but for two trials in the first block, which there are in any case."""

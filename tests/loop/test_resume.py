@@ -69,7 +69,7 @@ def test_killed_again_and_again(settings, tmp_path):
     assert in_child(job, settings("whole", **mode)) == 0
     ends = []
     while not ends or ends[-1] != 0:
-        ends.append(in_child(job, settings(resume=True, **mode), 17))
+        ends.append(in_child(job, settings(resume=True, **mode), 21))
         assert len(ends) < 20
     assert len(ends) > 3
     assert_same(tmp_path / "out", tmp_path / "whole")

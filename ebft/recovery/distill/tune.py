@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 VALIDATION = 0.125  # share of the sequences, where --holdout gives none
 FIRST_RATE = 0.003  # that is tried; less than a block's first, because all blocks move together
 LONGER = 0.28  # the power of a tuning's steps that its best rate rises with (docs/quality.md, "Rates")
-PATIENCE = 2  # epochs without a gain, before the rate is lowered
+PATIENCE = 1  # epochs without a gain, before the rate is lowered
 LOWEST = 0.01  # of the first rate; below that nothing is left to gain
 WARMUP = 0.05  # share of the steps in which the rate rises
 WITH_TEXT = 0.5  # the share of cross-entropy that is tried
@@ -234,7 +234,9 @@ class _Tuner:
     def _search(self, steps: int) -> None:
         """Find the rate for so many steps; and the share of the text, where one more trial shows that it helps.
 
-        All trials begin from the same weights. The best weights of them stay: that one has been no loss of time.
+        All trials begin from the same weights. The best weights of them stay: that one has been no loss of time. No
+        rate below the first is tried: Adam's first steps harm a model that later ones mend, and a trial is no more than
+        first steps. Where the first rate is too high for a whole epoch too, ``run`` lowers it.
         """
         start, seen = self._copied(), dict[float, Validated]()
 
@@ -246,8 +248,10 @@ class _Tuner:
             return seen[rate].loss(self.share)
 
         trials = Trials.of(trial, steps=steps, judging=self._judging, whole=steps)
-        best = trials.climbed(FIRST_RATE, self.before.loss(self.share))
-        self.rate = best * min(FACTOR, (steps / trials.length) ** LONGER)
+        untuned = self.before.loss(self.share)
+        best = trials.climbed(FIRST_RATE, untuned, down=False)
+        gains = trials.loss(best) < untuned
+        self.rate = best * (min(FACTOR, (steps / trials.length) ** LONGER) if gains else 1.0)
         if self._own.distill_text == "auto" and trials.affordable():
             without, earlier = seen[best], (self.best, self._kept)
             self.share = WITH_TEXT
