@@ -83,7 +83,7 @@ def refuse(model, tmp_path, capsys):
         (("--pattern", "2:7"), "model.layers.0.self_attn.q_proj.weight has 32 inputs, which 7 does not divide"),
         (("--prune", "sharpness"), "--prune is 'sharpness'; expected magnitude, ria, sparsegpt, flap, wanda, zeros or"),
         (("--prune", "zeros"), "--prune zeros prunes nothing"),
-        (("--recover", "hope"), "--recover is 'hope'; expected none, or one or more of layerwise, ebft, lora, full, dis"),
+        (("--recover", "hope"), "--recover is 'hope'; expected none, or one or more of layerwise, ebft, lora, full, d"),
         (("--recover", "ebft+layerwise"), "--recover is 'ebft+layerwise'; expected none, or one or more of layerwise"),
         (("--recover", "none+ebft"), "--recover is 'none+ebft'; expected none, or one or more of layerwise, ebft"),
         (("--holdout", "1"), "--holdout is 1; expected a share from 0 up to, not including, 1"),
