@@ -121,15 +121,16 @@ def _usual(help: str, value: Any, defaults: str) -> str:
 def config_of(preset: str | None = None, config: str | None = None, **given: Any) -> EBFTConfig:
     """The settings that a command line asks for.
 
-    Later beats earlier: preset, then ``--config`` file, then flags. With no ``--preset`` it is ``paper`` where a
-    model is named and ``demo`` where none is. A flag is meant, also where it says what is usual; a switch that is
+    Later beats earlier: preset, then ``--config`` file, then flags. With no ``--preset`` it is ``best`` with
+    ``--time``, ``paper`` where a model is named and ``demo`` where none is. A flag is meant, also where it says what is usual; a switch that is
     turned off asks for nothing.
     """
     settings = read_yaml(config) if config else {}
     preset = preset or settings.pop("preset", None)
     settings = {name: value for name, value in settings.items() if name != "preset"} | given
     meant = [name for name, value in given.items() if value is not False]
-    made = EBFTConfig.preset(preset or ("paper" if settings.get("model") else "demo"), meant, **settings)
+    usual = "best" if settings.get("time") else "paper" if settings.get("model") else "demo"
+    made = EBFTConfig.preset(preset or usual, meant, **settings)
     check_texts(made)
     return made
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from ebft.config import EBFTConfig
 
 _Preset = Annotated[
-    str | None, Parameter(help="settings to start from (default: paper; no model: demo)", metavar=presets())
+    str | None,
+    Parameter(help="settings to start from (default: paper; no model: demo; with --time: best)", metavar=presets()),
 ]
 _File = Annotated[str | None, Parameter(help="settings from a YAML file, over the preset's", metavar="FILE.yaml")]
 _Device = Annotated[

@@ -12,6 +12,7 @@ from torch import nn
 
 import ebft.recovery.allowance
 from ebft import EBFTConfig, EBFTError, run_ebft
+from ebft.cli.flags import config_of
 from ebft.config.fields import parse_seconds
 from ebft.distributed import Ranks
 from ebft.pipeline.context import Clock
@@ -137,6 +138,14 @@ def test_what_does_not_go_together_is_said(given, sentence):
     with pytest.raises(EBFTError) as said:
         EBFTConfig.of(**{**settings, **given})
     assert sentence in str(said.value)
+
+
+def test_a_time_alone_asks_for_the_best_preset():
+    """On the command line, unless another one is named; without a time it is the published recipe."""
+    common = {"model": "x", "calibration": "builtin", "eval": "builtin"}
+    assert config_of(**common, time="10m").recover.method == "ebft+distill"
+    assert config_of("light", **common, time="10m").recover.method == "ebft"
+    assert config_of(**common).flat() == EBFTConfig.preset("paper", **common).flat()
 
 
 def test_times():
