@@ -122,9 +122,8 @@ def config_of(preset: str | None = None, config: str | None = None, **given: Any
     """The settings that a command line asks for.
 
     Later beats earlier: preset, then ``--config`` file, then flags. With no ``--preset`` it is ``best`` with
-    ``--time``, ``paper`` where a model is named and ``demo`` where none is.
-    A flag is meant, also where it says what is usual; a switch that is
-    turned off asks for nothing.
+    ``--time``, ``paper`` where a model is named and ``demo`` where none is. A flag is meant,
+    also where it says what is usual; a switch that is turned off asks for nothing.
     """
     settings = read_yaml(config) if config else {}
     preset = preset or settings.pop("preset", None)
