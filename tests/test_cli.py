@@ -9,6 +9,7 @@ import pytest
 
 from ebft.cli.app import COMMANDS, main
 from ebft.cli.evaluate import SETTINGS
+from ebft.cli.heavy import importing
 from ebft.cli.reference import page
 from ebft.config import flag
 
@@ -62,6 +63,17 @@ def test_nothing_is_looked_for_among_what_is_imported():
     code += "print(gc.isenabled(), gc.get_freeze_count() > 100_000)\n"
     code += "with importing():\n    import torch; print(gc.isenabled())"  # it is there already: a run may be going on
     assert in_a_new_process(code).split() == ["False", "True", "True", "True"]
+
+
+@pytest.mark.parametrize(("quiet", "on_terminal"), [(False, True), (True, True), (False, False)])
+def test_a_terminal_shows_that_modules_are_imported(quiet, on_terminal, monkeypatch, capfd):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1" if on_terminal else "0")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    with importing(quiet=quiet):
+        pass
+    shown = capfd.readouterr()
+    assert ("importing torch" in shown.err) == (on_terminal and not quiet)
+    assert not shown.out
 
 
 def test_the_package_itself_is_lazy():

@@ -84,7 +84,7 @@ def _run(config: EBFTConfig, *, quiet: bool, as_json: bool) -> int:
         _check_models(config)
         check_hub(config)
     began = time.perf_counter()
-    with importing():
+    with importing(quiet=quiet):
         from ebft.distributed import SaidByTheFirst
         from ebft.output.terminal import Reporter
         from ebft.pipeline.run import run_ebft
