@@ -207,6 +207,12 @@ class OutputFolder:
         self._accepted.add(name)
         return record["content"]
 
+    def drop_part(self, name: str, files: Iterable[Path]) -> None:
+        """A part that nothing needs any more, and its files."""
+        self._accepted.discard(name)
+        for file in (self.path / _COMMITS / f"{name}.json", *files):
+            file.unlink(missing_ok=True)
+
     def forget_others(self) -> None:
         """Nothing counts that came after the parts that were asked for."""
         self.resumed = False
@@ -231,6 +237,10 @@ class OutputFolder:
 
     def _is(self, name: str, known: str) -> bool:
         return (self.path / name).is_file() and checksum(self.path / name) == known
+
+    def checkpoint_file(self, part: str, number: int) -> Path:
+        """Where the state of an unfinished part of the run is kept (``Checkpoint``)."""
+        return self.path / _BLOCKS / f"{part}.{number}.safetensors"
 
     # --- text that the dense model has written ------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from ebft.model.in_memory import given_model
 from ebft.model.libraries import quiet
 from ebft.model.tensors import ShardedWeights
 from ebft.output.card import model_card
+from ebft.output.checkpoint import Checkpoint
 from ebft.output.figures import held_out
 from ebft.output.folder import LINES, MASKS, OutputFolder
 from ebft.output.page import report_page
@@ -304,6 +305,7 @@ def _pruned(context: RunContext) -> Callable[[int], nn.Module]:
 def _recover_whole(context: RunContext, name: str, seconds: float | None) -> dict[str, Any]:
     """Recover the whole model by ``name``, in so many seconds if there is a limit; gives its entry in the summary."""
     decoder, out, recovered = context.decoder, context.output, list[nn.Module]()
+    checkpoint = Checkpoint(out, name, context.ranks)
 
     def make() -> dict[str, Any]:
         assert context.calibration is not None
@@ -318,6 +320,7 @@ def _recover_whole(context: RunContext, name: str, seconds: float | None) -> dic
                 store=context.store,
                 ranks=context.ranks,
                 on_step=advance,
+                checkpoint=checkpoint,
                 seconds=seconds,
             )
             result = context.whole_model[name].recover(task)
@@ -348,6 +351,7 @@ def _recover_whole(context: RunContext, name: str, seconds: float | None) -> dic
         return files
 
     entry = _stage(context, name, make, write)
+    checkpoint.drop()
     out.newest = name
     return entry
 

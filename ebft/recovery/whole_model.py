@@ -20,6 +20,7 @@ from ebft.distributed import Ranks
 from ebft.errors import EBFTError
 from ebft.model.decoder import Decoder, autocast
 from ebft.model.tensors import Tensors
+from ebft.output.checkpoint import Checkpoint
 from ebft.recovery.allowance import Allowance
 from ebft.recovery.checkpointing import recomputed
 from ebft.recovery.samples import Split, batch_order
@@ -42,6 +43,7 @@ class WholeTask:
         store: where hidden states of all samples may be kept.
         ranks: those that share every batch.
         on_step: called with the share of the work that is done.
+        checkpoint: where a recovery that takes long may keep what it has come to; None for nowhere.
         seconds: that the recovery may take; None for as long as its own settings say.
     """
 
@@ -53,6 +55,7 @@ class WholeTask:
     store: Store
     ranks: Ranks
     on_step: Callable[[float], None]
+    checkpoint: Checkpoint | None = None
     seconds: float | None = None
 
     @property

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from unittest import mock
 
 import torch
 from faults import CONTEXT, job
@@ -14,6 +15,7 @@ from torch import nn
 
 from ebft import EBFTConfig
 from ebft.distributed import joined
+from ebft.output.checkpoint import Checkpoint
 from ebft.output.folder import OutputFolder
 from ebft.pipeline import walk
 from ebft.recovery.distill.stack import Stack
@@ -92,6 +94,32 @@ def dies_distilling(given: dict) -> None:
 
     Stack.step = last
     job(given)
+
+
+def dies_after_a_checkpoint(given: dict) -> None:
+    """A run that is killed in the second step after the first checkpoint of its distillation, which it writes early."""
+    step, write, since = Stack.step, Checkpoint.write, []
+
+    def written(self, *state):
+        write(self, *state)
+        since.append(0)
+
+    def last(self, *arguments):
+        if since:
+            since[0] += 1
+            if since[0] == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *arguments)
+
+    Checkpoint.is_due = lambda self, size: size > 0
+    Checkpoint.write, Stack.step = written, last
+    job(given)
+
+
+def goes_on_without_trials(given: dict) -> None:
+    """A run that may not look for a rate any more."""
+    with mock.patch("ebft.recovery.distill.tune._Tuner._search", side_effect=AssertionError):
+        job(given)
 
 
 def dies(given: dict, part: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from conftest import random_model
 from faults import in_child, job
 from safetensors.torch import load_file
-from several import dies_distilling, on_ranks
+from several import dies_after_a_checkpoint, dies_distilling, goes_on_without_trials, on_ranks
 from test_whole_model import task_of
 from torch.nn import functional as F
 
@@ -260,16 +260,23 @@ def summary_of(folder) -> dict:
 
 
 @pytest.mark.parametrize(
-    "place", [{"distill_blocks": "host", "streams": "disk"}, {"distill_blocks": "device"}], ids=str
+    ("killed", "then", "place"),
+    [
+        (dies_distilling, job, {"distill_blocks": "host", "streams": "disk"}),
+        (dies_after_a_checkpoint, goes_on_without_trials, {"distill_blocks": "host", "moments": "int8"}),
+        (dies_after_a_checkpoint, goes_on_without_trials, {"distill_blocks": "device", "distill_lr": "auto"}),
+    ],
+    ids=["in its trials", "in its second epoch, streamed", "in its second epoch"],
 )
-def test_a_run_killed_while_it_distils_goes_on(place, short_run, tmp_path):
-    """To the same bits."""
-    given = {"recover": "ebft+distill", "samples": 8, **place}
+def test_a_run_killed_while_it_distils_goes_on(killed, then, place, short_run, tmp_path):
+    """To the same bits; from the last epoch that was kept."""
+    given = {"recover": "ebft+distill", "samples": 8, "distill_epochs": 3, **place}
     assert in_child(job, short_run("whole", **given)) == 0
     settings = short_run("out", **given)
-    assert in_child(dies_distilling, settings) == -signal.SIGKILL
+    assert in_child(killed, settings) == -signal.SIGKILL
     assert (tmp_path / "out.partial").exists()
-    assert in_child(job, settings | {"resume": True}) == 0
+    assert in_child(then, settings | {"resume": True}) == 0
+    assert not list((tmp_path / "out").glob("**/*begun*"))
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

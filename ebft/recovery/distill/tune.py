@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from itertools import count, islice
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,15 @@ from ebft.distributed import Ranks
 from ebft.errors import EBFTError
 from ebft.model.decoder import Decoder
 from ebft.model.matrices import router_paths
+from ebft.model.tensors import Tensors
+from ebft.output.checkpoint import Checkpoint
 from ebft.recovery.allowance import Allowance
 from ebft.recovery.distill.blocks import Held, Streamed, bytes_a_weight, where_they_fit
 from ebft.recovery.distill.predictions import Predictions
 from ebft.recovery.distill.stack import Stack
 from ebft.recovery.ebft.learning_rate import set_scales
 from ebft.recovery.optimizers.masked import forget
-from ebft.recovery.rates import FACTOR, FORWARD_ALONE, Trials
+from ebft.recovery.rates import COST, FACTOR, FORWARD_ALONE, Trials
 from ebft.recovery.samples import Split, batch_order
 from ebft.recovery.whole_model import WholeResult, WholeTask
 from ebft_kernels import MaskedAdamW, PackedMask
@@ -36,6 +38,8 @@ PATIENCE = 1  # epochs without a gain, before the rate is lowered
 LOWEST = 0.01  # of the first rate; below that nothing is left to gain
 WARMUP = 0.05  # share of the steps in which the rate rises
 WITH_TEXT = 0.5  # the share of cross-entropy that is tried
+SEARCHING = COST / (1 + COST)  # share of the work that trials may be
+_STATE = ("rate", "share", "_epoch", "_without_gain", "_lowered")  # of a tuner, what a checkpoint holds of it by name
 _WHOLE, _TRIAL = -1, 2**20  # in place of a block's number and an epoch's, for the batch order
 
 
@@ -63,7 +67,7 @@ def distill(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> 
     )
     with stack.in_place():
         tuner = _Tuner(stack, config, own, task.on_step)
-        tuner.run(allowance)
+        tuner.run(allowance, task.checkpoint)
     for block in blocks:
         block.requires_grad_(False)
     return WholeResult(
@@ -181,41 +185,112 @@ class _Tuner:
         self._judging = len(self._split.held_out) / (FORWARD_ALONE * self._batch_size)  # what it costs, in steps
         self.rate = FIRST_RATE if own.distill_lr == "auto" else own.distill_lr
         self.share = 0.0 if own.distill_text == "auto" else own.distill_text
-        self.losses = list[float]()
-        self.before = self.best = self._validated()
-        if not math.isfinite(self.before.loss(self.share)):
-            raise EBFTError(f"the pruned model's divergence from the dense one is {self.before.kl}; expected a number")
-        self._kept = self._copied()
+        self._totals = list[Tensor]()  # KL and CE of every step
+        self._epoch = self._without_gain = 0
+        self._lowered = 1.0  # what the rate has been lowered by
 
-    def run(self, allowance: Allowance) -> None:
+    def run(self, allowance: Allowance, checkpoint: Checkpoint | None) -> None:
         """Trials find what the settings leave open; then come all epochs, at a rate that falls to zero.
 
         With a time limit it is the time that the rate falls by, and epochs follow one another until it is over. Where
         validation has not become better for ``PATIENCE`` epochs, the best weights are gone on from at a lower rate.
+        After an epoch a ``checkpoint`` is written where that takes little of the time.
+
+        Raises:
+            EBFTError: the loss is NaN or infinity from the start.
         """
-        if self._own.distill_lr == "auto":
-            self._search(self._steps_in(allowance))
-        since, rate, totals, without_gain = allowance.passed(), self.rate, list[Tensor](), 0
-        for epoch in count():
-            for batch in self._batches(epoch):
-                step, of = (len(totals), self._steps) if allowance.seconds is None else allowance.as_steps(since)
-                if totals and step >= of:
+        if checkpoint is not None and checkpoint.found:
+            self._go_on_from(*checkpoint.found)
+        else:
+            self._begin(allowance)
+        since = allowance.passed()
+        while not self._is_over(allowance, since):
+            for batch in self._batches(self._epoch):
+                step, of = self._place(allowance, since)
+                if self._totals and step >= of:
                     break
                 share = min((step + 1) / max(1, WARMUP * of), 1 - step / of)
-                totals.append(self._stack.step(batch, rate * share, self.share))
-                self._on_step((step + 1) / of)
+                self._totals.append(self._stack.step(batch, self.rate * self._lowered * share, self.share))
+                self._on_step(SEARCHING + (1 - SEARCHING) * (step + 1) / of)
             best = self.best
             self._see()
-            without_gain = 0 if self.best is not best else without_gain + 1
-            if len(totals) >= self._steps if allowance.seconds is None else step >= of:
-                break
-            if without_gain >= PATIENCE:
-                rate, without_gain = rate / FACTOR, 0
-                if rate < self.rate * LOWEST:
-                    break
+            self._epoch += 1
+            self._without_gain = 0 if self.best is not best else self._without_gain + 1
+            if self._without_gain >= PATIENCE:
+                self._lowered, self._without_gain = self._lowered / FACTOR, 0
                 self._put(self._kept)
+            if checkpoint is not None and checkpoint.is_due(self._size()):
+                checkpoint.write(*self._state())
         self._put(self._kept)
-        self.losses = [(1 - self.share) * kl + self.share * ce for kl, ce in torch.stack(totals).tolist()]
+
+    @property
+    def losses(self) -> list[float]:
+        """Of every step that counts. A sync point."""
+        return [(1 - self.share) * kl + self.share * ce for kl, ce in torch.stack(self._totals).tolist()]
+
+    def _begin(self, allowance: Allowance) -> None:
+        self.before = self.best = self._validated()
+        if not math.isfinite(self.before.loss(self.share)):
+            raise EBFTError(f"the pruned model's divergence from the dense one is {self.before.kl}; expected a number")
+        self._kept = self._copied()
+        if self._own.distill_lr == "auto":
+            self._search(self._steps_in(allowance))
+
+    def _place(self, allowance: Allowance, since: float) -> tuple[int, int]:
+        """The step that is next, of how many. A sync point with a time limit."""
+        return (len(self._totals), self._steps) if allowance.seconds is None else allowance.as_steps(since)
+
+    def _is_over(self, allowance: Allowance, since: float) -> bool:
+        """Whether no further epoch has anything to gain, or the time for one."""
+        step, of = self._place(allowance, since)
+        return bool(self._totals) and (step >= of or self._lowered < LOWEST)
+
+    # --- to go on from -----------------------------------------------------------------------------------------------
+
+    def _size(self) -> int:
+        """Bytes of ``_state``, about."""
+        return sum(held.nbytes for held in (*self._tuned, *self._kept, *self._states(Tensor).values()))
+
+    def _states(self, kind: type) -> dict[str, Any]:
+        """What the optimizers keep, of this kind, by block, parameter and name."""
+        return {
+            f"state.{block}.{number}.{key}": value
+            for block, optimizer in enumerate(self._stack.optimizers)
+            for number, state in optimizer.state_dict()["state"].items()
+            for key, value in state.items()
+            if isinstance(value, kind) and key != "mask"
+        }
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that a run goes on from, after an epoch: what JSON can hold, and tensors."""
+        content = {name: getattr(self, name) for name in _STATE} | {
+            "totals": [total.tolist() for total in self._totals],
+            "states": self._states(int),
+            "scaler": self._stack.scaler.state_dict(),
+        }
+        tensors = {"before": self.before.of_samples, "best": self.best.of_samples}
+        tensors |= {f"now.{number}": parameter.detach() for number, parameter in enumerate(self._tuned)}
+        tensors |= {f"kept.{number}": weights for number, weights in enumerate(self._kept)}
+        return content, tensors | self._states(Tensor)
+
+    def _go_on_from(self, content: Mapping[str, Any], tensors: Tensors) -> None:
+        """The same bits as if the run had never ended."""
+        for name in _STATE:
+            setattr(self, name, content[name])
+        self._totals = [torch.tensor(total, dtype=torch.float64) for total in content["totals"]]
+        self.before, self.best = Validated(tensors["before"]), Validated(tensors["best"])
+        self._kept = [tensors[f"kept.{number}"] for number in range(len(self._tuned))]
+        self._put([tensors[f"now.{number}"] for number in range(len(self._tuned))])
+        states: dict[int, dict[int, dict[str, Any]]] = {}
+        of_tensors = {name: tensors[name] for name in tensors.names() if name.startswith("state.")}
+        for name, value in (content["states"] | of_tensors).items():
+            _, block, number, key = name.split(".")
+            states.setdefault(int(block), {}).setdefault(int(number), {})[key] = value
+        for block, optimizer in enumerate(self._stack.optimizers):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": states.get(block, {})})
+        self._stack.scaler.load_state_dict(content["scaler"])
+
+    # --- rate and share ----------------------------------------------------------------------------------------------
 
     def _steps_in(self, allowance: Allowance) -> int:
         """How many steps there will be; where there is a time limit, by what validation takes. A sync point."""
@@ -244,6 +319,7 @@ class _Tuner:
             self._put(start)
             for step, batch in enumerate(islice(self._batches(_TRIAL), steps)):
                 self._stack.step(batch, rate * (1 - step / steps), self.share)
+                self._on_step(SEARCHING * min(1.0, (trials.spent + step + 1) / trials.most))
             seen[rate] = self._see()
             return seen[rate].loss(self.share)
 
