@@ -267,9 +267,10 @@ class _Tuner:
             "totals": [total.tolist() for total in self._totals],
             "states": self._states(int),
             "scaler": self._stack.scaler.state_dict(),
+            "before": self.before.of_samples.tolist(),
+            "best": self.best.of_samples.tolist(),
         }
-        tensors = {"before": self.before.of_samples, "best": self.best.of_samples}
-        tensors |= {f"now.{number}": parameter.detach() for number, parameter in enumerate(self._tuned)}
+        tensors = {f"now.{number}": parameter.detach() for number, parameter in enumerate(self._tuned)}
         tensors |= {f"kept.{number}": weights for number, weights in enumerate(self._kept)}
         return content, tensors | self._states(Tensor)
 
@@ -277,8 +278,10 @@ class _Tuner:
         """The same bits as if the run had never ended."""
         for name in _STATE:
             setattr(self, name, content[name])
-        self._totals = [torch.tensor(total, dtype=torch.float64) for total in content["totals"]]
-        self.before, self.best = Validated(tensors["before"]), Validated(tensors["best"])
+        self._totals = list(torch.tensor(content["totals"], dtype=torch.float64))
+        self.before, self.best = (
+            Validated(torch.tensor(content[of], dtype=torch.float64)) for of in ("before", "best")
+        )
         self._kept = [tensors[f"kept.{number}"] for number in range(len(self._tuned))]
         self._put([tensors[f"now.{number}"] for number in range(len(self._tuned))])
         states: dict[int, dict[int, dict[str, Any]]] = {}
