@@ -6,6 +6,7 @@ python examples/trl_sft.py ebft-output my-text.txt tuned
 import sys
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -19,7 +20,13 @@ paragraphs = [{"text": paragraph} for paragraph in Path(text).read_text(encoding
 trainer = SFTTrainer(
     model=model,
     args=SFTConfig(
-        output, num_train_epochs=1, per_device_train_batch_size=4, max_length=64, save_strategy="no", report_to=[]
+        output,
+        num_train_epochs=1,
+        per_device_train_batch_size=4,
+        max_length=64,
+        bf16=torch.cuda.is_available(),
+        save_strategy="no",
+        report_to=[],
     ),
     train_dataset=Dataset.from_list(paragraphs),
     processing_class=tokenizer,
