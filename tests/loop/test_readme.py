@@ -67,6 +67,12 @@ def test_the_readme_is_short_and_begins_with_its_commands():
     assert README.index("make demo") < README.index("make test") < README.index("## Results")
 
 
+def test_its_links_lead_somewhere():
+    targets = set(re.findall(r"\]\(([^)#\s]+)|(?:src|srcset)=\"([^\"]+)\"", README))
+    for target in {target for pair in targets for target in pair if target}:
+        assert target.startswith("https://arxiv.org") or (ROOT / target).is_file(), target
+
+
 def test_every_command_of_the_docs_is_accepted(place):
     said = [words for page in PAGES for words in commands(page.read_text(encoding="utf-8"))]
     assert len(said) > 40

@@ -1,46 +1,37 @@
 """Every example runs, on a tiny model, and what it saves is as sparse as what it was given."""
 
 import json
-import os
 import runpy
-import socket
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
+from several import on_ranks, script
+from transformers import AutoModelForCausalLM
 
-from benchmarks.seven_b_run import VOCABULARY, small_tokenizer
-from ebft.data.calibration import builtin_documents
 from ebft_kernels import PackedMask, load_masks, save_masks
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 HELPERS = {"windows.py"}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def place(tiny, tmp_path_factory) -> Path:
     """A folder with a random Llama, dense and pruned, and a text."""
     folder = tmp_path_factory.mktemp("examples")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ends = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=256, **sizes, **ends)
-    )
-    masks = {}
     for name in ("dense", "pruned"):
-        model.save_pretrained(folder / name)
-        small_tokenizer().save_pretrained(folder / name)
-        for path, layer in model.model.layers.named_modules(prefix="model.layers"):
-            if isinstance(layer, torch.nn.Linear):
-                masks[f"{path}.weight"] = PackedMask.from_scores(layer.weight.abs(), 2, 4)
-                masks[f"{path}.weight"].zero_pruned_(layer.weight)
+        shutil.copytree(tiny / "model", folder / name)
+    model, masks = AutoModelForCausalLM.from_pretrained(folder / "dense"), {}
+    for path, layer in model.model.layers.named_modules(prefix="model.layers"):
+        if isinstance(layer, torch.nn.Linear):
+            masks[f"{path}.weight"] = PackedMask.from_scores(layer.weight.abs(), 2, 4)
+            masks[f"{path}.weight"].zero_pruned_(layer.weight)
+    model.save_pretrained(folder / "pruned")
     save_masks(masks, folder / "pruned" / "masks.safetensors")
-    (folder / "text.txt").write_text(builtin_documents("evaluation")[0][:3000])
+    (folder / "text.txt").write_text((tiny / "text.txt").read_text()[:3000])
     return folder
 
 
@@ -66,22 +57,8 @@ def test_it_tunes_and_keeps_the_zeros(example, place, tmp_path, monkeypatch):
 
 def test_fsdp2(place, tmp_path):
     """Two processes, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(EXAMPLES / "accelerate_fsdp2.py"), *map(str, (place / "pruned", place / "text.txt"))]
-    usual = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [*command, str(tmp_path / "out")],
-            env=usual | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    given = [str(place / "pruned"), str(place / "text.txt"), str(tmp_path / "out")]
+    assert on_ranks(2, script, EXAMPLES / "accelerate_fsdp2.py", given) == [0, 0]
     check(place, tmp_path / "out")
 
 
