@@ -61,8 +61,10 @@ class KeepSparsity(TrainerCallback):
         self._mask(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
-        """The same for a callback that was added later; and look whether all layers are still there."""
-        if not self._layers and not self._others:
+        """The same for a callback that was added later, and for a model that was made anew (``model_init``)."""
+        held = {id(part) for part in (*model.modules(), *model.parameters())}
+        ours = (*self._layers.values(), *(weight for weight, _ in self._others.values()))
+        if not any(id(part) in held for part in ours):
             self._mask(model)
         self._look("something before the first step", model)
 
@@ -89,7 +91,7 @@ class KeepSparsity(TrainerCallback):
     def _mask(self, model: nn.Module) -> None:
         given = self._given
         masks = _named_in(model, _read(given)) if given is not None else masks_of(model) or _zeros_of(model)
-        modules = dict(model.named_modules())
+        modules, self._others = dict(model.named_modules()), {}
         linear = {name: mask for name, mask in masks.items() if isinstance(modules[_path(name)], nn.Linear)}
         try:
             mask_linears_(model, linear)

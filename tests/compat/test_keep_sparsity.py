@@ -104,6 +104,19 @@ def test_keep_sparsity_where_there_are_no_linear_layers(tmp_path):
     assert not torch.equal(model.get_parameter(name), before)
 
 
+def test_keep_sparsity_of_a_model_that_is_made_anew(tmp_path):
+    """As ``model_init`` does, when training begins."""
+    made, masks = [], pruned()[1]
+
+    def init() -> nn.Module:
+        made.append(pruned()[0])
+        return made[-1]
+
+    trained(None, tmp_path, model_init=init, callbacks=[KeepSparsity(masks, strict=True)])
+    assert len(made) > 1
+    assert is_masked(made[-1])
+
+
 def test_keep_sparsity_refuses(tmp_path):
     model, masks = pruned()
     with pytest.raises(EBFTError, match=r"q_proj is no longer the masked layer"):
