@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 OUTPUT ?= ebft-output
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-all lint format build bench sanitize attack clean
+.PHONY: help demo test test-all lint format docs build bench sanitize attack clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -13,7 +13,7 @@ help:  ## this list
 demo: $(VENV)/.ready  ## prune SmolLM2-135M to 60 %, win its quality back, save it to ebft-output/ (about 5 minutes on 2 cores)
 	$(VENV)/bin/ebft run --output $(OUTPUT) --overwrite
 
-test: $(VENV)/.ready lint  ## lint, types and the tests (under 15 minutes on 2 cores)
+test: $(VENV)/.ready lint docs  ## lint, types, the documentation and the tests (under 15 minutes on 2 cores)
 	$(RUN) -m pytest $(PARALLEL) --benchmark-disable -m "not slow"
 
 test-all: $(VENV)/.ready lint  ## the slow tests and the sanitizers too (they need the extras `tasks` and `compat`, 540 MB)
@@ -31,6 +31,9 @@ format: $(VENV)/.ready  ## let ruff mend what it can
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+docs: $(VENV)/.ready  ## the documentation into site/; a link to nothing or an API that is gone fails
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+
 build: $(VENV)/.ready  ## wheel and sdist into dist/
 	$(RUN) -m build
 
@@ -45,7 +48,7 @@ attack: $(VENV)/.ready  ## kill runs, fill disks, close pipes, give it hostile f
 	$(RUN) -m tests.attack
 
 clean:  ## everything that make made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(VENV)/.ready: constraints.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ebft needs Python 3.10 or newer; this is " + sys.version)'

@@ -1,5 +1,7 @@
 """Masked linear layers and masked optimizer steps for sparse networks; it knows tensors and masks, no LLMs."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from ebft_kernels.compressed import CompressedLinear
 from ebft_kernels.dispatch import Choice, explain, use_impl
 from ebft_kernels.functional import (
@@ -13,12 +15,18 @@ from ebft_kernels.mask import PackedMask, load_masks, masks_of, save_masks
 from ebft_kernels.nn import MaskedLinear, assert_masked, is_masked, mask_linears_, unmask_linears_
 from ebft_kernels.optim import MaskedAdamW
 
+try:
+    __version__ = version("ebft")  # both packages are in that one distribution (ebft/version.py)
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
+
 __all__ = [
     "Choice",
     "CompressedLinear",
     "MaskedAdamW",
     "MaskedLinear",
     "PackedMask",
+    "__version__",
     "assert_masked",
     "explain",
     "is_masked",

@@ -127,7 +127,7 @@ def reconstruction_loss(output: Tensor, target: Tensor, residual: Tensor | None 
 
     Args:
         output, target, residual: float tensors of one shape, in whatever dtypes; differences and sums are float32
-        (float64).
+            (float64).
 
     Returns:
         A scalar, float32 (float64), on their device.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import socket
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -45,6 +47,13 @@ def as_rank(rank: int, count: int, port: int, work, arguments) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     work(*arguments)
+
+
+def script(file: Path, arguments: list[str]) -> None:
+    """``python FILE ARGUMENTS``."""
+    sys.path.insert(0, str(file.parent))
+    sys.argv = [str(file), *arguments]
+    runpy.run_path(str(file))
 
 
 class Block(nn.Module):
