@@ -72,6 +72,7 @@ class EBFTConfig:
             "--allocation": [self.prune.allocation],
             "--eval": self.evaluate.texts,
             "--calibration": self.data.parts,
+            "--prompts": [self.evaluate.prompts],
         }
         for said, names in named.items():
             for name in names:

@@ -85,6 +85,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def size(number: int) -> str:
+    """Bytes for people: ``1.20 GiB``, ``257 MiB``."""
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.3g} MiB"
+
+
 def memory(peak: dict[str, int | None]) -> str:
     """Peak memory of the host, in a few words."""
     resident, anonymous = (None if size is None else f"{size / 2**30:.2f} GiB" for size in peak.values())

@@ -53,6 +53,7 @@ class RunContext:
 
     Attributes:
         generated: what of the calibration text the dense model has written.
+        prompts: that the models continue; none where there is no tokenizer.
         ranks: all processes of the run.
         sharing: of these, those that share the calibration sequences: all, or in a block-parallel run this one alone.
     """
@@ -69,6 +70,7 @@ class RunContext:
     generated: Generated | None
     eval_tokens: dict[str, Tokens]
     zero_shot: ZeroShot | None
+    prompts: list[str]
     store: Store
     output: OutputFolder
     reporter: Reporter

@@ -17,6 +17,7 @@ from ebft.data.streams import Store
 from ebft.data.texts import SELF, check_hub, check_texts
 from ebft.distributed import Ranks
 from ebft.errors import EBFTError
+from ebft.evaluation.continuations import read_prompts
 from ebft.evaluation.zero_shot import ZeroShot
 from ebft.model.checkpoint import Source, load_config, load_model, load_tokenizer, open_model
 from ebft.model.decoder import Decoder
@@ -55,6 +56,7 @@ def prepare_run(
     source = config.model.source if model is None else model
     device, compute = choose_device(config.runtime.device, config.runtime.dtype)
     kernels = _kernels(config, device)
+    prompts = read_prompts(config.evaluate.prompts)
     masker = make_masker(config, criterion)
     recovery, whole_model = make_recoveries(config)
     _check_before_loading(config, source, text)
@@ -84,6 +86,7 @@ def prepare_run(
         generated=None,
         eval_tokens=_evaluation(config, tokenizer),
         zero_shot=zero_shot,
+        prompts=prompts if tokenizer else [],
         store=_choose_store(config, device, output, ranks),
         output=output,
         reporter=reporter,

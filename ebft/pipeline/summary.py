@@ -34,6 +34,7 @@ def fingerprint(context: RunContext) -> dict[str, dict[str, Any]]:
             "calibration": calibration.use.sha256 if calibration else None,
             **{name: tokens.use.sha256 for name, tokens in evaluation.items()},
             **(zero_shot.fingerprint() if zero_shot else {}),
+            "prompts": context.prompts,
         },
         "criterion": {
             "name": masker.name,
@@ -57,6 +58,7 @@ def summarise(
     stages: dict[str, dict[str, float]],
     whole_model: dict[str, dict[str, Any]],
     zero_shot: dict[str, dict[str, float]],
+    continued: dict[str, Any],
     peak_memory: dict[str, int | None],
 ) -> dict[str, Any]:
     """What ``ebft_summary.json`` holds; ``whole_model``: what recoveries of the whole model came to, by name."""
@@ -68,6 +70,7 @@ def summarise(
         "output": str(context.output.final),
         "perplexity": {text: {stage: values[text] for stage, values in stages.items()} for text in context.eval_tokens},
         "zero_shot": zero_shot,
+        "continuations": continued,
         "seconds": context.clock.total(),
         "stage_seconds": context.clock.laps,
         "peak_memory": peak_memory,
