@@ -35,7 +35,7 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had: on a GPU, or on the host (Linux; elsewhere half of all), within its cgroup's limit."""
+    """Bytes that can still be had on a GPU, or on the host within its cgroup (elsewhere than on Linux: half of all)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = _number(_MEMINFO, r"MemAvailable:\s+(\d+) kB", 1024)
