@@ -11,9 +11,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each, and for the processe
 
 
 @pytest.fixture(autouse=True)
-def no_samples(monkeypatch):
+def no_samples():
     """Runs in this process have no prompts of their own."""
-    monkeypatch.setattr("ebft.evaluation.continuations.BUILTIN", ())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ebft.evaluation.continuations.BUILTIN", ())
+        yield
 
 
 def pytest_collection_modifyitems(items):

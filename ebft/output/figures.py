@@ -5,8 +5,10 @@ from __future__ import annotations
 from math import isfinite, log
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 STAGES = ("dense", "pruned", "recovered")
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"}
 
 
 def perplexity_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -71,6 +73,23 @@ def held_out(entry: dict[str, Any]) -> str:
     figures = {"loss": [entry["held_out_before"], entry["held_out_after"]], **entry["held_out_parts"]}
     said = ", ".join(f"{name} {before:.3f} before and {after:.3f} after" for name, (before, after) in figures.items())
     return f"on held-out sequences, nats a token: {said}"
+
+
+def text_samples(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Of every prompt: what each stage's model wrote after it."""
+    of = summary["continuations"]
+    stages = [stage for stage in STAGES if stage in of["stages"]]
+    if not stages:
+        return []
+    return [
+        (prompt, [(stage, of["stages"][stage][place]) for stage in stages])
+        for place, prompt in enumerate(of["prompts"])
+    ]
+
+
+def one_line(value: Any) -> str:
+    """``value`` as text without line ends and characters that cannot be seen or stored."""
+    return " ".join("".join(" " if category(letter) in _UNSEEN else letter for letter in str(value)).split())
 
 
 def number(value: float) -> str:

@@ -52,6 +52,7 @@ class RunContext:
     """Everything a run works with, checked.
 
     Attributes:
+        source: what the model's own card says of it (``provenance``).
         generated: what of the calibration text the dense model has written.
         prompts: that the models continue; none where there is no tokenizer.
         ranks: all processes of the run.
@@ -60,6 +61,7 @@ class RunContext:
 
     config: EBFTConfig
     name: str
+    source: dict[str, Any]
     decoder: Decoder
     teacher: Decoder
     tokenizer: PreTrainedTokenizerBase | None

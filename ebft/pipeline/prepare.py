@@ -24,6 +24,7 @@ from ebft.model.decoder import Decoder
 from ebft.model.device import choose_device
 from ebft.model.fused import liger_missing
 from ebft.model.lengths import check_lengths
+from ebft.model.provenance import provenance
 from ebft.model.tensors import ModelWeights, check_floats
 from ebft.output.folder import OutputFolder, check_settings_save
 from ebft.output.terminal import Reporter
@@ -76,6 +77,7 @@ def prepare_run(
     context = RunContext(
         config=config,
         name=name_of(source),
+        source={} if isinstance(source, PreTrainedModel) else provenance(source),
         decoder=decoder,
         teacher=dense,
         tokenizer=tokenizer,

@@ -13,6 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from ebft.config import ORGANISATION
+from ebft.data.texts import HUB_TEXTS
 from ebft.files import checksum
 from ebft.model.decoder import Decoder
 from ebft.pipeline.context import RunContext
@@ -63,6 +64,7 @@ def summarise(
 ) -> dict[str, Any]:
     """What ``ebft_summary.json`` holds; ``whole_model``: what recoveries of the whole model came to, by name."""
     config = context.config
+    texts = list(config.data.parts) if context.calibration else []
     recovery = "no recovery" if config.recover.method == "none" else f"recovered by {config.recover.method}"
     return {
         "model": context.name,
@@ -77,11 +79,41 @@ def summarise(
         "sparsity": sparsity,
         "asked_sparsity": config.asked_sparsity,
         "whole_model": whole_model,
+        "source": context.source,
+        "size": _sizes(context, sparsity),
+        "datasets": {
+            text: _dataset(text) for text in dict.fromkeys((*texts, *context.eval_tokens)) if text in HUB_TEXTS
+        },
+        "calibration_texts": texts,
         "calibration": context.calibration.use.to_dict() if context.calibration else None,
         "evaluation": {name: tokens.use.to_dict() for name, tokens in context.eval_tokens.items()},
         "implementations": implementations(context.decoder),
         "config": config.flat(),
         "versions": {"python": platform.python_version(), **_versions(context.decoder)},
+    }
+
+
+def _dataset(text: str) -> dict[str, str]:
+    """Which part of which dataset of the hub a text is, where it is measured on."""
+    return {"path": HUB_TEXTS[text]["path"], "name": HUB_TEXTS[text]["name"], "split": HUB_TEXTS[text]["evaluation"]}
+
+
+def _sizes(context: RunContext, sparsity: float) -> dict[str, int | None]:
+    """Bytes of the dense model as it is stored, of the saved files, and about what these take without their zeros."""
+    out, decoder = context.output, context.decoder
+    parameters = [p for p in context.teacher.model.parameters() if p.is_floating_point()]
+    saved = sum(file.stat().st_size for file in out.path.glob("model*.safetensors"))
+    prunable = [
+        decoder.stored_block(index).get_parameter(matrix.name)
+        for index, matrices in enumerate(decoder.matrices)
+        for matrix in matrices
+    ]
+    zeros = sparsity * sum(p.numel() * p.itemsize for p in prunable)
+    masks = sum(p.numel() for p in prunable) / 8
+    return {
+        "dense": sum(p.numel() * p.itemsize for p in parameters),
+        "saved": saved,
+        "compressed": None if context.config.prune.uniform else round(saved - zeros + masks),
     }
 
 

@@ -29,7 +29,8 @@ from ebft.model.checkpoint import load_config, load_model, load_tokenizer, open_
 from ebft.model.limits import LAYERS, SIZE, check_settings
 from ebft.model.tensors import ModelWeights, ShardedWeights
 from ebft.output.audit import audit
-from ebft.output.card import model_card, one_line
+from ebft.output.card import model_card
+from ebft.output.figures import one_line
 from ebft.output.folder import OutputFolder
 from ebft.output.page import _Section, report_page
 from ebft.plan.planner import make_plan
@@ -194,6 +195,16 @@ def a_summary(name, text):
         "sparsity": 0.6,
         "asked_sparsity": 0.6,
         "whole_model": {"lora": {**whole, "plain_merge": merged}},
+        "source": {"base_model": "a/b", "license": "mit", "tags": ["c"]},
+        "size": {"dense": 2**30, "saved": 2**30, "compressed": 2**29},
+        "datasets": {},
+        "calibration_texts": [text],
+        "continuations": {
+            "prompts": [text],
+            "tokens": 40,
+            "stages": {stage: [f"{text} {name}"] for stage in ("dense", "pruned", "recovered")},
+            "left_out": None,
+        },
         "calibration": {"tokens": 5, "source": text, "windows": "packed"},
         "versions": {"ebft": "0.1.0"},
         "config": {**config, "model": name, "eval": text},
