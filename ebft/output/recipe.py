@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from ebft.config import closest_preset, flag
@@ -33,3 +34,26 @@ def command_again(summary: dict[str, Any]) -> str:
         elif value is not None and value != []:
             words += [flag(name), ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     return shlex.join(map(one_line, words))
+
+
+def next_commands(summary: dict[str, Any], *, finished: bool = True, out: str = "") -> list[tuple[str, str]]:
+    """What most people do next, in words, and the command for it.
+
+    Args:
+        finished: the run is; otherwise the one thing to do is to go on with it.
+        out: how the folder is called (default: its name alone).
+    """
+    if not finished:
+        output = [] if Path(summary["output"]).name == "ebft-output" else ["--output", Path(summary["output"]).name]
+        return [("Go on with this run:", f"{command_again(summary)} {shlex.join([*output, '--resume'])}")]
+    folder = shlex.quote(one_line(out or Path(summary["output"]).name))
+    dense = shlex.quote(one_line(without_folder(summary["model"]) if not out else summary["model"]))
+    commands = [("Compare its text with the dense model's:", f"ebft sample {folder} --against {dense}")]
+    if not summary["config"].get("uniform"):
+        commands.append(("Store it without its zeros:", f"ebft compress {folder} {folder}-compressed"))
+    return [
+        *commands,
+        ("Check that the folder is sound:", f"ebft audit {folder}"),
+        ("Upload it to the hub:", f"ebft push {folder} USER/REPO --private"),
+        ("Make it again:", command_again(summary)),
+    ]
