@@ -79,7 +79,7 @@ def _card_data(summary: dict[str, Any]) -> ModelCardData:
     )
 
 
-def _on_hub(summary: dict[str, Any], text: str) -> tuple[str, dict[str, str]]:
+def _on_hub(summary: dict[str, Any], text: str) -> tuple[str, dict[str, Any]]:
     """The dataset of the hub that a text is a part of, and which part; nothing where there is none."""
     dataset = summary["datasets"].get(text)
     return (

@@ -54,7 +54,7 @@ def figure_of(draw: Callable[[Axes], None]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE)
-    axes = figure.add_axes((0.16, 0.18, 0.8, 0.76))
+    axes = figure.add_axes((0.2, 0.18, 0.76, 0.76))
     axes.spines[["top", "right"]].set_visible(False)
     draw(axes)
     return figure

@@ -25,6 +25,7 @@ from ebft.output.figures import (
     held_out,
     memory,
     number,
+    one_line,
     perplexity_table,
     plain_merge,
     size,
@@ -178,7 +179,7 @@ def _over(draw: Any, blocks: Sequence[dict[str, Any]], *more: Any) -> Any:
 
 
 def _bars(text: str, values: dict[str, float]) -> Chart | None:
-    return perplexity_bars(without_folder(text), values) if len(values) > 1 else None
+    return perplexity_bars(one_line(without_folder(text)), values) if len(values) > 1 else None
 
 
 def _of_blocks(blocks: Sequence[dict[str, Any]]) -> list[Chart]:

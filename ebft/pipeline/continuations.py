@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ebft.config.fields import parse_bytes
-from ebft.evaluation.continuations import TOKENS, CannotContinue, continuations
+from ebft.evaluation.continuations import CannotContinue, continuations
 from ebft.model.decoder import Decoder
 from ebft.model.tensors import Tensors
 from ebft.output.figures import size
@@ -44,16 +44,6 @@ def of_pruned(context: RunContext) -> dict[str, Any]:
 def of_saved(context: RunContext, saved: Decoder) -> dict[str, Any]:
     """The same of the files that the run has saved."""
     return _sampled(context, saved)
-
-
-def for_summary(context: RunContext, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """All of it, as ``ebft_summary.json`` holds it."""
-    return {
-        "prompts": context.prompts,
-        "tokens": TOKENS,
-        "stages": {stage: of["texts"] for stage, of in stages.items() if "texts" in of},
-        "left_out": next((of["left_out"] for of in stages.values() if "left_out" in of), None),
-    }
 
 
 def _sampled(

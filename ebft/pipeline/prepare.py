@@ -30,7 +30,7 @@ from ebft.output.folder import OutputFolder, check_settings_save
 from ebft.output.terminal import Reporter
 from ebft.pipeline.checks import check_ends, check_masks, check_teacher
 from ebft.pipeline.context import Clock, RunContext, are_independent, name_of
-from ebft.pipeline.summary import FUSED_OPS, fingerprint, settings_of
+from ebft.pipeline.summary import FUSED_OPS, fingerprint, settings_of, summarise
 from ebft.pruning.masker import Function, make_masker
 from ebft.pruning.protocol import Criterion
 from ebft.pruning.structured.biases import consumers, with_biases
@@ -106,6 +106,7 @@ def prepare_run(
         whole.check_room(decoder)
     _say_how(context, kernels)
     output.fingerprint = ranks.first(partial(fingerprint, context))
+    output.about = ranks.first(partial(summarise, context))
     clock.lap("load")
     return context
 
@@ -268,7 +269,7 @@ def _write_text(
 ) -> Generated:
     """Text by the dense model, or what an interrupted run has kept of the same; ``load`` gives the model whole."""
     samples, seqlen, seed = config.data.parts[SELF], config.data.seqlen, config.runtime.seed
-    depends_on = [teacher.weights.fingerprint, settings_of(teacher.model), samples, seqlen, seed]
+    depends_on = [teacher.weights.fingerprint, settings_of, summarise(teacher.model), samples, seqlen, seed]
     made_from = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     ids = output.generated(made_from)
     if ids is None:

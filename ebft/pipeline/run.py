@@ -34,12 +34,12 @@ from ebft.model.libraries import quiet
 from ebft.model.tensors import ShardedWeights
 from ebft.output.card import model_card
 from ebft.output.figures import held_out
-from ebft.output.folder import LINES, MASKS, OutputFolder
+from ebft.output.folder import MASKS, OutputFolder
 from ebft.output.page import report_page
-from ebft.output.records import SUMMARY
+from ebft.output.records import LINES, SUMMARY
 from ebft.output.terminal import Reporter
 from ebft.pipeline.context import Clock, RunContext, name_of
-from ebft.pipeline.continuations import for_summary, of_dense, of_pruned, of_saved
+from ebft.pipeline.continuations import of_dense, of_pruned, of_saved
 from ebft.pipeline.memory import HostMemory, begin_peak_memory, peak_memory
 from ebft.pipeline.pace import Pace
 from ebft.pipeline.prepare import prepare_run
@@ -258,8 +258,7 @@ def _run(context: RunContext, given: PreTrainedModel | None, memory: HostMemory)
 
     kept = sum(line["kept_weights"] for line in lines)
     sparsity = 1 - kept / sum(line["prunable_weights"] for line in lines)
-    continued = for_summary(context, texts)
-    summary = summarise(context, sparsity, stages, whole_model, zero_shot, continued, memory.peak())
+    summary = summarise(context, sparsity, stages, whole_model, zero_shot, texts, memory.peak())
 
     def commit() -> list[str]:
         out.write_text("README.md", model_card(summary))

@@ -8,14 +8,16 @@ from ebft.errors import EBFTError
 from ebft.evaluation.continuations import CannotContinue, continuations
 from ebft.model.checkpoint import load_model, load_tokenizer
 from ebft.model.device import choose_device
+from ebft.model.locate import shown
 
 
 def sample_models(
-    models: Sequence[str], prompts: Sequence[str], *, tokens: int, device: str, trust_remote_code: bool = False
+    models: Sequence[str | None], prompts: Sequence[str], *, tokens: int, device: str, trust_remote_code: bool = False
 ) -> list[list[str]]:
-    """What each of ``models`` (hub ids, folders or GGUF files) writes after ``prompts``; one is in memory at a time.
+    """What each of ``models`` writes after ``prompts``; one is in memory at a time.
 
     Args:
+        models: hub ids, folders or GGUF files; None: the default model.
         tokens: after each prompt, at most.
 
     Raises:
@@ -29,6 +31,6 @@ def sample_models(
         try:
             found.append(continuations(model, tokenizer, prompts, tokens))
         except CannotContinue as error:
-            raise EBFTError(f"model {source}: {error}") from None
+            raise EBFTError(f"model {shown(source)}: {error}") from None
         del model
     return found

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ebft.config import ORGANISATION
 from ebft.data.texts import HUB_TEXTS
+from ebft.evaluation.continuations import TOKENS
 from ebft.files import checksum
 from ebft.model.decoder import Decoder
 from ebft.pipeline.context import RunContext
@@ -55,14 +58,20 @@ def settings_of(model: PreTrainedModel) -> str:
 
 def summarise(
     context: RunContext,
-    sparsity: float,
-    stages: dict[str, dict[str, float]],
-    whole_model: dict[str, dict[str, Any]],
-    zero_shot: dict[str, dict[str, float]],
-    continued: dict[str, Any],
-    peak_memory: dict[str, int | None],
+    sparsity: float = 0.0,
+    stages: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+    whole_model: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    zero_shot: Mapping[str, dict[str, float]] = MappingProxyType({}),
+    continued: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    peak_memory: Mapping[str, int | None] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What ``ebft_summary.json`` holds; ``whole_model``: what recoveries of the whole model came to, by name."""
+    """What ``ebft_summary.json`` holds; of a run that begins, without what it comes to.
+
+    Args:
+        stages: ``dense``, ``pruned``, ``recovered``: the perplexity on each text.
+        whole_model: what recoveries of the whole model came to, by name.
+        continued: the text samples of the same stages, or why there are none.
+    """
     config = context.config
     texts = list(config.data.parts) if context.calibration else []
     recovery = "no recovery" if config.recover.method == "none" else f"recovered by {config.recover.method}"
@@ -71,14 +80,20 @@ def summarise(
         "recipe": f"{context.masker.name}, {recovery}",
         "output": str(context.output.final),
         "perplexity": {text: {stage: values[text] for stage, values in stages.items()} for text in context.eval_tokens},
-        "zero_shot": zero_shot,
-        "continuations": continued,
+        "zero_shot": dict(zero_shot),
+        "continuations": {
+            "prompts": context.prompts,
+            "tokens": TOKENS,
+            "stages": {stage: of["texts"] for stage, of in continued.items() if "texts" in of},
+            "left_out": next((of["left_out"] for of in continued.values() if "left_out" in of), None),
+        },
+        "blocks": len(context.decoder),
         "seconds": context.clock.total(),
-        "stage_seconds": context.clock.laps,
-        "peak_memory": peak_memory,
+        "stage_seconds": dict(context.clock.laps),
+        "peak_memory": dict(peak_memory),
         "sparsity": sparsity,
         "asked_sparsity": config.asked_sparsity,
-        "whole_model": whole_model,
+        "whole_model": dict(whole_model),
         "source": context.source,
         "size": _sizes(context, sparsity),
         "datasets": {
