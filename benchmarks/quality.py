@@ -43,7 +43,8 @@ from ebft.output.audit import audit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _ERRORS = ("relative_error_before", "relative_error_after", "relative_held_out_before", "relative_held_out_after")
-NOT_WORK = ("load", "save", "dense_perplexity", "pruned_perplexity", "plain_merge_perplexity", "recovered_perplexity")
+_MEASURED = [f"{stage}_{what}" for stage in ("dense", "pruned", "recovered") for what in ("perplexity", "samples")]
+NOT_WORK = ("load", "save", "plain_merge_perplexity", *_MEASURED)
 
 
 @dataclass(frozen=True)

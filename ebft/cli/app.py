@@ -25,6 +25,9 @@ COMMANDS = {
     "audit": "does a finished folder hold what a run promises?",
     "compress": "store a pruned model without its zeros",
     "eval": "perplexity, divergence from another model, zero-shot tasks of any model",
+    "sample": "let a pruned model, and the dense one beside it, go on from prompts",
+    "report": "make the report page anew, or from an unfinished run",
+    "push": "upload a finished folder to the hub",
     "methods": "the criteria, recoveries, losses and optimizers that there are",
 }
 WITH_SETTINGS = ("run", "plan", "eval")

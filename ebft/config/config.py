@@ -72,6 +72,7 @@ class EBFTConfig:
             "--allocation": [self.prune.allocation],
             "--eval": self.evaluate.texts,
             "--calibration": self.data.parts,
+            "--prompts": [self.evaluate.prompts],
         }
         for said, names in named.items():
             for name in names:
@@ -253,6 +254,20 @@ def preset_settings(name: str, *, uniform: bool = False) -> dict[str, Any]:
     return {**PRESETS[name], **(IF_UNIFORM.get(name, {}) if uniform else {})}
 
 
+def closest_preset(flat: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The preset that flat settings differ from in the fewest places, and the settings in which they do.
+
+    Where things are and how the work is organised does not count.
+    """
+    differing = {}
+    for name in PRESETS:
+        usual = preset_settings(name, uniform=bool(flat.get("uniform")))
+        of_run = {setting: value for setting, value in flat.items() if setting not in ORGANISATION}
+        differing[name] = {n: value for n, value in of_run.items() if not _is_usual(n, value, usual)}
+    closest = min(differing, key=lambda name: len(differing[name]))
+    return closest, differing[closest]
+
+
 def _chosen(prune: Prune, recover: Recover, made: Iterable[Any]) -> Iterator[Any]:
     """The classes of the methods that are chosen, each before those that it uses.
 
@@ -317,7 +332,7 @@ def _of_another(owners: list[Any], parts: Iterable[Any]) -> str:
 def _is_usual(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:
     """Whether a setting has a value that it has where nobody gives one: then it need not have been meant."""
     if name in defaults:
-        usual = [defaults[name]]
+        usual = [defaults[name], [defaults[name]]]  # names separated by commas may be one
     else:
         kinds = [*SECTIONS.values(), *(method.Settings for registry in ALL for method in registry)]
         usual = [f.default for kind in kinds for f in dataclasses.fields(kind) if flat_name(f) == name]

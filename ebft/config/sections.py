@@ -326,6 +326,12 @@ class Evaluate:
         at_least=1,
         needs=_TASKS,
     )
+    prompts: str = setting(
+        "builtin",
+        "prompts that the dense, pruned and recovered model continue in the report: builtin, none, or a text file with "
+        "one on each line",
+        metavar="builtin|none|FILE",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

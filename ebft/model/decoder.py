@@ -162,8 +162,10 @@ class Decoder:
                 return name
         return None
 
-    def whole(self, block_at: Callable[[int], Tensors]) -> PreTrainedModel:
-        """The whole model to work on, with blocks as they were saved: on the device, float32, as ``working_block``."""
+    def whole(self, block_at: Callable[[int], Tensors | None]) -> PreTrainedModel:
+        """The whole model to work on: on the device, float32, as ``working_block``; its blocks as ``block_at`` has them
+        saved, or, where that gives None, the model's own.
+        """
         model = _without_values(self._skeleton)
         for index, name in enumerate(self.names):
             put(model.get_submodule(name), self._read(index, block_at(index)))

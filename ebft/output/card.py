@@ -1,37 +1,33 @@
-"""The model card: README.md of the saved model, where it comes from, its recipe, its figures."""
+"""The model card: README.md of the saved model, where it comes from, its figures, how to use it and make it again."""
 
 from __future__ import annotations
 
 import re
 from math import isfinite
-from pathlib import Path
 from typing import Any
-from unicodedata import category
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from ebft.config import ORGANISATION
 from ebft.output.figures import (
     STAGES,
     held_out,
     metrics_of,
+    one_line,
     perplexity_table,
     plain_merge,
+    size,
+    text_samples,
     without_folder,
     zero_shot_rows,
 )
+from ebft.output.recipe import changed_settings, command_again
 from ebft.registry import recoveries
-
-_NOT_OF_THE_RECIPE = ORGANISATION | {"fused", "device"}
 
 
 def model_card(summary: dict[str, Any]) -> str:
-    """README.md of the saved model: where it comes from, the recipe, the figures."""
-    config = summary["config"]
-    shown = {name: value for name, value in config.items() if value is not None and name not in _NOT_OF_THE_RECIPE}
-    if config["pattern"]:
-        shown.pop("sparsity")
+    """README.md of the saved model."""
+    config, preset = summary["config"], changed_settings(summary)
     headings, figures = perplexity_table(summary)
     names = [] if config["recover"] == "none" else config["recover"].split("+")
     text = _CARD.render(
@@ -42,12 +38,16 @@ def model_card(summary: dict[str, Any]) -> str:
         headings=headings,
         figures=[[without_folder(text), *cells] for text, *cells in figures],
         zero_shot=zero_shot_rows(summary),
-        settings=[[name, without_folder(value)] for name, value in shown.items()],
+        preset=preset[0],
+        settings=preset[1],
+        command=_Code(command_again(summary)),
         tuned=", then ".join(dict.fromkeys(recoveries[name].told for name in names)),
         use=summary["calibration"],
         source=without_folder(summary["calibration"]["source"]) if names else "",
         plain_merge=plain_merge(summary),
         held_out=[(name, told) for name, of in summary["whole_model"].items() if (told := held_out(of))],
+        samples=text_samples(summary),
+        size=size,
     )
     return str(ModelCard(f"---\n{_card_data(summary).to_yaml()}\n---\n\n{text}"))
 
@@ -57,18 +57,35 @@ def _card_data(summary: dict[str, Any]) -> ModelCardData:
     measured = [(text, "perplexity", values[_last(values)]) for text, values in summary["perplexity"].items()]
     measured += [(task, *of) for task, values in summary["zero_shot"].items() for of in metrics_of(values).items()]
     results = [
-        EvalResult("text-generation", name, name, metric, value)
+        EvalResult("text-generation", path or name, name, metric, value, **of_dataset)
         for text, metric, value in measured
+        for path, of_dataset in [_on_hub(summary, text)]
         if isfinite(value) and (name := one_line(without_folder(text)))
     ]
-    of_the_hub = _HUB_ID.fullmatch(summary["model"]) and not Path(summary["model"]).exists()
+    source, texts = summary["source"], summary["datasets"]
+    datasets = [texts[name]["path"] for name in summary["calibration_texts"] if name in texts]
     return ModelCardData(
-        base_model=summary["model"] if of_the_hub else None,
+        base_model=source.get("base_model"),
+        license=source.get("license"),
+        license_name=source.get("license_name"),
+        license_link=source.get("license_link"),
+        language=source.get("language"),
+        datasets=datasets or None,
         model_name=one_line(without_folder(summary["model"])) or "model",
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["sparse", "pruned", "ebft"],
+        tags=[*dict.fromkeys([*source.get("tags", []), "sparse", "pruned", "ebft"])],
         eval_results=results or None,
+    )
+
+
+def _on_hub(summary: dict[str, Any], text: str) -> tuple[str, dict[str, Any]]:
+    """The dataset of the hub that a text is a part of, and which part; nothing where there is none."""
+    dataset = summary["datasets"].get(text)
+    return (
+        (dataset["path"], {"dataset_config": dataset["name"], "dataset_split": dataset["split"]})
+        if dataset
+        else ("", {})
     )
 
 
@@ -77,18 +94,17 @@ def _last(values: dict[str, float]) -> str:
     return [stage for stage in STAGES if stage in values][-1]
 
 
-def one_line(value: Any) -> str:
-    """``value`` as text without line ends and characters that cannot be seen or stored."""
-    return " ".join("".join(" " if category(letter) in _UNSEEN else letter for letter in str(value)).split())
+class _Code(str):
+    """Stands on a line of a fenced block, where nothing is markup."""
 
 
 def markdown(value: Any) -> str:
     """``value`` as a line of Markdown that shows it as it is, wherever it stands: no tag, link, column or emphasis."""
+    if isinstance(value, _Code):
+        return one_line(value)
     return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", one_line(value))
 
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
-_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"}
 _MARKUP = re.compile(r"""[&<>"'`*|~\[\]{}\\$!@#^]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])|:(?=//)""")
 _CARD = Environment(
     finalize=markdown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -96,11 +112,10 @@ _CARD = Environment(
 # {{ name }}, {{ rounded }} sparse
 
 Made by [ebft](https://arxiv.org/abs/2402.12419) {{ summary.versions.ebft }}: {{ summary.recipe }}.
-It loads as any model of transformers does. Of the weights of the matrices inside its blocks {{ share }}
 {% if summary.config.uniform %}
-were taken away, by whole heads and channels.
+Whole heads and channels, {{ share }} of the weights of the matrices inside its blocks, were taken away.
 {% else %}
-are exactly zero; `masks.safetensors` says which.
+Of the weights of the matrices inside its blocks {{ share }} are exactly zero; `masks.safetensors` says which.
 {% endif %}
 {% if tuned %}
 The kept ones were tuned {{ tuned }}, on {{ use.tokens }} tokens of {{ source }} ({{ use.windows }}).
@@ -136,10 +151,57 @@ The kept ones were tuned {{ tuned }}, on {{ use.tokens }} tokens of {{ source }}
 "Won back" is the share of the lost log-perplexity; "recovered" was measured on these files.
 {% endif %}
 
-| setting | value |
-| --- | --- |
-{% for row in settings %}
-|{% for cell in row %} {{ cell }} |{% endfor %}
+Size: {{ size(summary.size.saved) }}, as the dense model's {{ size(summary.size.dense) }}
+{%- if summary.size.compressed %}
+; about {{ size(summary.size.compressed) }} without its zeros (`ebft compress`)
+{%- endif %}
+.
 
+{% if samples %}
+## Text samples
+
+Each model's likeliest tokens ({{ summary.continuations.tokens }} at most), as they come.
+
+{% for prompt, texts in samples %}
+- “{{ prompt }}”
+{% for stage, text in texts %}
+  - {{ stage }}: {{ text or "(nothing)" }}
 {% endfor %}
+{% endfor %}
+
+{% endif %}
+## How to use it
+
+Put the name or the folder of this model in place of `MODEL`. To everything but ebft it is an ordinary dense model.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("MODEL", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("MODEL")
+```
+
+```sh
+vllm serve MODEL                                   # vLLM
+python convert_hf_to_gguf.py MODEL                 # llama.cpp; MODEL is a folder
+{% if not summary.config.uniform %}
+ebft compress MODEL small                          # without its zeros; ebft.load_compressed("small") loads it
+{% endif %}
+```
+
+## How to make it again
+
+```sh
+{{ command }}
+```
+
+{% if settings %}
+It starts from the preset `{{ preset }}`, with other values for:
+
+{% for name, value in settings.items() %}
+- {{ name }}: {{ value }}
+{% endfor %}
+{% else %}
+These are the settings of the preset `{{ preset }}`.
+{% endif %}
 """)

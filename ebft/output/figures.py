@@ -5,8 +5,10 @@ from __future__ import annotations
 from math import isfinite, log
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 STAGES = ("dense", "pruned", "recovered")
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"}
 
 
 def perplexity_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -73,6 +75,23 @@ def held_out(entry: dict[str, Any]) -> str:
     return f"on held-out sequences, nats a token: {said}"
 
 
+def text_samples(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Of every prompt: what each stage's model wrote after it."""
+    of = summary["continuations"]
+    stages = [stage for stage in STAGES if stage in of["stages"]]
+    if not stages:
+        return []
+    return [
+        (prompt, [(stage, of["stages"][stage][place]) for stage in stages])
+        for place, prompt in enumerate(of["prompts"])
+    ]
+
+
+def one_line(value: Any) -> str:
+    """``value`` as text without line ends and characters that cannot be seen or stored."""
+    return " ".join("".join(" " if category(letter) in _UNSEEN else letter for letter in str(value)).split())
+
+
 def number(value: float) -> str:
     """A perplexity for people."""
     return f"{value:.2f}" if value < 1e4 else f"{value:.3g}"
@@ -83,6 +102,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def size(number: int) -> str:
+    """Bytes for people: ``1.20 GiB``, ``257 MiB``."""
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.3g} MiB"
 
 
 def memory(peak: dict[str, int | None]) -> str:

@@ -33,14 +33,24 @@ from ebft.errors import EBFTError, first_line
 from ebft.files import checksum, read_json
 from ebft.model.libraries import quiet
 from ebft.model.tensors import Tensors
-from ebft.output.records import SUMMARY, TEMPORARY, digest_of, finite, sealed, sync, unsealed, write_whole
+from ebft.output.records import (
+    COMMITS,
+    SUMMARY,
+    TEMPORARY,
+    WORKING,
+    digest_of,
+    finite,
+    sealed,
+    sync,
+    unsealed,
+    write_whole,
+)
 from ebft_kernels import PackedMask, load_masks, save_masks
 
-MASKS, LINES = "masks.safetensors", "blocks.jsonl"
-_BLOCKS, _COMMITS, _STREAMS, _TEXT = "blocks", "commits", "streams", "text"  # what only the run itself needs
-_WORKING = ".ebft-working"  # is there from a run's first moment to its last, and says what the run was begun with
+MASKS = "masks.safetensors"
+_BLOCKS, _STREAMS, _TEXT = "blocks", "streams", "text"  # what only the run itself needs, beside COMMITS
 _REPLACED = ".replaced"  # an earlier run's output, for the moment that the new one takes its place
-_OWN = (_STREAMS, _BLOCKS, _COMMITS, _TEXT, _REPLACED, _WORKING)  # in the order that they are removed in
+_OWN = (_STREAMS, _BLOCKS, COMMITS, _TEXT, _REPLACED, WORKING)  # in the order that they are removed in
 
 
 def check_settings_save(called: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -89,6 +99,7 @@ class OutputFolder:
     Attributes:
         fingerprint: what the run depends on, by heading and name; an interrupted one is gone on with only if all of it
             is the same.
+        about: what is to be said of the run before it has ended.
         resumed: whether there was an interrupted run to go on with; known once entered.
         notes: what was found broken, in sentences.
         newest: the recovery of the whole model that ``block`` reads what it has left; none: the walk.
@@ -101,6 +112,7 @@ class OutputFolder:
     def __init__(self, path: str, *, overwrite: bool, made_by: str = SUMMARY, resume: bool = False) -> None:
         self.final, self.path = _followed(path), self.partial(path)
         self.fingerprint: dict[str, dict[str, Any]] = {}
+        self.about: dict[str, Any] = {}
         self.resumed = False
         self.notes: list[str] = []
         self.newest = ""
@@ -111,7 +123,7 @@ class OutputFolder:
         with self.writing():
             if (self.path / _REPLACED).is_dir() and not self.final.exists():  # a commit that was cut short: undo it
                 (self.path / _REPLACED).rename(self.final)
-            if (self.final / _WORKING).is_file() and (self.final / made_by).is_file():  # or finish it
+            if (self.final / WORKING).is_file() and (self.final / made_by).is_file():  # or finish it
                 self._tidy()
             if self.final.exists():
                 ours = self.final.is_dir() and (self.final / made_by).is_file()
@@ -123,7 +135,7 @@ class OutputFolder:
                     raise EBFTError(f"--output {path} holds an earlier run; give --overwrite to replace it")
                 if ours and not self.finished:
                     self._check_strangers()
-            strange = self.path.exists() and not (self.path / _WORKING).is_file()
+            strange = self.path.exists() and not (self.path / WORKING).is_file()
             if self.path.is_symlink() or (strange and {entry.name for entry in self.path.iterdir()} - _NEW):
                 raise EBFTError(f"{self.path} is in the way and no run made it; choose another --output")
 
@@ -136,14 +148,14 @@ class OutputFolder:
     @property
     def finished(self) -> bool:
         """There is nothing to resume because ``OUT`` is done."""
-        return self._resume and (self.final / self._made_by).is_file() and not (self.path / _WORKING).is_file()
+        return self._resume and (self.final / self._made_by).is_file() and not (self.path / WORKING).is_file()
 
     def __enter__(self) -> OutputFolder:
         with self.writing(), contextlib.ExitStack() as opened:
             self._check_strangers()
-            if (self.path / _WORKING).is_file():
+            if (self.path / WORKING).is_file():
                 self._keep_others_out(opened)
-            if self._resume and (self.path / _WORKING).is_file():
+            if self._resume and (self.path / WORKING).is_file():
                 self._check_fingerprint()
                 self.resumed = True
             else:
@@ -177,7 +189,7 @@ class OutputFolder:
         """Keep what a part of the run came to; ``files`` (in this folder) are all written, and belong to it."""
         with self.writing():
             record = {"run": digest_of(self.fingerprint), "content": content, "files": self.checksums(files)}
-            write_whole(self.path / _COMMITS / f"{name}.json", sealed(record))
+            write_whole(self.path / COMMITS / f"{name}.json", sealed(record))
         self._accepted.add(name)
 
     def part(self, name: str, *, alone: bool = False) -> dict[str, Any] | None:
@@ -188,7 +200,7 @@ class OutputFolder:
         if not self.resumed:
             return None
         with self.writing():
-            record, file = None, self.path / _COMMITS / f"{name}.json"
+            record, file = None, self.path / COMMITS / f"{name}.json"
             if file.is_file():
                 record = unsealed(file)
                 broken = None if record else file
@@ -217,7 +229,7 @@ class OutputFolder:
         """Nothing counts that came after the parts that were asked for."""
         self.resumed = False
         with self.writing():
-            for later in (self.path / _COMMITS).glob("*.json"):
+            for later in (self.path / COMMITS).glob("*.json"):
                 if later.stem not in self._accepted:
                     later.unlink()
 
@@ -405,7 +417,7 @@ class OutputFolder:
 
     def _keep_others_out(self, opened: contextlib.ExitStack) -> None:
         """Two runs in one folder would spoil each other's work: refuse, as long as the other one's process lives."""
-        marker = opened.enter_context((self.path / _WORKING).open("rb"))
+        marker = opened.enter_context((self.path / WORKING).open("rb"))
         try:
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -443,7 +455,7 @@ class OutputFolder:
         with contextlib.suppress(ValueError, AttributeError):
             listed = read_json(self.final / self._made_by, self._made_by).get("files")
             if isinstance(listed, list):
-                strangers = [name for name in _files(self.final) if name not in listed and name != _WORKING]
+                strangers = [name for name in _files(self.final) if name not in listed and name != WORKING]
                 if strangers:
                     others = f" and {len(strangers) - 1} others" if len(strangers) > 1 else ""
                     raise EBFTError(
@@ -467,17 +479,17 @@ class OutputFolder:
         """An empty folder that says what the run depends on."""
         self.path.mkdir(parents=True, exist_ok=True)
         for entry in self.path.iterdir():
-            if entry.name != _WORKING:  # this one goes last: without it the folder would not be known as a run's
+            if entry.name != WORKING:  # this one goes last: without it the folder would not be known as a run's
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        write_whole(self.path / _WORKING, sealed({"fingerprint": self.fingerprint}))
-        for folder in (_BLOCKS, _COMMITS):
+        write_whole(self.path / WORKING, sealed({"fingerprint": self.fingerprint, "about": self.about}))
+        for folder in (_BLOCKS, COMMITS):
             (self.path / folder).mkdir()
 
     def _check_fingerprint(self) -> None:
-        begun = unsealed(self.path / _WORKING)
+        begun = unsealed(self.path / WORKING)
         if begun is None:
-            raise EBFTError(f"--resume: {self.path / _WORKING} is broken; without --resume the run starts over")
-        for folder in (_BLOCKS, _COMMITS):
+            raise EBFTError(f"--resume: {self.path / WORKING} is broken; without --resume the run starts over")
+        for folder in (_BLOCKS, COMMITS):
             (self.path / folder).mkdir(exist_ok=True)  # a run may end before it has made them
         before, now = begun["fingerprint"], json.loads(json.dumps(self.fingerprint))
         for heading in sorted(before.keys() | now.keys()):
@@ -494,7 +506,7 @@ class OutputFolder:
         for folder in _OWN[:-1]:
             if (self.final / folder).exists():
                 shutil.rmtree(self.final / folder)
-        (self.final / _WORKING).unlink()
+        (self.final / WORKING).unlink()
 
     def _block_file(self, index: int, by: str = "") -> Path:
         return self.path / _BLOCKS / f"{index:05d}{by and '.' + by}.safetensors"
@@ -541,7 +553,7 @@ def _files(folder: Path) -> list[str]:
 
 def is_kept(partial: Path) -> bool:
     """Whether ``OUT.partial`` holds anything that can be gone on with."""
-    return any(partial.glob(f"{_COMMITS}/*.json"))
+    return any(partial.glob(f"{COMMITS}/*.json"))
 
 
 def _short(value: Any) -> str:
@@ -549,4 +561,4 @@ def _short(value: Any) -> str:
     return f"{text[:12]}…" if len(text) > 40 else text
 
 
-_NEW = {_WORKING + TEMPORARY}  # all there is of a run that ended in its first moment
+_NEW = {WORKING + TEMPORARY}  # all there is of a run that ended in its first moment

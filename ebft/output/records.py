@@ -13,7 +13,9 @@ from typing import Any
 from ebft.errors import EBFTError
 from ebft.files import read_json
 
-SUMMARY = "ebft_summary.json"
+SUMMARY, LINES = "ebft_summary.json", "blocks.jsonl"
+WORKING = ".ebft-working"  # is there from a run's first moment to its last, and says what the run was begun with
+COMMITS = "commits"  # the folder of records of what is finished
 TEMPORARY = ".new"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, cast
 
+from rich.box import ROUNDED
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -82,6 +83,16 @@ class Reporter:
         missed = f" ({asked:.2%} was asked for)" if asked is not None and is_far(asked, got) else ""
         took = f"{duration(summary['seconds'])}, peak memory {memory(summary['peak_memory'])}"
         self.say(f"sparsity {got:.2%}{missed}, {took}, {summary['output']}")
+
+    def samples(self, prompts: list[str], written: dict[str, list[str]]) -> None:
+        """What each of the models has written after each of the prompts, on standard output."""
+        out = Console(file=cast(IO[str], Lasting(sys.stdout)), highlight=False)
+        for place, prompt in enumerate(prompts):
+            table = Table(title=Text(f"“{prompt}”", "bold"), title_justify="left", box=ROUNDED, expand=True)
+            for name in written:
+                table.add_column(Text(name), ratio=1, overflow="fold")
+            table.add_row(*(Text(texts[place].strip("\n") or "(nothing)") for texts in written.values()))
+            out.print(table)
 
     def figures(self, model: str, measured: dict[str, Any]) -> None:
         """What ``ebft eval`` has measured, on standard output."""

@@ -52,13 +52,16 @@ class RunContext:
     """Everything a run works with, checked.
 
     Attributes:
+        source: what the model's own card says of it (``provenance``).
         generated: what of the calibration text the dense model has written.
+        prompts: that the models continue; none where there is no tokenizer.
         ranks: all processes of the run.
         sharing: of these, those that share the calibration sequences: all, or in a block-parallel run this one alone.
     """
 
     config: EBFTConfig
     name: str
+    source: dict[str, Any]
     decoder: Decoder
     teacher: Decoder
     tokenizer: PreTrainedTokenizerBase | None
@@ -69,6 +72,7 @@ class RunContext:
     generated: Generated | None
     eval_tokens: dict[str, Tokens]
     zero_shot: ZeroShot | None
+    prompts: list[str]
     store: Store
     output: OutputFolder
     reporter: Reporter

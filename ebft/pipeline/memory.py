@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
@@ -10,7 +11,7 @@ from threading import Event, Thread
 
 import torch
 
-_STATUS = Path("/proc/self/status")
+_STATUS, _MEMINFO, _CGROUP = Path("/proc/self/status"), Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 _EVERY = 0.05  # seconds; that many looks a second cost a thousandth of a processor
 
 
@@ -23,6 +24,25 @@ def begin_peak_memory(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> int:
     """Bytes: the allocator's peak since ``begin_peak_memory`` on a GPU; on a CPU, the process's peak resident size."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes that this process has now: of the GPU's memory, or resident on the host."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
+    return _in_status("VmRSS") or _peak_resident()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on a GPU, or on the host within its cgroup (elsewhere than on Linux: half of all)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = _number(_MEMINFO, r"MemAvailable:\s+(\d+) kB", 1024)
+    limit, used = (_number(_CGROUP / name, r"(\d+)\n") for name in ("memory.max", "memory.current"))
+    if free is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return free if limit is None or used is None else max(0, min(free, limit - used))
 
 
 class HostMemory:
@@ -59,8 +79,13 @@ def _peak_resident() -> int:
 
 def _in_status(name: str) -> int | None:
     """Bytes that Linux counts under ``name``; None where there is no Linux."""
+    return _number(_STATUS, rf"{name}:\s+(\d+) kB", 1024)
+
+
+def _number(file: Path, pattern: str, unit: int = 1) -> int | None:
+    """The number that a line of ``file`` says, times ``unit``; None where there is no such file or line."""
     try:
-        found = re.search(rf"^{name}:\s+(\d+) kB$", _STATUS.read_text(encoding="ascii", errors="replace"), re.MULTILINE)
+        found = re.search(rf"^{pattern}", file.read_text(encoding="ascii", errors="replace"), re.MULTILINE)
     except OSError:
         return None
-    return 1024 * int(found[1]) if found else None
+    return unit * int(found[1]) if found else None

@@ -17,18 +17,20 @@ from ebft.data.streams import Store
 from ebft.data.texts import SELF, check_hub, check_texts
 from ebft.distributed import Ranks
 from ebft.errors import EBFTError
+from ebft.evaluation.continuations import read_prompts
 from ebft.evaluation.zero_shot import ZeroShot
 from ebft.model.checkpoint import Source, load_config, load_model, load_tokenizer, open_model
 from ebft.model.decoder import Decoder
 from ebft.model.device import choose_device
 from ebft.model.fused import liger_missing
 from ebft.model.lengths import check_lengths
+from ebft.model.provenance import provenance
 from ebft.model.tensors import ModelWeights, check_floats
 from ebft.output.folder import OutputFolder, check_settings_save
 from ebft.output.terminal import Reporter
 from ebft.pipeline.checks import check_ends, check_masks, check_teacher
 from ebft.pipeline.context import Clock, RunContext, are_independent, name_of
-from ebft.pipeline.summary import FUSED_OPS, fingerprint, settings_of
+from ebft.pipeline.summary import FUSED_OPS, fingerprint, settings_of, summarise
 from ebft.pruning.masker import Function, make_masker
 from ebft.pruning.protocol import Criterion
 from ebft.pruning.structured.biases import consumers, with_biases
@@ -55,6 +57,7 @@ def prepare_run(
     source = config.model.source if model is None else model
     device, compute = choose_device(config.runtime.device, config.runtime.dtype)
     kernels = _kernels(config, device)
+    prompts = read_prompts(config.evaluate.prompts)
     masker = make_masker(config, criterion)
     recovery, whole_model = make_recoveries(config)
     _check_before_loading(config, source, text)
@@ -74,6 +77,7 @@ def prepare_run(
     context = RunContext(
         config=config,
         name=name_of(source),
+        source={} if isinstance(source, PreTrainedModel) else provenance(source),
         decoder=decoder,
         teacher=dense,
         tokenizer=tokenizer,
@@ -84,6 +88,7 @@ def prepare_run(
         generated=None,
         eval_tokens=_evaluation(config, tokenizer),
         zero_shot=zero_shot,
+        prompts=prompts if tokenizer else [],
         store=_choose_store(config, device, output, ranks),
         output=output,
         reporter=reporter,
@@ -101,6 +106,7 @@ def prepare_run(
         whole.check_room(decoder)
     _say_how(context, kernels)
     output.fingerprint = ranks.first(partial(fingerprint, context))
+    output.about = ranks.first(partial(summarise, context))
     clock.lap("load")
     return context
 
@@ -263,7 +269,7 @@ def _write_text(
 ) -> Generated:
     """Text by the dense model, or what an interrupted run has kept of the same; ``load`` gives the model whole."""
     samples, seqlen, seed = config.data.parts[SELF], config.data.seqlen, config.runtime.seed
-    depends_on = [teacher.weights.fingerprint, settings_of(teacher.model), samples, seqlen, seed]
+    depends_on = [teacher.weights.fingerprint, settings_of, summarise(teacher.model), samples, seqlen, seed]
     made_from = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     ids = output.generated(made_from)
     if ids is None:

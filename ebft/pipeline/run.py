@@ -35,11 +35,12 @@ from ebft.model.tensors import ShardedWeights
 from ebft.output.card import model_card
 from ebft.output.checkpoint import Checkpoint
 from ebft.output.figures import held_out
-from ebft.output.folder import LINES, MASKS, OutputFolder
+from ebft.output.folder import MASKS, OutputFolder
 from ebft.output.page import report_page
-from ebft.output.records import SUMMARY
+from ebft.output.records import LINES, SUMMARY
 from ebft.output.terminal import Reporter
 from ebft.pipeline.context import Clock, RunContext, name_of
+from ebft.pipeline.continuations import of_dense, of_pruned, of_saved
 from ebft.pipeline.memory import HostMemory, begin_peak_memory, peak_memory
 from ebft.pipeline.pace import Pace
 from ebft.pipeline.prepare import prepare_run
@@ -229,16 +230,18 @@ def _run(context: RunContext, given: PreTrainedModel | None, memory: HostMemory)
     if text := context.generated:
         _stage(context, "generated", lambda: None, partial(out.write_generated, text.tokens.ids, text.made_from))
     dense = _stage(context, "dense_perplexity", partial(_measure_dense, context))
+    texts = _continued(context, "dense", partial(of_dense, context))
     pace = Pace(context)
     if surveyor := context.masker.surveyor:
         surveyor.take(_stage(context, "survey", partial(survey, context, surveyor)))
-    pace.begin_walk(context.clock.laps["dense_perplexity"])
+    pace.begin_walk(sum(context.clock.laps.get(f"dense_{of}", 0.0) for of in ("perplexity", "samples")))
     lines = walk(context, pace)
     stages = {"dense": dense}
     recovers = context.recovery is not None or bool(context.whole_model)
     if recovers:
         pruned = partial(_measure, context, "pruned perplexity", decoder, _pruned(context))
         stages["pruned"] = _stage(context, "pruned_perplexity", pruned)
+        texts |= _continued(context, "pruned", partial(of_pruned, context))
     whole_model = {
         name: _recover_whole(context, name, pace.of_whole(len(context.whole_model) - place))
         for place, name in enumerate(context.whole_model)
@@ -249,13 +252,14 @@ def _run(context: RunContext, given: PreTrainedModel | None, memory: HostMemory)
     _stage(context, "save", lambda: None, partial(_save, context))
     last = "recovered" if recovers else "pruned"  # nothing has come between: the saved files are the pruned model
     stages[last] = _stage(context, f"{last}_perplexity", partial(_measure_saved, context, f"{last} perplexity"))
+    texts |= _continued(context, last, lambda: of_saved(context, _saved(context)))
     zero_shot = (
         _stage(context, "zero_shot", lambda: context.ranks.first(partial(_ask, context))) if context.zero_shot else {}
     )
 
     kept = sum(line["kept_weights"] for line in lines)
     sparsity = 1 - kept / sum(line["prunable_weights"] for line in lines)
-    summary = summarise(context, sparsity, stages, whole_model, zero_shot, memory.peak())
+    summary = summarise(context, sparsity, stages, whole_model, zero_shot, texts, memory.peak())
 
     def commit() -> list[str]:
         out.write_text("README.md", model_card(summary))
@@ -282,6 +286,11 @@ def _stage(context: RunContext, name: str, make: Callable[[], Any], write: Calla
     else:
         context.clock.go_on_from(part["clock"])
     return part["result"]
+
+
+def _continued(context: RunContext, stage: str, sample: Callable[[], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the model of a stage writes, by the stage's name; nothing where there are no prompts."""
+    return {stage: _stage(context, f"{stage}_samples", sample)} if context.prompts else {}
 
 
 # --- after the walk -----------------------------------------------------------------------------------------------
@@ -397,14 +406,20 @@ def _measure_saved(context: RunContext, what: str) -> dict[str, float]:
     """Perplexity of the saved files."""
     if not context.eval_tokens:
         return {}
-    saved, decoder = open_saved(type(context.decoder.model), context.output.path), context.decoder
-    recovered = _measure(context, what, Decoder(saved.model, decoder.device, decoder.compute, weights=saved.weights))
+    recovered = _measure(context, what, _saved(context))
     for text, value in recovered.items():
         if math.isnan(value):
             raise EBFTError(
                 f"the saved model's perplexity on {text} is nan; what was finished is in {context.output.path}"
             )
     return recovered
+
+
+def _saved(context: RunContext) -> Decoder:
+    """The saved files."""
+    decoder = context.decoder
+    saved = open_saved(type(decoder.model), context.output.path)
+    return Decoder(saved.model, decoder.device, decoder.compute, weights=saved.weights)
 
 
 def _ask(context: RunContext) -> dict[str, dict[str, float]]:

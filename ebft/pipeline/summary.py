@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from ebft.config import ORGANISATION
+from ebft.data.texts import HUB_TEXTS
+from ebft.evaluation.continuations import TOKENS
 from ebft.files import checksum
 from ebft.model.decoder import Decoder
 from ebft.pipeline.context import RunContext
@@ -34,6 +38,7 @@ def fingerprint(context: RunContext) -> dict[str, dict[str, Any]]:
             "calibration": calibration.use.sha256 if calibration else None,
             **{name: tokens.use.sha256 for name, tokens in evaluation.items()},
             **(zero_shot.fingerprint() if zero_shot else {}),
+            "prompts": context.prompts,
         },
         "criterion": {
             "name": masker.name,
@@ -53,32 +58,77 @@ def settings_of(model: PreTrainedModel) -> str:
 
 def summarise(
     context: RunContext,
-    sparsity: float,
-    stages: dict[str, dict[str, float]],
-    whole_model: dict[str, dict[str, Any]],
-    zero_shot: dict[str, dict[str, float]],
-    peak_memory: dict[str, int | None],
+    sparsity: float = 0.0,
+    stages: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+    whole_model: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    zero_shot: Mapping[str, dict[str, float]] = MappingProxyType({}),
+    continued: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    peak_memory: Mapping[str, int | None] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What ``ebft_summary.json`` holds; ``whole_model``: what recoveries of the whole model came to, by name."""
+    """What ``ebft_summary.json`` holds; of a run that begins, without what it comes to.
+
+    Args:
+        stages: ``dense``, ``pruned``, ``recovered``: the perplexity on each text.
+        whole_model: what recoveries of the whole model came to, by name.
+        continued: the text samples of the same stages, or why there are none.
+    """
     config = context.config
+    texts = list(config.data.parts) if context.calibration else []
     recovery = "no recovery" if config.recover.method == "none" else f"recovered by {config.recover.method}"
     return {
         "model": context.name,
         "recipe": f"{context.masker.name}, {recovery}",
         "output": str(context.output.final),
         "perplexity": {text: {stage: values[text] for stage, values in stages.items()} for text in context.eval_tokens},
-        "zero_shot": zero_shot,
+        "zero_shot": dict(zero_shot),
+        "continuations": {
+            "prompts": context.prompts,
+            "tokens": TOKENS,
+            "stages": {stage: of["texts"] for stage, of in continued.items() if "texts" in of},
+            "left_out": next((of["left_out"] for of in continued.values() if "left_out" in of), None),
+        },
+        "blocks": len(context.decoder),
         "seconds": context.clock.total(),
-        "stage_seconds": context.clock.laps,
-        "peak_memory": peak_memory,
+        "stage_seconds": dict(context.clock.laps),
+        "peak_memory": dict(peak_memory),
         "sparsity": sparsity,
         "asked_sparsity": config.asked_sparsity,
-        "whole_model": whole_model,
+        "whole_model": dict(whole_model),
+        "source": context.source,
+        "size": _sizes(context, sparsity),
+        "datasets": {
+            text: _dataset(text) for text in dict.fromkeys((*texts, *context.eval_tokens)) if text in HUB_TEXTS
+        },
+        "calibration_texts": texts,
         "calibration": context.calibration.use.to_dict() if context.calibration else None,
         "evaluation": {name: tokens.use.to_dict() for name, tokens in context.eval_tokens.items()},
         "implementations": implementations(context.decoder),
         "config": config.flat(),
         "versions": {"python": platform.python_version(), **_versions(context.decoder)},
+    }
+
+
+def _dataset(text: str) -> dict[str, str]:
+    """Which part of which dataset of the hub a text is, where it is measured on."""
+    return {"path": HUB_TEXTS[text]["path"], "name": HUB_TEXTS[text]["name"], "split": HUB_TEXTS[text]["evaluation"]}
+
+
+def _sizes(context: RunContext, sparsity: float) -> dict[str, int | None]:
+    """Bytes of the dense model as it is stored, of the saved files, and about what these take without their zeros."""
+    out, decoder = context.output, context.decoder
+    parameters = [p for p in context.teacher.model.parameters() if p.is_floating_point()]
+    saved = sum(file.stat().st_size for file in out.path.glob("model*.safetensors"))
+    prunable = [
+        decoder.stored_block(index).get_parameter(matrix.name)
+        for index, matrices in enumerate(decoder.matrices)
+        for matrix in matrices
+    ]
+    zeros = sparsity * sum(p.numel() * p.itemsize for p in prunable)
+    masks = sum(p.numel() for p in prunable) / 8
+    return {
+        "dense": sum(p.numel() * p.itemsize for p in parameters),
+        "saved": saved,
+        "compressed": None if context.config.prune.uniform else round(saved - zeros + masks),
     }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ebft.data.streams import Run, Stream, Streams
 from ebft.errors import EBFTError
 from ebft.model.decoder import Decoder
-from ebft.output.folder import LINES
+from ebft.output.records import LINES
 from ebft.pipeline.context import RunContext
 from ebft.pipeline.memory import begin_peak_memory, peak_memory
 from ebft.pipeline.pace import Pace

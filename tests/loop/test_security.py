@@ -29,9 +29,11 @@ from ebft.model.checkpoint import load_config, load_model, load_tokenizer, open_
 from ebft.model.limits import LAYERS, SIZE, check_settings
 from ebft.model.tensors import ModelWeights, ShardedWeights
 from ebft.output.audit import audit
-from ebft.output.card import model_card, one_line
+from ebft.output.card import model_card
+from ebft.output.charts import Chart
+from ebft.output.figures import one_line
 from ebft.output.folder import OutputFolder
-from ebft.output.page import _Section, report_page
+from ebft.output.page import report_page
 from ebft.plan.planner import make_plan
 from ebft_kernels import PackedMask, load_masks, save_masks
 
@@ -194,6 +196,16 @@ def a_summary(name, text):
         "sparsity": 0.6,
         "asked_sparsity": 0.6,
         "whole_model": {"lora": {**whole, "plain_merge": merged}},
+        "source": {"base_model": "a/b", "license": "mit", "tags": ["c"]},
+        "size": {"dense": 2**30, "saved": 2**30, "compressed": 2**29},
+        "datasets": {},
+        "calibration_texts": [text],
+        "continuations": {
+            "prompts": [text],
+            "tokens": 40,
+            "stages": {stage: [f"{text} {name}"] for stage in ("dense", "pruned", "recovered")},
+            "left_out": None,
+        },
         "calibration": {"tokens": 5, "source": text, "windows": "packed"},
         "versions": {"ebft": "0.1.0"},
         "config": {**config, "model": name, "eval": text},
@@ -245,11 +257,13 @@ def test_a_name_in_a_card_reads_as_given(name):
 @FAST
 @given(name=NAMES, text=NAMES)
 def test_no_name_becomes_markup_in_the_page(name, text):
-    """Curves aside, which hold no name and take matplotlib its time."""
+    """Curves aside, which hold no name of a user's and take matplotlib its time."""
     block = {"name": text, "notes": [text], "block": 0, "losses": [], "relative_error_after": 0.1}
+    block |= {"relative_error_before": 0.2, "seconds": 1.0, "peak_memory_bytes": 1, "sparsity": 0.5}
     block |= {"matrices": {"a": 0.5}}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("ebft.output.page._section", lambda title, note, draw: _Section(title, note, "<svg></svg>"))
+        patched.setattr("ebft.output.page.chart", lambda title, note, draw: Chart(title, note, "<svg></svg>"))
+        patched.setattr("ebft.output.page.perplexity_bars", lambda text, values: Chart(text, "", "<svg></svg>"))
         page, plain = (Tags(report_page(a_summary(*names), [block])) for names in ((name, text), ("a", "b")))
     assert page.tags == plain.tags
 
