@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,35 @@ def model_card(summary: dict[str, Any]) -> str:
     return str(ModelCard(f"---\n{_card_data(summary).to_yaml()}\n---\n\n{text}"))
 
 
+def compressed_card(source: str, layers: Mapping[str, Mapping[str, Any]], summary: Mapping[str, int]) -> str:
+    """README.md of a compressed folder: what it is, how it is loaded, how small it is.
+
+    Args:
+        layers: as in the index (docs/layouts.md).
+        summary: ``dense_bytes`` and ``bytes`` of these layers.
+    """
+    places = sum(layer["in_features"] * layer["out_features"] for layer in layers.values())
+    text = _COMPRESSED.render(
+        name=without_folder(source),
+        share=f"{1 - sum(layer['kept'] for layer in layers.values()) / max(1, places):.0%}",
+        before=f"{summary['dense_bytes'] / 2**20:.1f}",
+        after=f"{summary['bytes'] / 2**20:.1f}",
+        values=", ".join(sorted({layer["values"] for layer in layers.values()} - {"dense"})) or "dense",
+    )
+    data = ModelCardData(
+        base_model=_on_the_hub(source),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["sparse", "pruned", "compressed", "ebft"],
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def _on_the_hub(model: str) -> str | None:
+    """``model``, where it is the name of one on the hub."""
+    return model if _HUB_ID.fullmatch(model) and not Path(model).exists() else None
+
+
 def _card_data(summary: dict[str, Any]) -> ModelCardData:
     """What the hub reads of the card."""
     measured = [(text, "perplexity", values[_last(values)]) for text, values in summary["perplexity"].items()]
@@ -61,9 +91,8 @@ def _card_data(summary: dict[str, Any]) -> ModelCardData:
         for text, metric, value in measured
         if isfinite(value) and (name := one_line(without_folder(text)))
     ]
-    of_the_hub = _HUB_ID.fullmatch(summary["model"]) and not Path(summary["model"]).exists()
     return ModelCardData(
-        base_model=summary["model"] if of_the_hub else None,
+        base_model=_on_the_hub(summary["model"]),
         model_name=one_line(without_folder(summary["model"])) or "model",
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -90,9 +119,26 @@ def markdown(value: Any) -> str:
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"}
 _MARKUP = re.compile(r"""[&<>"'`*|~\[\]{}\\$!@#^]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])|:(?=//)""")
-_CARD = Environment(
+_CARDS = Environment(
     finalize=markdown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-).from_string("""\
+)
+_COMPRESSED = _CARDS.from_string("""\
+# {{ name }}, {{ share }} sparse, compressed
+
+Compressed by [ebft](https://arxiv.org/abs/2402.12419): of the weights of the linear layers inside its blocks only the
+survivors ({{ values }}) and one bit a place are stored, {{ after }} MiB in place of {{ before }} MiB.
+It needs `pip install ebft`:
+
+```python
+import ebft  # teaches transformers to load it
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder, or its name on the hub", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("this folder, or its name on the hub")
+dense = ebft.to_dense(model)  # an ordinary model again, with the zeros in it
+```
+""")
+_CARD = _CARDS.from_string("""\
 # {{ name }}, {{ rounded }} sparse
 
 Made by [ebft](https://arxiv.org/abs/2402.12419) {{ summary.versions.ebft }}: {{ summary.recipe }}.
