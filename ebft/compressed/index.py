@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ebft.compressed.quantizer import FORMAT
 from ebft.errors import EBFTError, first_line
 from ebft.files import ordinary
+from ebft.model.tensors import renamed
 from ebft.pruning.structured.narrow import HEAD_COUNTS
 from ebft_kernels import CompressedLinear
 
@@ -143,8 +144,10 @@ def check_files(model: PreTrainedModel, files: Iterable[Path], layers: Mapping[s
     stored: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
     files = list(files)
     for file in files:
-        for name, (dtype, shape) in header(file).items():
-            stored[name] = (file, dtype, shape)
+        entries = header(file)
+        for key, name, pattern in renamed(model, entries):
+            if pattern is None:  # or else it is a part of a parameter, as an expert's matrix is
+                stored[name] = (file, *entries[key])
     folder, expected = files[0].parent, model.state_dict()
     for name, layer in layers.items():
         for part in ("bitmap", "values", *(["scales"] if layer["values"] == "int8" else []), "bias"):
@@ -154,7 +157,7 @@ def check_files(model: PreTrainedModel, files: Iterable[Path], layers: Mapping[s
     for name, (file, dtype, shape) in stored.items():
         wanted = expected.get(name)
         if wanted is None:
-            continue  # transformers has names of its own for it, or says that it has no use for it
+            continue  # transformers says of it that it has no use for it
         layer_name, _, part = name.rpartition(".")
         dtypes: tuple[torch.dtype | None, ...] = _FLOATS if wanted.is_floating_point() else (wanted.dtype,)
         if part == "values" and layer_name in layers:
@@ -198,7 +201,7 @@ def try_out(model: PreTrainedModel, where: Path) -> None:
     """Widths that no configuration says may not fit each other: two tokens tell."""
     try:
         with torch.no_grad():
-            model(torch.zeros(1, 2, dtype=torch.long, device=model.device))
+            model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     except (RuntimeError, ValueError, IndexError) as error:
         raise EBFTError(f"{where} is damaged: its layers do not fit each other ({first_line(error)})") from None
 

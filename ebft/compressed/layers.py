@@ -119,12 +119,12 @@ def save_compressed(source: str, output: str, *, values: str | None = None, over
     """
     folder = OutputFolder(output, overwrite=overwrite, made_by=SUMMARY)
     model, tokenizer = load_model(source), load_tokenizer(source)
-    dense = {name: module.weight.nbytes for name, module in model.named_modules() if hasattr(module, "weight")}
+    dense = {name: parameter.nbytes for name, parameter in model.named_parameters()}
     heads = narrow_(model)
     layers = compress_model(model, values, heads)
     small = [model.get_submodule(name) for name in layers]
     summary = {
-        "dense_bytes": sum(dense[name] for name in layers),
+        "dense_bytes": sum(dense[f"{name}.weight"] for name in layers),
         "bytes": sum(m.nbytes() if isinstance(m, CompressedLinear) else m.weight.nbytes for m in small),
     }
     left = [name for name, of in layers.items() if of["values"] == "dense" and of["kept"] < _places(of)]
