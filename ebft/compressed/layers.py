@@ -150,14 +150,7 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
     """
     folder = Path(folder).expanduser()
     where = folder / CONFIG_NAME
-    try:
-        said = read_json(where, str(where))
-    except (OSError, ValueError) as error:
-        raise EBFTError(f"{folder} is no compressed model: {on_one_line(error)}") from None
-    index = said.get("quantization_config") if isinstance(said, dict) else None
-    if not isinstance(index, dict) or index.get("quant_method") != METHOD:
-        raise EBFTError(f"{folder} is no compressed model: its {CONFIG_NAME} has no quantization_config of {METHOD}")
-    check_index(index, str(where))
+    check_index(_index_of(folder), str(where))
     config = load_config(str(folder))
     files = files_of(str(folder), SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     if getattr(config.get_text_config(), "num_hidden_layers", 0) > sum(len(header(file)) for file in files):
@@ -173,6 +166,26 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
         if names := report[f"{kind}_keys"]:
             raise EBFTError(f"{folder} does not fit its {CONFIG_NAME}: {min(names)} {said_of_it}")
     return model.eval()
+
+
+def is_compressed(source: str | Path) -> bool:
+    """Whether ``source`` is a compressed folder, by its config.json."""
+    try:
+        return bool(_index_of(Path(source).expanduser()))
+    except EBFTError:
+        return False
+
+
+def _index_of(folder: Path) -> dict[str, Any]:
+    where = folder / CONFIG_NAME
+    try:
+        said = read_json(where, str(where))
+    except (OSError, ValueError) as error:
+        raise EBFTError(f"{folder} is no compressed model: {on_one_line(error)}") from None
+    index = said.get("quantization_config") if isinstance(said, dict) else None
+    if not isinstance(index, dict) or index.get("quant_method") != METHOD:
+        raise EBFTError(f"{folder} is no compressed model: its {CONFIG_NAME} has no quantization_config of {METHOD}")
+    return index
 
 
 def _ordinary(layer: CompressedLinear, kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
