@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ from ebft.pruning.structured.narrow import narrow_
 from ebft_kernels import CompressedLinear
 
 SUMMARY = "compressed.json"
+M = TypeVar("M", bound=nn.Module)
 
 
 def compress_model(
@@ -80,29 +81,35 @@ def compress_model(
     return layers
 
 
-def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+def to_dense(model: M) -> M:
     """Make a compressed model an ordinary one again, in place: its layers have weights, with the zeros in them.
 
-    Whatever works on dense models works on it: merging adapters, other quantizers, export, ``save_pretrained``. 8-bit
+    Whatever works on dense models works on it: merging adapters, other quantizers, ``save_pretrained``. 8-bit
     survivors keep the values that they were rounded to. A model from which heads or channels were cut out stays narrow,
     and what ``save_pretrained`` writes of it needs ``import ebft`` still.
+
+    Args:
+        model: a model of transformers, or peft's around it.
 
     Returns:
         the same model.
     """
-    config = copy.deepcopy(model.config)
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's, around it
+    config = copy.deepcopy(inner.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        full = type(model)(config)
-    for name, module in list(model.named_modules()):
+        full = type(inner)(config)
+    for name, module in list(inner.named_modules()):
         if isinstance(module, CompressedLinear):
-            replace(model, name, _ordinary(module, type(full.get_submodule(name)), model.dtype))
+            own = full.get_submodule(name.replace(".base_layer", ""))
+            replace(inner, name, _ordinary(module, type(own), inner.dtype))
     shapes = {name: parameter.shape for name, parameter in full.named_parameters()}
-    narrow = any(parameter.shape != shapes.get(name, parameter.shape) for name, parameter in model.named_parameters())
-    quantizer = getattr(model, "hf_quantizer", None)
+    named = ((name.replace(".base_layer", ""), parameter.shape) for name, parameter in inner.named_parameters())
+    narrow = any(shape != shapes.get(name, shape) for name, shape in named)
+    quantizer = getattr(inner, "hf_quantizer", None)
     if quantizer is not None and not narrow:
-        quantizer.remove_quantization_config(model)
+        quantizer.remove_quantization_config(inner)
     return model
 
 

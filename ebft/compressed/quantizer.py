@@ -101,10 +101,12 @@ class CompressedQuantizer(HfQuantizer):
             try_out(model, where / "config.json")
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """What ``save_pretrained`` writes: the layers as they are now, with the marker (``index.marker``)."""
         from ebft.compressed.index import described, marker
 
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # adapters alone are saved
         layers = self.quantization_config.layers
         layers.update({name: described(model.get_submodule(name)) for name in layers})
         mark = marker(layers)
@@ -113,7 +115,8 @@ class CompressedQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         from ebft.compressed.layers import to_dense
 
-        return to_dense(model)
+        dense: PreTrainedModel = to_dense(model)
+        return dense
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes a folder that loads again."""

@@ -110,14 +110,16 @@ def test_registering_waits_for_the_import(tmp_path, monkeypatch):
     (tmp_path / "ebft_test_table.py").write_text("table = ['theirs']")
     entered = []
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registering, "QUANTIZERS", "ebft_test_table")
-    monkeypatch.setattr(registering, "_register", lambda: entered.append(list(sys.modules["ebft_test_table"].table)))
+    monkeypatch.setattr(registering, "WAITED_FOR", {"ebft_test_table": "ours"})
+    monkeypatch.setattr(
+        registering, "_register", lambda ours: entered.append([ours, *sys.modules["ebft_test_table"].table])
+    )
     finders = list(sys.meta_path)
     registering.register_when_imported()
     registering.register_when_imported()
     assert (len(sys.meta_path), entered) == (len(finders) + 1, [])
     importlib.import_module("ebft_test_table")
-    assert entered == [["theirs"]]  # after the module has run
+    assert entered == [["ours", "theirs"]]  # after the module has run
     assert sys.meta_path == finders
     registering.register_when_imported()
     assert len(entered) == 2
