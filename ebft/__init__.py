@@ -12,6 +12,7 @@ from ebft.version import __version__
 if TYPE_CHECKING:
     from ebft.compressed.layers import compress_model, load_compressed, to_dense
     from ebft.config import Data, EBFTConfig, Evaluate, Model, Output, Prune, Recover, Runtime
+    from ebft.export.semi_structured import to_semi_structured
     from ebft.pipeline.run import RunResult, run_ebft
     from ebft.recovery.ebft.reconstruct import BlockReconstructor
     from ebft.recovery.task import BlockResult
@@ -22,6 +23,7 @@ _WHERE = {
     "BlockResult": "ebft.recovery.task",
     "RunResult": "ebft.pipeline.run",
     "run_ebft": "ebft.pipeline.run",
+    "to_semi_structured": "ebft.export.semi_structured",
     **dict.fromkeys(("compress_model", "load_compressed", "to_dense"), "ebft.compressed.layers"),
     **dict.fromkeys(
         ("Data", "EBFTConfig", "Evaluate", "Model", "Output", "Prune", "Recover", "Runtime"), "ebft.config"
@@ -46,6 +48,7 @@ __all__ = [
     "load_compressed",
     "run_ebft",
     "to_dense",
+    "to_semi_structured",
 ]
 
 register_when_imported()  # with transformers, whenever that is imported

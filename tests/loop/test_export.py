@@ -3,12 +3,16 @@
 import pytest
 import torch
 from conftest import random_model
+from torch.sparse import SparseSemiStructuredTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import ebft
 from ebft.cli.app import main
 from ebft.compressed.layers import save_compressed
+from ebft.errors import EBFTError
 from ebft.model.decoder import find_blocks
 from ebft.model.matrices import find_matrices
+from ebft_kernels import PackedMask
 
 IDS = torch.arange(12)[None]
 TEXT = "It was a dark and stormy night, in 1234 — née so."
@@ -108,6 +112,51 @@ def test_what_cannot_be_exported_is_said(arguments, says, made, tmp_path, capsys
     assert said.startswith("ebft: ")
     assert says in said
     assert {file.name for file in tmp_path.iterdir()} == {"dense"}
+
+
+# --- semi-structured weights --------------------------------------------------------------------------------------
+
+
+def two_of_four():
+    """A Llama whose MLPs are 2:4, its attention half pruned without a pattern."""
+    model = random_model("llama", hidden_size=64, intermediate_size=128, head_dim=16).bfloat16()
+    for block in model.model.layers:
+        for matrix in find_matrices(block):
+            weight = block.get_parameter(matrix.name).data
+            if matrix.name.startswith("mlp"):
+                weight.copy_(PackedMask.from_scores(weight.abs(), 2, 4).dense() * weight)
+            else:
+                weight[:, : weight.shape[1] // 2] = 0
+    return model
+
+
+def test_two_of_four_in_torchs_own_layout(monkeypatch):
+    """What stands for torch's kernels on a CPU, where there are none, is its conversion to and fro."""
+    monkeypatch.setattr(SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)
+    monkeypatch.setattr(SparseSemiStructuredTensor, "_validate_device_dim_dtype_shape", lambda *given: None)
+    monkeypatch.setattr("torch.Tensor.is_cuda", True)
+    model = two_of_four()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    turned = ebft.to_semi_structured(model)
+    assert turned == [f"model.layers.{block}.mlp.{name}_proj" for block in range(3) for name in ("gate", "up", "down")]
+    for name in turned:
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, SparseSemiStructuredTensor)
+        assert torch.equal(weight.to_dense(), before[f"{name}.weight"])
+
+
+def test_semi_structured_weights_need_a_gpu():
+    with pytest.raises(EBFTError, match=r"is torch\.bfloat16 on cpu; expected float16 or bfloat16 on a CUDA device"):
+        ebft.to_semi_structured(two_of_four())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_semi_structured_products_on_a_gpu():
+    model = two_of_four().cuda()
+    with torch.no_grad():
+        expected = model(IDS.cuda()).logits
+        ebft.to_semi_structured(model)
+        torch.testing.assert_close(model(IDS.cuda()).logits, expected, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.slow
