@@ -5,12 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ebft.compressed.registering import register_when_imported
 from ebft.errors import EBFTError
 from ebft.version import __version__
 
 if TYPE_CHECKING:
-    from ebft.compressed.layers import load_compressed
+    from ebft.compressed.layers import compress_model, load_compressed, to_dense
     from ebft.config import Data, EBFTConfig, Evaluate, Model, Output, Prune, Recover, Runtime
+    from ebft.export.semi_structured import to_semi_structured
     from ebft.pipeline.run import RunResult, run_ebft
     from ebft.recovery.ebft.reconstruct import BlockReconstructor
     from ebft.recovery.task import BlockResult
@@ -20,8 +22,9 @@ _WHERE = {
     "BlockReconstructor": "ebft.recovery.ebft.reconstruct",
     "BlockResult": "ebft.recovery.task",
     "RunResult": "ebft.pipeline.run",
-    "load_compressed": "ebft.compressed.layers",
     "run_ebft": "ebft.pipeline.run",
+    "to_semi_structured": "ebft.export.semi_structured",
+    **dict.fromkeys(("compress_model", "load_compressed", "to_dense"), "ebft.compressed.layers"),
     **dict.fromkeys(
         ("Data", "EBFTConfig", "Evaluate", "Model", "Output", "Prune", "Recover", "Runtime"), "ebft.config"
     ),
@@ -41,9 +44,14 @@ __all__ = [
     "RunResult",
     "Runtime",
     "__version__",
+    "compress_model",
     "load_compressed",
     "run_ebft",
+    "to_dense",
+    "to_semi_structured",
 ]
+
+register_when_imported()  # with transformers, whenever that is imported
 
 
 def __getattr__(name: str) -> Any:

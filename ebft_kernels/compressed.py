@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ebft_kernels import reference
 from ebft_kernels.functional import is_transformed
@@ -21,7 +22,7 @@ class CompressedLinear(nn.Module):
 
     The state dict holds ``bitmap`` (int32 words, docs/layouts.md), ``values`` (1-D, row by row), ``scales`` with 8-bit
     values, and ``bias``. Up to 16 rows of x a fused kernel expands the weight in registers; above, it is expanded once
-    for the call. Gradients flow to x and bias, not to the values.
+    for the call, and again for the gradient. Gradients flow to x and bias, not to the values.
 
     Args:
         in_features, out_features: K and N.
@@ -140,6 +141,11 @@ class CompressedLinear(nn.Module):
         """Which weights survive."""
         return PackedMask(self.bitmap, torch.Size((self.out_features, self.in_features)))
 
+    @property
+    def qweight(self) -> Tensor:
+        """``values``, by the name under which peft looks for the device of a layer without a weight."""
+        return self.values
+
     def dense(self) -> Tensor:
         """The weight (N, K) with its zeros; float32 from 8-bit values."""
         return _OPS.decompress(self.bitmap, self.values, self.row_offsets, self._float_scales(), self.in_features)
@@ -162,7 +168,11 @@ class CompressedLinear(nn.Module):
                 x, self.bitmap, self.values, self.row_offsets, self._float_scales(), self.bias, self.in_features
             )
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.dense().to(x.dtype), bias)
+        plain = is_transformed() or torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        if plain or not (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return nn.functional.linear(x, self.dense().to(x.dtype), bias)
+        expanded: Tensor = _Expanded.apply(x, bias, self)
+        return expanded
 
     def nbytes(self) -> int:
         """Bytes of bitmap, values and scales, and of the row offsets."""
@@ -189,3 +199,21 @@ class CompressedLinear(nn.Module):
             self.index_()
         except ValueError as error:
             errors.append(f"{prefix.rstrip('.') or 'the layer'}: {error}")
+
+
+class _Expanded(torch.autograd.Function):
+    """``F.linear`` with the expanded weight, of which nothing is kept until the backward pass expands it anew.
+
+    Whoever trains adapters beside frozen layers would otherwise hold the dense weights of all of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: CompressedLinear) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return nn.functional.linear(x, layer.dense().to(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        dx = (dy @ ctx.layer.dense().to(dy.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return dx, dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None

@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": "what a run would need, in memory and time; nothing is loaded",
     "audit": "does a finished folder hold what a run promises?",
     "compress": "store a pruned model without its zeros",
+    "export": "write a pruned or compressed model in the format of another program",
     "eval": "perplexity, divergence from another model, zero-shot tasks of any model",
     "sample": "let a pruned model, and the dense one beside it, go on from prompts",
     "report": "make the report page anew, or from an unfinished run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
@@ -32,4 +33,11 @@ def compress(
         f"{len(saved['layers'])} layers: {dense:.1f} MiB of weights in {small:.1f} MiB "
         f"({small / max(dense, 1e-9):.2f}); load it with ebft.load_compressed({output!r})"
     )
+    if left := saved["left"]:
+        print(f"{len(left)} stay dense, because other modules read their weights: {', '.join(_kinds(left))}")
     return 0
+
+
+def _kinds(names: list[str]) -> list[str]:
+    """Names without the numbers of blocks and experts, each once."""
+    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))

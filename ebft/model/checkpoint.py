@@ -93,8 +93,7 @@ def open_model(
             raise NotStreamable("it is a GGUF file")
         config = load_config(source, trust_remote_code=trust_remote_code)
         refuse_adapters(source, where["pretrained_model_name_or_path"])
-        if getattr(config, "quantization_config", None) is not None:
-            raise _quantised(source)
+        _refuse_quantised(source, config)
 
         def skeleton(dtype: torch.dtype) -> PreTrainedModel:
             # A configuration without a dtype takes that of the weights, as from_pretrained(dtype="auto") does.
@@ -150,7 +149,7 @@ def load_model(
     refuse_adapters(source, where["pretrained_model_name_or_path"])
     unpickled: dict[str, Tensor] = {}
     if "gguf_file" not in where:
-        load_config(source, trust_remote_code=trust_remote_code)
+        _refuse_quantised(source, load_config(source, trust_remote_code=trust_remote_code))
         unpickled = pickled(where["pretrained_model_name_or_path"])
     with by_libraries(source):
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -158,8 +157,6 @@ def load_model(
         )
         if "gguf_file" in where:
             model = _plain_copy(model)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise _quantised(source)
     if report["missing_keys"]:
         raise _lacks(source, report["missing_keys"], report["unexpected_keys"])
     _check_unused(source, meant_to_be_used(model, sorted(report["unexpected_keys"])), ignore_unused, say)
@@ -291,8 +288,16 @@ def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     return fresh
 
 
-def _quantised(source: str | None) -> EBFTError:
-    return EBFTError(f"model {shown(source)} is quantised; expected float weights")
+def _refuse_quantised(source: str | None, config: Any) -> None:
+    """``EBFTError`` if the configuration says that weights are stored as something else."""
+    said = getattr(config, "quantization_config", None)
+    if isinstance(said, Mapping) and said.get("quant_method") == "ebft":
+        raise EBFTError(
+            f"model {shown(source)} is compressed; expected float weights "
+            "(ebft.to_dense(ebft.load_compressed(…)).save_pretrained(…) writes them)"
+        )
+    if said is not None:
+        raise EBFTError(f"model {shown(source)} is quantised; expected float weights")
 
 
 def _lacks(source: str | None, missing: Collection[str], stored: Iterable[str]) -> EBFTError:

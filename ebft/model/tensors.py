@@ -14,7 +14,7 @@ import ctypes
 import mmap
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -339,15 +340,11 @@ class _Group:
 def _groups(model: PreTrainedModel, tensors: Tensors) -> dict[str, _Group]:
     """Which tensors of the checkpoint make which parameter or buffer of ``model``, by the names of the latter."""
     transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    wanted, prefix = model.state_dict(), model.base_model_prefix
+    wanted = model.state_dict()
     groups: dict[str, _Group] = {}
-    for key in tensors.names():
-        name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
-        if name not in wanted and key in wanted:  # a name that only looks as if it had to be changed
-            name, pattern = key, None
+    for key, name, pattern in renamed(model, tensors.names(), transforms):
         if name in wanted:
             converter = None if pattern is None else by_pattern[pattern]
             group = groups.setdefault(name, _Group(name, converter))
@@ -365,6 +362,25 @@ def _groups(model: PreTrainedModel, tensors: Tensors) -> dict[str, _Group]:
     if strange:
         raise NotStreamable(f"transformers makes {min(strange)} of it, which the model does not have")
     return made_by
+
+
+def renamed(
+    model: PreTrainedModel, keys: Iterable[str], transforms: Sequence[WeightTransform] | None = None
+) -> Iterator[tuple[str, str, str | None]]:
+    """Names in a checkpoint, those in ``model`` that transformers makes of them, and what of a converter matched.
+
+    Args:
+        transforms: ``get_model_conversion_mapping(model)``.
+    """
+    transforms = get_model_conversion_mapping(model) if transforms is None else transforms
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    wanted = model.state_dict()
+    for key in keys:
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
+        if name not in wanted and key in wanted:  # a name that only looks as if it had to be changed
+            name, pattern = key, None
+        yield key, name, pattern
 
 
 def check_floats(weights: Mapping[str, Tensor]) -> None:

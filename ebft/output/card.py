@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from ebft.model.provenance import is_hub_id
 from ebft.output.figures import (
     STAGES,
     held_out,
@@ -50,6 +52,30 @@ def model_card(summary: dict[str, Any]) -> str:
         size=size,
     )
     return str(ModelCard(f"---\n{_card_data(summary).to_yaml()}\n---\n\n{text}"))
+
+
+def compressed_card(source: str, layers: Mapping[str, Mapping[str, Any]], summary: Mapping[str, int]) -> str:
+    """README.md of a compressed folder: what it is, how it is loaded, how small it is.
+
+    Args:
+        layers: as in the index (docs/layouts.md).
+        summary: ``dense_bytes`` and ``bytes`` of these layers.
+    """
+    places = sum(layer["in_features"] * layer["out_features"] for layer in layers.values())
+    text = _COMPRESSED.render(
+        name=without_folder(source),
+        share=f"{1 - sum(layer['kept'] for layer in layers.values()) / max(1, places):.0%}",
+        before=f"{summary['dense_bytes'] / 2**20:.1f}",
+        after=f"{summary['bytes'] / 2**20:.1f}",
+        values=", ".join(sorted({layer["values"] for layer in layers.values()} - {"dense"})) or "dense",
+    )
+    data = ModelCardData(
+        base_model=source if is_hub_id(source) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["sparse", "pruned", "compressed", "ebft"],
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
 
 
 def _card_data(summary: dict[str, Any]) -> ModelCardData:
@@ -106,9 +132,26 @@ def markdown(value: Any) -> str:
 
 
 _MARKUP = re.compile(r"""[&<>"'`*|~\[\]{}\\$!@#^]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])|:(?=//)""")
-_CARD = Environment(
+_CARDS = Environment(
     finalize=markdown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-).from_string("""\
+)
+_COMPRESSED = _CARDS.from_string("""\
+# {{ name }}, {{ share }} sparse, compressed
+
+Compressed by [ebft](https://arxiv.org/abs/2402.12419): of the weights of the linear layers inside its blocks only the
+survivors ({{ values }}) and one bit a place are stored, {{ after }} MiB in place of {{ before }} MiB.
+It needs `pip install ebft`:
+
+```python
+import ebft  # teaches transformers to load it
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder, or its name on the hub", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("this folder, or its name on the hub")
+dense = ebft.to_dense(model)  # an ordinary model again, with the zeros in it
+```
+""")
+_CARD = _CARDS.from_string("""\
 # {{ name }}, {{ rounded }} sparse
 
 Made by [ebft](https://arxiv.org/abs/2402.12419) {{ summary.versions.ebft }}: {{ summary.recipe }}.

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from ebft.compressed.layers import is_compressed, load_compressed, to_dense
 from ebft.config import EBFTConfig
 from ebft.data.calibration import evaluation_tokens
 from ebft.errors import EBFTError
 from ebft.evaluation.divergence import divergences
 from ebft.evaluation.perplexity import perplexities
 from ebft.evaluation.zero_shot import ZeroShot
-from ebft.model.checkpoint import load_model, load_tokenizer, open_model
+from ebft.model.checkpoint import Source, load_model, load_tokenizer, open_model
 from ebft.model.decoder import Decoder
 from ebft.model.device import choose_device
 from ebft.model.lengths import check_lengths
+from ebft.model.tensors import ModelWeights
 from ebft.output.terminal import Reporter
 
 
@@ -41,7 +43,7 @@ def evaluate_model(config: EBFTConfig, against: str | None, reporter: Reporter) 
     }
 
     def decoder(source: str | None) -> Decoder:
-        opened = open_model(source, trust_remote_code=trust, say=reporter.say)
+        opened = _expanded(source) or open_model(source, trust_remote_code=trust, say=reporter.say)
         check_lengths(config, opened.model.config)
         return Decoder(opened.model, device, compute, weights=opened.weights)
 
@@ -59,6 +61,15 @@ def evaluate_model(config: EBFTConfig, against: str | None, reporter: Reporter) 
             found = divergences(model, other, windows, on_block=advance)
         figures["divergence"] = {text: asdict(of_text) for text, of_text in found.items()}
     if asked is not None:
-        whole = load_model(config.model.source, trust_remote_code=trust)
+        expanded = _expanded(config.model.source)
+        whole = expanded.model if expanded else load_model(config.model.source, trust_remote_code=trust)
         figures["zero_shot"] = asked.measure(whole, tokenizer, device)
     return figures
+
+
+def _expanded(source: str | None) -> Source | None:
+    """What a compressed folder holds, with the zeros and as its survivors were rounded; None for any other model."""
+    if source is None or not is_compressed(source):
+        return None
+    model = to_dense(load_compressed(source))
+    return Source(model, ModelWeights(model))

@@ -332,16 +332,25 @@ def _layers(**changes: Any) -> Callable[[Path, Trap], None]:
     """The first layer is said to be another."""
 
     def make(folder: Path, trap: Trap) -> None:
-        index = json.loads((folder / "compressed.json").read_text())
-        first = next(iter(index["layers"].values()))
+        config = json.loads((folder / "config.json").read_text())
+        first = next(iter(config["quantization_config"]["layers"].values()))
         first.update(changes)
-        (folder / "compressed.json").write_text(json.dumps(index))
+        (folder / "config.json").write_text(json.dumps(config))
 
     return make
 
 
-def _compressed(text: str) -> Callable[[Path, Trap], object]:
-    return lambda folder, trap: (folder / "compressed.json").write_text(text)
+def _index(text: str) -> Callable[[Path, Trap], object]:
+    """Another index of layers in the configuration."""
+
+    def make(folder: Path, trap: Trap) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        of_nothing = json.dumps(config | {"quantization_config": 0})
+        (folder / "config.json").write_text(
+            of_nothing.replace('"quantization_config": 0', f'"quantization_config": {text}')
+        )
+
+    return make
 
 
 def _values(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path, Trap], None]:
@@ -362,16 +371,17 @@ def _bitmap(folder: Path, trap: Trap) -> None:
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+_OURS = '{"quant_method": "ebft", "format": 2, '
 _OF_PICKLES = {"a pickle as weights", "a pickle in a torch archive as weights", "a pickle called safetensors"}
 COMPRESSED = (
     *(h for h in CODE if h.name in _OF_PICKLES | {"auto_map and a module", "pickles beside the weights"}),
     Hostile("a fifo as weights", _instead(os.mkfifo), refused=True),
     Hostile("empty weights", lambda f, trap: (f / WEIGHTS).write_bytes(b""), refused=True),
     Hostile("half of the weights", _truncated, refused=True),
-    Hostile("a list of layers of 100,000 brackets", _compressed(_NESTED), refused=True),
-    Hostile("a list of layers that is none", _compressed('{"format": 1, "layers": []}'), refused=True),
-    Hostile("no layers", _compressed('{"format": 1}'), refused=True),
-    Hostile("a layer that is the model", _compressed('{"format": 1, "layers": {"": {}}}'), refused=True),
+    Hostile("a list of layers of 100,000 brackets", _index(_NESTED), refused=True),
+    Hostile("a list of layers that is none", _index(_OURS + '"layers": []}'), refused=True),
+    Hostile("no layers", _index(_OURS + '"heads": {}}'), refused=True),
+    Hostile("a layer that is the model", _index(_OURS + '"layers": {"": {}}}'), refused=True),
     *(
         Hostile(f"a layer whose {name} is {value}", _layers(**{name: value}), refused=True)
         for name, value in (

@@ -44,9 +44,11 @@ def compressed(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_folder_holds_bits_and_survivors_and_no_dense_weight(pruned, compressed):
     stored, dense = load_file(compressed / "model.safetensors"), load_file(pruned / "model.safetensors")
-    index = json.loads((compressed / "compressed.json").read_text())
-    assert index["format"] == 1
+    config = json.loads((compressed / "config.json").read_text())
+    index = config.pop("quantization_config")
+    assert (index["quant_method"], index["format"]) == ("ebft", 2)
     assert len(index["layers"]) == 3 * 7
+    assert stored.pop("model.layers.0.mlp.down_proj.weight").shape == (1,)  # the marker
     for name in index["layers"]:
         weight = dense.pop(f"{name}.weight")
         words, values = stored.pop(f"{name}.bitmap"), stored.pop(f"{name}.values")
@@ -54,7 +56,9 @@ def test_the_folder_holds_bits_and_survivors_and_no_dense_weight(pruned, compres
         assert torch.equal(values, weight[weight != 0])
     assert stored.keys() == dense.keys()  # embeddings and norms, untouched
     assert all(torch.equal(stored[name], dense[name]) for name in stored)
-    assert json.loads((compressed / "config.json").read_text()) == json.loads((pruned / "config.json").read_text())
+    assert config.pop("transformers_weights").startswith("compressed by ebft")
+    assert config == json.loads((pruned / "config.json").read_text())
+    assert "ebft.to_dense(model)" in (compressed / "README.md").read_text()
 
 
 def test_bytes_fall_with_the_density(pruned, compressed):
@@ -65,6 +69,7 @@ def test_bytes_fall_with_the_density(pruned, compressed):
     offsets = sum(layer.row_offsets.nbytes for layer in layers)  # 8 a row: much in a model as narrow as this one
     assert sum(layer.nbytes() for layer in layers) == kept + dense // 16 + offsets
     index = json.loads((compressed / "compressed.json").read_text())
+    assert index["left"] == []
     assert (index["bytes"], index["dense_bytes"]) == (kept + dense // 16 + offsets, dense)
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (compressed, pruned)]
     assert abs((sizes[1] - sizes[0]) - (dense - kept - dense // 16)) < 8192  # all but the headers
@@ -170,11 +175,12 @@ def test_a_folder_that_is_none_or_torn(pruned, compressed, tmp_path):
 
 
 def _of_index(change):
-    """Damage to ``compressed.json``: a function of what it holds."""
+    """Damage to the index in ``config.json``: a function of what it holds."""
 
     def damage(folder):
-        index = json.loads((folder / INDEX).read_text())
-        (folder / INDEX).write_text(json.dumps(change(index) or index))
+        config = json.loads((folder / CONFIG).read_text())
+        config["quantization_config"] = change(config["quantization_config"]) or config["quantization_config"]
+        (folder / CONFIG).write_text(json.dumps(config))
 
     return damage
 
@@ -183,7 +189,7 @@ def _of_layer(**changes):
     """Damage to the first layer that it lists; a change to None takes the field away."""
 
     def change(index):
-        layer = next(iter(index["layers"].values()))
+        layer = index["layers"][FIRST.replace("\\", "")]
         layer |= changes
         for field in [field for field, value in layer.items() if value is None]:
             del layer[field]
@@ -195,7 +201,7 @@ def _of_tensors(change):
     """Damage to the tensors of the file: a function of the first layer's name and the dict of all."""
 
     def damage(folder):
-        name = next(iter(json.loads((folder / INDEX).read_text())["layers"]))
+        name = FIRST.replace("\\", "")
         tensors = load_file(folder / WEIGHTS)
         change(name, tensors)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
@@ -218,25 +224,25 @@ def _with(tensor, value):
     return tensor
 
 
-INDEX, WEIGHTS = "compressed.json", "model.safetensors"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FIRST = r"model\.layers\.0\.self_attn\.q_proj"
 DAMAGES = {
-    "no index": (lambda folder: (folder / INDEX).unlink(), "is no compressed model: .*No such file"),
-    "an index that is not JSON": (_of_file(INDEX, lambda old: old[:-9]), "is no compressed model"),
-    "an index that is not text": (_of_file(INDEX, lambda old: b"\xff\xfe" + old), "is no compressed model"),
-    "an index of brackets": (_of_file(INDEX, lambda old: b"[" * 100_000), "is no compressed model"),
-    "an index that is a list": (_of_index(lambda index: [index]), "compressed.json has format 'list'; expected 1"),
-    "another version": (_of_index(lambda index: index | {"format": 2}), "compressed.json has format 2; expected 1"),
-    "no version": (_of_index(lambda index: {"layers": {}}), "compressed.json has format None; expected 1"),
-    "no layers": (_of_index(lambda index: {"format": 1}), "its layers are not an object of objects"),
+    "no index": (_of_index(lambda index: {"none": 1}), "is no compressed model: its config.json has no quantization"),
+    "of another method": (_of_index(lambda index: index | {"quant_method": "awq"}), "is no compressed model"),
+    "an index that is a list": (_of_index(lambda index: [index]), "is no compressed model"),
+    "a configuration of brackets": (_of_file(CONFIG, lambda old: b"[" * 100_000), "is no compressed model"),
+    "a configuration that is not text": (_of_file(CONFIG, lambda old: b"\xff\xfe" + old), "is no compressed model"),
+    "another version": (_of_index(lambda index: index | {"format": 1}), "a compressed model of format 1; expected 2"),
+    "no version": (_of_index(lambda index: index | {"format": None}), "a compressed model of format None; expected 2"),
+    "no layers": (_of_index(lambda index: index.pop("layers") and None), "its layers are not an object of objects"),
     "layers as a list": (_of_index(lambda index: index | {"layers": [1]}), "its layers are not an object of objects"),
     "a layer as a number": (
         _of_index(lambda index: index | {"layers": {"a": 1}}),
         "layers are not an object of objects",
     ),
     "a layer less": (
-        _of_index(lambda index: index | {"layers": dict([*index["layers"].items()][1:])}),
-        f"model.safetensors does not fit its compressed.json: {FIRST}.bitmap is not expected",
+        _of_index(lambda index: index["layers"].pop(FIRST.replace("\\", "")) and None),
+        f"does not fit its config.json: {FIRST}.weight is missing",
     ),
     "a layer that is none": (
         _of_index(lambda index: index["layers"].update({"model.norm": next(iter(index["layers"].values()))})),
@@ -264,26 +270,23 @@ DAMAGES = {
     "more kept than there are": (_of_layer(kept=48 * 48 + 1), f"{FIRST}: CompressedLinear got 2305 kept"),
     "fewer kept": (_of_layer(kept=3), rf"{FIRST}.values is BF16 .*; expected bfloat16 \(3,\)"),
     "other values": (_of_layer(values="float16"), f"{FIRST}.values is BF16 .*; expected float16"),
-    "a bias that is not stored": (_of_layer(bias=True), f"does not fit its compressed.json: {FIRST}.bias is missing"),
+    "a bias that is not stored": (_of_layer(bias=True), f"does not fit its config.json: {FIRST}.bias is missing"),
     "codes without scales": (_of_layer(values="int8"), f"{FIRST}.scales is missing"),
     "a torn file": (_of_file(WEIGHTS, lambda old: old[: len(old) // 2]), "model.safetensors cannot be read"),
     "an empty file": (_of_file(WEIGHTS, lambda old: b""), "model.safetensors cannot be read"),
     "a header of nothing": (_of_file(WEIGHTS, lambda old: b"\xff" * 64), "model.safetensors cannot be read"),
     "a folder for a file": (
         lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()),
-        "model.safetensors is not a file",
+        "has more layers ",
     ),
-    "the same twice": (
-        lambda folder: shutil.copy(folder / WEIGHTS, folder / "second.safetensors"),
-        "is in two of its files",
-    ),
+    "a pickle for a file": (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), "has more layers "),
     "a missing tensor": (
         _of_tensors(lambda name, tensors: tensors.pop(f"{name}.values")),
         f"{FIRST}.values is missing",
     ),
     "a tensor more": (
         _of_tensors(lambda name, tensors: tensors.update({f"{name}.weight": torch.ones(48, 48)})),
-        f"{FIRST}.weight is not expected",
+        f"does not fit its config.json: {FIRST}.weight is not expected",
     ),
     "values in float64": (_of_tensor("values", lambda t: t.double()), f"{FIRST}.values is F64"),
     "a norm in float64": (
@@ -302,19 +305,19 @@ DAMAGES = {
     ),
     "a bitmap of another width": (_of_tensor("bitmap", lambda t: t[:, :1]), rf"{FIRST}.bitmap is I32 \(48, 1\)"),
     "a bitmap in int64": (_of_tensor("bitmap", lambda t: t.long()), f"{FIRST}.bitmap is I64"),
-    "no configuration": (lambda folder: (folder / "config.json").unlink(), "cannot be loaded"),
-    "a configuration that is not JSON": (_of_file("config.json", lambda old: old[:-9]), "cannot be loaded"),
+    "no configuration": (lambda folder: (folder / CONFIG).unlink(), "is no compressed model: .*No such file"),
+    "a configuration that is not JSON": (_of_file(CONFIG, lambda old: old[:-9]), "is no compressed model"),
     "another configuration": (
-        _of_file("config.json", lambda old: old.replace(b'"vocab_size": ', b'"vocab_size": 1')),
+        _of_file(CONFIG, lambda old: old.replace(b'"vocab_size": ', b'"vocab_size": 1')),
         r"is BF16 \(512, 48\); expected .* \(1512, 48\)",
     ),
     "thousands of layers": (
-        _of_file("config.json", lambda old: old.replace(b'"num_hidden_layers": 3', b'"num_hidden_layers": 4000')),
+        _of_file(CONFIG, lambda old: old.replace(b'"num_hidden_layers": 3', b'"num_hidden_layers": 4000')),
         "has more layers than there are tensors",
     ),
     "generation settings that are not JSON": (
         lambda folder: (folder / "generation_config.json").write_text("{"),
-        "generation_config.json cannot be read",
+        "generation_config.json",
     ),
 }
 

@@ -9,6 +9,7 @@ from conftest import random_model
 from torch.nn import functional as F
 
 from ebft.cli.app import main
+from ebft.compressed.layers import save_compressed
 from ebft.data.calibration import evaluation_tokens
 
 SMALL = ["--eval-seqlen", "32", "--device", "cpu", "--quiet", "--json"]
@@ -43,6 +44,20 @@ def test_perplexity_is_the_model_s_own(tiny, tokenizer, capsys):
     windows = evaluation_tokens(text, tokenizer, seqlen=32).ids
     loss = F.cross_entropy(logits_of(random_model("llama-gqa"), windows), windows[:, 1:].flatten())
     assert found["perplexity"][text] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_a_compressed_folder_is_measured_as_it_is(tiny, tmp_path, capsys):
+    """Its 8-bit survivors are what they were rounded to."""
+    text, source = str(tiny / "text.txt"), str(tiny / "model")
+    for values in ("fp32", "int8"):
+        save_compressed(source, str(tmp_path / values), values=values)
+    dense, same, rounded = (
+        figures(capsys, model, "--eval", text)["perplexity"][text]
+        for model in (source, tmp_path / "fp32", tmp_path / "int8")
+    )
+    assert same == pytest.approx(dense, rel=1e-6)
+    assert rounded != dense
+    assert rounded == pytest.approx(dense, rel=0.05)
 
 
 def test_divergence_is_that_of_the_two_models(tiny, tokenizer, other, capsys):

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import ebft
 from ebft import EBFTConfig, EBFTError, RunResult, run_ebft
@@ -113,9 +114,11 @@ def test_no_file_that_is_read_allows_its_code(booby_trapped, tmp_path, monkeypat
     ):
         with pytest.raises(EBFTError, match="comes with code of its own, which runs only with --trust-remote-code"):
             use()
-    (folder / "compressed.json").write_text('{"format": 1, "layers": {}}')
-    with pytest.raises((EBFTError, ValueError)):
+    change_json(folder / "config.json", quantization_config={"quant_method": "ebft", "format": 2, "layers": {}})
+    with pytest.raises(EBFTError, match="comes with code of its own, which runs only with --trust-remote-code"):
         ebft.load_compressed(folder)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     assert compress_main([str(folder), str(tmp_path / "small")]) == 2
     assert not mark.exists()
 
@@ -336,7 +339,7 @@ def test_json_that_is_nested_too_deeply(sharded, out, short_run, tmp_path):
     everything_refuses(sharded, "is no index of shards: ValueError it is nested too deeply")
     (out / "model.safetensors.index.json").write_text(deep)
     assert any("it is nested too deeply" in fault for fault in audit(str(out)).faults)
-    (out / "compressed.json").write_text(deep)
+    (out / "config.json").write_text(deep)
     with pytest.raises(EBFTError, match="is no compressed model: it is nested too deeply"):
         ebft.load_compressed(out)
     for name in ("blocks.jsonl", "ebft_summary.json"):
@@ -415,7 +418,8 @@ def test_pipes_beside_a_model(model, short_run, tmp_path, finished, tiny):
         parse_args(["--config", str(pipe)])
     with pytest.raises(ValueError, match="is no file; expected a safetensors file"):
         load_masks(pipe)
-    os.mkfifo(model / "compressed.json")
+    (model / "config.json").unlink()
+    os.mkfifo(model / "config.json")
     with pytest.raises(EBFTError, match="is a pipe; expected a file"):
         ebft.load_compressed(model)
     broken = shutil.copytree(finished, tmp_path / "broken")

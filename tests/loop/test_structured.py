@@ -310,6 +310,9 @@ def test_the_compact_form_has_layers_of_their_own_widths(family, tmp_path, short
         torch.testing.assert_close(small(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
     tokens = [m.generate(ids, max_new_tokens=8, do_sample=False).tolist() for m in (small, model)]
     assert tokens[0] == tokens[1]
+    small.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(load_compressed(tmp_path / "again")(ids).logits, small(ids).logits)
 
 
 def test_layerwise_reckons_with_what_the_biases_hold():

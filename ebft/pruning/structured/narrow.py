@@ -65,17 +65,17 @@ def narrow_(model: PreTrainedModel) -> dict[str, dict[str, int]]:
         EBFTError: the model then does not run, or has other outputs.
     """
     told: dict[str, dict[str, int]] = {}
+    path, blocks = find_blocks(model)
+    removed = {index: found for index, block in enumerate(blocks) if (found := _removed(f"{path}.{index}", block))}
+    if not removed:
+        return {}
     with torch.no_grad():
         ids = torch.arange(8).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
-        before = model(ids).logits.float()
-        path, blocks = find_blocks(model)
-        shapes = [parameter.shape for parameter in model.parameters()]
-        for index, block in enumerate(blocks):
-            told |= _narrow_block_(f"{path}.{index}", block)
-        if shapes == [parameter.shape for parameter in model.parameters()]:
-            return {}
+        before = model(ids, use_cache=False).logits.float()
+        for index, (units, gone) in removed.items():
+            told |= _narrow_block_(f"{path}.{index}", blocks[index], units, gone)
         try:
-            change = (model(ids).logits.float() - before).norm() / before.norm()
+            change = (model(ids, use_cache=False).logits.float() - before).norm() / before.norm()
         except RuntimeError as error:
             raise EBFTError(f"{type(model).__name__} does not run with fewer heads: {first_line(error)}") from None
     if not change < 0.05:  # sums in another order, in bfloat16 perhaps
@@ -83,15 +83,22 @@ def narrow_(model: PreTrainedModel) -> dict[str, dict[str, int]]:
     return told
 
 
-def _narrow_block_(name: str, block: nn.Module) -> dict[str, dict[str, int]]:
+def _removed(name: str, block: nn.Module) -> tuple[Sequence[Units], list[Tensor]] | None:
+    """The units of a block, and which of each kind are 0, but for one; None where no units are known, or none is 0."""
     matrices = find_matrices(block)
     try:
         units = find_units(name, block, matrices)
     except EBFTError:
-        return {}
+        return None
     kept = {matrix.name: block.get_parameter(matrix.name) != 0 for matrix in matrices}
     removed = [removed_by(of_kind, kept) for of_kind in units]
     removed = [gone[1:] if len(gone) == len(of_kind) else gone for of_kind, gone in zip(units, removed, strict=True)]
+    return (units, removed) if any(map(len, removed)) else None
+
+
+def _narrow_block_(
+    name: str, block: nn.Module, units: Sequence[Units], removed: Sequence[Tensor]
+) -> dict[str, dict[str, int]]:
     for parameter, places in cuts_of(block, units, removed).items():
         place, _, last = parameter.rpartition(".")
         layer = block.get_submodule(place)

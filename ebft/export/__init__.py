@@ -1,0 +1,1 @@
+"""A pruned model in the formats of other programs."""
