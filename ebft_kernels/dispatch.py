@@ -38,6 +38,7 @@ FUSED = (
     "zero_pruned",
     "zero_pruned_",
 )
+SPARSE = ("gather_kept", "sparse_linear", "sparse_linear_dx", "sparse_linear_dw")  # of kept weights alone
 MULTIPLY = (*PRODUCTS, "masked_dw_adamw_step")
 TRITON = {  # op -> file of _triton/ that has its launcher
     "pack_mask": "masks",
@@ -203,7 +204,9 @@ def _native_missing(op: str, device: torch.device, dtype: torch.dtype, args: tup
         return f"there is no native kernel for {device.type}"
     if dtype == torch.float64:
         return "the native kernels do not take float64"
-    if op in ("masked_adamw_step", "zero_pruned_") and not all(t.is_contiguous() for t in _tensors(args)):
+    if op in SPARSE and any(t.is_floating_point() and t.dtype != torch.float32 for t in _tensors(args)):
+        return "the native kernel takes float32"
+    if op in ("masked_adamw_step", "zero_pruned_", "gather_kept") and not all(t.is_contiguous() for t in _tensors(args)):
         return "the native kernel takes contiguous tensors"
     if (reason := native_reason()) is not None or device.type == "cpu":
         return reason

@@ -36,6 +36,7 @@ def _fields_of_a_step() -> str:
     return ", ".join(f"{kind} {name}" for name, kind in fields.items())
 
 
+_WALKS = "Tensor columns, Tensor offsets, Tensor back_columns, Tensor back_offsets"
 SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd formula would not be told either
     "pack_mask": "(Tensor mask) -> Tensor",
     "unpack_mask": "(Tensor words, SymInt width) -> Tensor",
@@ -53,6 +54,10 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
         "-> Tensor"
     ),
     "decompress": "(Tensor words, Tensor values, Tensor row_offsets, Tensor? scales, SymInt width) -> Tensor",
+    "gather_kept": "(Tensor tensor, Tensor words, Tensor row_offsets) -> Tensor",
+    "sparse_linear": f"(Tensor x, Tensor values, {_WALKS}, Tensor? bias, SymInt width) -> Tensor",
+    "sparse_linear_dx": f"(Tensor dy, Tensor values, {_WALKS}, SymInt width) -> Tensor",
+    "sparse_linear_dw": f"(Tensor dy, Tensor x, {_WALKS}) -> Tensor",
     "reconstruction_loss": "(Tensor output, Tensor target, Tensor? residual) -> (Tensor loss, Tensor gradient)",
     "masked_grad_norm": "(Tensor[] grads, Tensor[] words) -> Tensor",
     "masked_adamw_step": f"({_fields_of_a_step()}) -> ()",
@@ -166,6 +171,16 @@ def compressed_linear(
 ) -> Tensor:
     weight = decompress(words, values, row_offsets, scales, width).to(x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def gather_kept(tensor: Tensor, words: Tensor, row_offsets: Tensor) -> Tensor:
+    return tensor[unpack_mask(words, tensor.shape[-1])]
+
+
+# Without kernels that skip zeros they are dense products.
+sparse_linear = reference.sparse_linear
+sparse_linear_dx = reference.sparse_linear_dx
+sparse_linear_dw = reference.sparse_linear_dw
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -312,6 +327,12 @@ FAKES = {
     "decompress": lambda words, values, row_offsets, scales, width: values.new_empty(
         (words.shape[0], width), dtype=torch.float32 if scales is not None else values.dtype
     ),
+    "gather_kept": lambda tensor, words, row_offsets: tensor.new_empty(torch.library.get_ctx().new_dynamic_size()),
+    "sparse_linear": lambda x, values, columns, offsets, back_columns, back_offsets, bias, width: (
+        x.new_empty((*x.shape[:-1], (offsets.shape[0] - 1) // -(-width // reference.SPARSE_CHUNK)))
+    ),
+    "sparse_linear_dx": lambda dy, *rest: dy.new_empty((*dy.shape[:-1], rest[-1])),
+    "sparse_linear_dw": lambda dy, x, columns, *rest: x.new_empty(columns.shape),
     "reconstruction_loss": lambda output, target, residual=None: (
         output.new_empty((), dtype=_wide(output)),
         torch.empty_like(output, dtype=_wide(output)),
@@ -389,6 +410,76 @@ def _compressed_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return (dy @ weight if ctx.needs_input_grad[0] else None, None, None, None, None, db, None)
 
 
+def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensor, words, row_offsets = inputs
+    ctx.save_for_backward(words, row_offsets)
+    ctx.width = tensor.shape[-1]
+
+
+def _gather_backward(ctx: Any, dvalues: Tensor) -> tuple[Any, ...]:
+    words, row_offsets = ctx.saved_tensors
+    return _OPS.decompress(words, dvalues.contiguous(), row_offsets, None, ctx.width), None, None
+
+
+def _decompress_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    words, _, row_offsets, _, _ = inputs
+    ctx.save_for_backward(words, row_offsets)
+
+
+def _decompress_backward(ctx: Any, dense: Tensor) -> tuple[Any, ...]:
+    """Of float values alone: codes get no gradients."""
+    return None, _OPS.gather_kept(dense.contiguous(), *ctx.saved_tensors), None, None, None
+
+
+# As the products of masked layers, these are each other's derivatives.
+
+
+def _sparse_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, values, *walks, _, ctx.width = inputs
+    ctx.save_for_backward(x, values, *walks)
+
+
+def _sparse_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, values, *walks = ctx.saved_tensors
+    need_x, need_values, *_, need_bias, _ = ctx.needs_input_grad
+    return (
+        _OPS.sparse_linear_dx(dy, values, *walks, ctx.width) if need_x else None,
+        _OPS.sparse_linear_dw(dy, x, *walks) if need_values else None,
+        *[None] * 4,
+        dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None,
+        None,
+    )
+
+
+def _sparse_dx_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.width = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _sparse_dx_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
+    dy, values, *walks = ctx.saved_tensors
+    need_dy, need_values = ctx.needs_input_grad[:2]
+    return (
+        _OPS.sparse_linear(ddx, values, *walks, None, ctx.width) if need_dy else None,
+        _OPS.sparse_linear_dw(dy, ddx, *walks) if need_values else None,
+        *[None] * 5,
+    )
+
+
+def _sparse_dw_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _sparse_dw_backward(ctx: Any, ddw: Tensor) -> tuple[Any, ...]:
+    (dy, x, *walks), ddw = ctx.saved_tensors, ddw.contiguous()
+    need_dy, need_x = ctx.needs_input_grad[:2]
+    return (
+        _OPS.sparse_linear(x, ddw, *walks, None, x.shape[-1]) if need_dy else None,
+        _OPS.sparse_linear_dx(dy, ddw, *walks, x.shape[-1]) if need_x else None,
+        *[None] * 4,
+    )
+
+
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     result, target, residual = inputs
     ctx.set_materialize_grads(False)  # nobody asks for the gradient's own gradient, as a rule
@@ -415,5 +506,10 @@ for _name, _setup, _backward in (
     ("masked_linear_dx", _dx_setup, _dx_backward),
     ("masked_linear_dw", _dw_setup, _dw_backward),
     ("compressed_linear", _compressed_setup, _compressed_backward),
+    ("gather_kept", _gather_setup, _gather_backward),
+    ("decompress", _decompress_setup, _decompress_backward),
+    ("sparse_linear", _sparse_setup, _sparse_backward),
+    ("sparse_linear_dx", _sparse_dx_setup, _sparse_dx_backward),
+    ("sparse_linear_dw", _sparse_dw_setup, _sparse_dw_backward),
 ):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup, lib=LIBRARY)
