@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebft_kernels.mask import PackedMask
-from ebft_kernels.reference import SPARSE_CHUNK
+from ebft_kernels.sparse_reference import SPARSE_CHUNK
 
 _OPS = torch.ops.ebft_kernels
 MOST = 2**31 - 1  # kept weights that 32-bit offsets can count
 
 
 class Walk(NamedTuple):
-    """The kept places of a matrix, row by row: ``reference.check_walk``.
+    """The kept places of a matrix, row by row: ``sparse_reference.check_walk``.
 
     Attributes:
         columns: int16 (kept,), of each place its column from the beginning of its chunk of 128.

@@ -24,7 +24,7 @@
 namespace ebft {
 namespace {
 
-// What reference.check_walk defines. Contents are read: no number in here may move an address out of a tile or out of the values.
+// What sparse_reference.check_walk defines. Contents are read: no number in here may move an address out of a tile or out of the values.
 Walk checked_walk(const char* op, const at::Tensor& columns, const at::Tensor& offsets, int64_t width) {
   check_tensor(columns, op, "columns", at::kShort, at::kCPU);
   check_tensor(offsets, op, "offsets", at::kInt, at::kCPU);

@@ -5,7 +5,7 @@
 
 namespace ebft {
 
-inline constexpr int64_t kSparseChunk = 128;  // inputs, reference.SPARSE_CHUNK: a chunk of a tile has the size of a first-level cache
+inline constexpr int64_t kSparseChunk = 128;  // inputs, sparse_reference.SPARSE_CHUNK: a chunk of a tile has the size of a first-level cache
 inline constexpr int64_t kTile = 64;          // tokens that are worked on at a time
 inline constexpr int64_t kSparseRows = 256;   // rows that all tiles walk before the next ones
 

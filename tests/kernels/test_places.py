@@ -1,10 +1,23 @@
 """Products with kept weights alone: the ops, their derivatives, and the layout. tests/native holds the native kernels
 against the reference."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from ebft_kernels import PackedMask, reference
+from ebft_kernels import (
+    MaskedAdamW,
+    MaskedLinear,
+    PackedMask,
+    dispatch,
+    explain,
+    reference,
+    unmask_linears_,
+    use_impl,
+)
 from ebft_kernels.places import Places
 from ebft_kernels.testing import MASK_KINDS, UGLY_SHAPES, make_mask
 
@@ -72,3 +85,113 @@ def test_a_way_back_through_other_places_is_refused():
     for dtype in (torch.float64, torch.float32):
         with pytest.raises(ValueError, match="do not meet the same places"):
             OPS.sparse_linear_dx(dy.to(dtype), values.to(dtype), *places.walk, *other.back, 140)
+
+
+# --- MaskedLinear ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def skipped(monkeypatch):
+    """Whatever is multiplied, it was measured to be faster without zeros."""
+    everything = {dispatch.cpu_kind(): {"least_side": 1, "sparsity": {"0": 0.0}}}
+    monkeypatch.setattr(dispatch, "sparse_measured", lambda: everything)
+    with use_impl("auto"):
+        yield
+
+
+def layer_of(seed=0):
+    torch.manual_seed(seed)
+    mask = torch.rand(30, 140) > 0.6
+    return MaskedLinear(140, 30, mask=mask), mask, torch.randn(2, 35, 140, requires_grad=True)
+
+
+def skips(y):
+    return "sparse_linear" in type(y.grad_fn).__name__
+
+
+def test_a_layer_skips_zeros_and_gives_what_it_gave(skipped):
+    layer, mask, x = layer_of()
+    y = layer(x)
+    assert skips(y)
+    with use_impl("torch"):
+        dense = layer(x)
+    assert not skips(dense)
+    torch.testing.assert_close(y, dense)
+    wanted = (x, layer.weight, layer.bias)
+    dy = torch.randn_like(y)
+    for ours, theirs in zip(*(torch.autograd.grad(of, wanted, dy) for of in (y, dense)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    layer(x).square().sum().backward()
+    assert not layer.weight.grad[~mask].any()
+    assert layer.weight.grad.is_contiguous()
+
+
+def test_second_derivatives_through_a_layer(skipped):
+    layer, _, x = layer_of()
+    of = []
+    for impl in ("auto", "torch"):
+        with use_impl(impl):
+            (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+            of.append(torch.autograd.grad(dx.square().sum(), (x, layer.weight)))
+    for ours, theirs in zip(*of, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_whoever_writes_is_seen(skipped):
+    layer, mask, x = layer_of()
+    layer(x)
+    held = next(layer.parameters())
+    with torch.no_grad():
+        held.data.fill_(1.0)
+        torch.testing.assert_close(layer(x), F.linear(x, mask.float(), layer.bias))
+        layer.mask_words.data.copy_(PackedMask.from_dense(~mask).words)  # no version counts this
+        held.data.fill_(2.0)
+        torch.testing.assert_close(layer(x), F.linear(x, 2.0 * ~mask, layer.bias))
+        layer.set_mask_(mask)
+        held.data.fill_(3.0)
+        torch.testing.assert_close(layer(x), F.linear(x, 3.0 * mask, layer.bias))
+    y = layer(x)
+    layer.set_mask_(~mask)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_copies_and_state_dicts_know_nothing_of_places(skipped):
+    layer, _, x = layer_of()
+    y = layer(x)
+    assert sorted(layer.state_dict()) == ["bias", "weight"]
+    assert "_places" not in layer.__getstate__()
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), y)
+    assert "_places" not in vars(unmask_linears_(layer))
+
+
+def test_where_zeros_are_not_skipped(skipped):
+    layer, _, x = layer_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not skips(layer(x))
+    assert not skips(layer.double()(x.double()))
+    layer = layer.float()
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
+    optimizer = MaskedAdamW.for_module(layer, update_in_backward=True)
+    assert not skips(layer(x))
+    del optimizer
+    assert skips(layer(x))
+
+
+def test_it_skips_zeros_only_where_that_was_measured_to_be_faster(skipped, monkeypatch):
+    table = {"least_side": 100, "sparsity": {"256": 0.7, "1024": 0.5}}
+    monkeypatch.setattr(dispatch, "sparse_measured", lambda: {dispatch.cpu_kind(): table})
+
+    def of(**given):
+        settings = {"shape": (200, 300), "density": 0.4, "tokens": 2048, **given}
+        return explain("masked_linear", "cpu", **settings)
+
+    assert of().impl == of(density=0.3, tokens=300).impl == "native"
+    assert "faster with 50% zeros from 1024 tokens on; here are 60% and 2048" in of().reason
+    assert of(tokens=300).impl == of(density=0.6).impl == of(shape=(99, 300)).impl == of(tokens=255).impl == "torch"
+    assert of(dtype=torch.bfloat16).impl == "torch"
+    with use_impl("torch"):
+        assert of().impl == "torch"
+    monkeypatch.setattr(dispatch, "sparse_measured", dict)
+    assert "nothing has been measured" in of().reason

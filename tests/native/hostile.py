@@ -26,7 +26,7 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from ebft_kernels import reference
+from ebft_kernels import reference, sparse_reference
 from ebft_kernels._extension import native_reason
 from ebft_kernels.adamw import AdamWStep
 from ebft_kernels.mask import PackedMask
@@ -322,15 +322,19 @@ def memory_of(value):
     return [memory_of(one) for one in value] if isinstance(value, list) else None
 
 
+def reference_of(op):
+    return getattr(sparse_reference if op in PRODUCTS else reference, op)
+
+
 def compare(case, got, arguments, kept):
     """The answer of the native kernel, and that of the reference on the arguments as they were."""
     if case.op in (*PRODUCTS, "compressed_linear", "masked_grad_norm"):  # sums in another order: held against float64
         widened = [each(value, lambda t: t.double() if t.dtype in FLOATS else t) for value in kept]
         if case.op == "compressed_linear":
             widened[4] = kept[4]  # scales are float32
-        true = outcome(getattr(reference, case.op), widened)
+        true = outcome(reference_of(case.op), widened)
     else:
-        true = outcome(getattr(reference, case.op), [AdamWStep(*kept)] if case.op in OF_A_STEP else kept)
+        true = outcome(reference_of(case.op), [AdamWStep(*kept)] if case.op in OF_A_STEP else kept)
     if isinstance(true, Exception) and isinstance(got, torch.Tensor) and got.numel() == 0:
         return  # an answer without a number in it cannot be wrong
     assert not isinstance(true, Exception), f"{case} was answered; the reference: {true!r}"
@@ -344,7 +348,7 @@ def compare(case, got, arguments, kept):
         assert (got.shape, got.dtype) == (true.shape, arguments[0].dtype), case
         numbers = (torch.int8, torch.float32, torch.float64)
         terms = [of.abs() if isinstance(of, torch.Tensor) and of.dtype in numbers else of for of in widened]
-        bound = getattr(reference, case.op)(*terms)
+        bound = reference_of(case.op)(*terms)
         limit = torch.finfo(got.dtype)
         sane = bound < min(limit.max / 2, 1e37)  # beyond, sums overflow in one order and not in another
         allowed = limit.eps * true.abs() + 1e-5 * bound + limit.tiny + 1e-30
