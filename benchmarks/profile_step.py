@@ -35,10 +35,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--sparsity", type=float, default=0.6)
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--name", default="profile_step", help="of the result file")
     given = parser.parse_args()
     sizes = {"samples": given.samples, "seqlen": given.seqlen, "windows": "packed"}
-    config = EBFTConfig.preset("paper", sparsity=0.6, epochs=2, eval="", device="cpu", **sizes)
+    config = EBFTConfig.preset("paper", sparsity=given.sparsity, epochs=2, eval="", device="cpu", **sizes)
     model = load_model(None).float()
     ids = calibration_tokens("builtin", load_tokenizer(None), **sizes).ids
     decoder = Decoder(model, CPU)
@@ -70,7 +72,7 @@ def main() -> None:
             assert isinstance(linear, nn.Linear)
             replace(block, path, MultipliedLinear(linear, mask.dense().float()))
         began = time.perf_counter()
-        tune(block, streams.inputs.states, streams.targets.states, kwargs, config, 0)
+        tune(block, streams.inputs.states, streams.targets.states, kwargs, config, 0, fused=True)
         return time.perf_counter() - began
 
     runs = {"ebft": ours, "ebft, torch kernels": unfused, "baseline": baseline}
@@ -85,7 +87,7 @@ def main() -> None:
     for name, table in rows.items():
         print(name, *(f"{row['share']:7.2%}  {row['op']}" for row in table[:12]), sep="\n    ")
     content = {"settings": vars(given), "median_tuning_seconds": medians, "tuning_seconds": seconds}
-    print("written to", write_result("profile_step", {**content, "share_of_cpu_time": rows}))
+    print("written to", write_result(given.name, {**content, "share_of_cpu_time": rows}))
 
 
 def _profile(run: Callable[[], float]) -> list[dict[str, Any]]:

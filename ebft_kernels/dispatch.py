@@ -11,16 +11,19 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ebft_kernels import derivatives  # noqa: F401 - registers them
 from ebft_kernels._extension import native_reason
 from ebft_kernels._triton import configs
 from ebft_kernels.adamw import AdamWStep
@@ -38,6 +41,7 @@ FUSED = (
     "zero_pruned",
     "zero_pruned_",
 )
+SPARSE = ("gather_kept", "sparse_linear", "sparse_linear_dx", "sparse_linear_dw")  # of kept weights alone
 MULTIPLY = (*PRODUCTS, "masked_dw_adamw_step")
 TRITON = {  # op -> file of _triton/ that has its launcher
     "pack_mask": "masks",
@@ -53,6 +57,7 @@ TRITON = {  # op -> file of _triton/ that has its launcher
     "masked_adamw_step": "masked_adamw",
     "masked_dw_adamw_step": "masked_dw_adamw",
 }
+SPARSE_MEASURED = Path(__file__).parent / "sparse_measured.json"  # python -m benchmarks.sparse_table --write
 _LOG = logging.getLogger("ebft_kernels")
 
 
@@ -111,12 +116,16 @@ def explain(
     *,
     tokens: int = 8192,
     zeroed: bool = True,
+    shape: tuple[int, int] | None = None,
+    density: float = 1.0,
 ) -> Choice:
     """What would run ``op`` (``"masked_linear"``, ``"masked_adamw_step"`` …) on ``device`` now, and why.
 
     Args:
         dtype: of the op's tensors.
         tokens, zeroed: of a masked linear layer's products: rows of x, and whether the weight is known to hold zeros.
+        shape, density: of a ``MaskedLinear``'s weight (N, K) on a CPU, and the share that its mask keeps: whether its
+            products skip zeros.
 
     Raises:
         ValueError: there is no such op.
@@ -124,7 +133,55 @@ def explain(
     """
     if op not in SCHEMAS:
         raise ValueError(f"explain got op {op!r}; expected one of {', '.join(SCHEMAS)}")
+    if op in PRODUCTS and torch.device(device).type == "cpu" and zeroed and shape is not None:
+        choice = skips_zeros(shape, density, tokens, dtype)
+        if choice.fused:
+            return Choice(op, choice.impl, choice.reason)
+        if use_impl._current == "auto":
+            return Choice(op, "torch", choice.reason)
     return _choose(op, torch.device(device), (torch.empty(0, dtype=dtype),), tokens, zeroed)
+
+
+def skips_zeros(shape: tuple[int, int], density: float, tokens: int, dtype: torch.dtype) -> Choice:
+    """Whether a masked layer on a CPU multiplies kept weights alone (``native``) or densely (``torch``): by measured
+    times. The weight is ``shape``, and its mask keeps ``density`` of it.
+    """
+    op = "sparse_linear"
+    if use_impl._current in ("torch", "triton"):
+        return Choice(op, "torch", f"use_impl({use_impl._current!r}) asks for no sparse product")
+    if dtype != torch.float32:
+        return Choice(op, "torch", "the sparse product takes float32")
+    if (missing := native_reason()) is not None:
+        return Choice(op, "torch", missing, fallback=True)
+    if use_impl._current == "native":
+        return Choice(op, "native", "use_impl('native') asks for it")
+    kind = cpu_kind()
+    table = sparse_measured().get(kind)
+    if table is None:
+        return Choice(op, "torch", f"nothing has been measured on {kind} (python -m benchmarks.sparse_table --write)")
+    if min(shape) < table["least_side"]:
+        return Choice(op, "torch", f"the least that was measured on {kind} is a side of {table['least_side']}")
+    least = [(int(count), share) for count, share in table["sparsity"].items() if int(count) <= tokens]
+    if not least:
+        return Choice(op, "torch", f"for {tokens} tokens the dense product was measured to be faster on {kind}")
+    count, share = max(least)
+    faster = (
+        f"on {kind} products that skip zeros were measured to be faster with {share:.0%} zeros from {count} tokens on"
+    )
+    given = f"here are {1 - density:.0%} and {tokens}"
+    return Choice(op, "native" if 1 - density >= share else "torch", f"{faster}; {given}")
+
+
+@functools.cache
+def sparse_measured() -> dict[str, Any]:
+    """What ``python -m benchmarks.sparse_table --write`` measured: ``cpu_kind()`` -> least tokens -> least sparsity."""
+    return json.loads(SPARSE_MEASURED.read_text(encoding="utf-8")) if SPARSE_MEASURED.is_file() else {}
+
+
+def cpu_kind() -> str:
+    """The instruction set of torch's products and of ours, on which it depends which are faster."""
+    lesser = os.environ.get("EBFT_CPU")
+    return torch.backends.cpu.get_cpu_capability() + (f" with EBFT_CPU={lesser}" if lesser else "")
 
 
 def _choose(op: str, device: torch.device, args: tuple[Any, ...], tokens: int = 0, zeroed: bool = False) -> Choice:
@@ -203,7 +260,11 @@ def _native_missing(op: str, device: torch.device, dtype: torch.dtype, args: tup
         return f"there is no native kernel for {device.type}"
     if dtype == torch.float64:
         return "the native kernels do not take float64"
-    if op in ("masked_adamw_step", "zero_pruned_") and not all(t.is_contiguous() for t in _tensors(args)):
+    if op in SPARSE and any(t.is_floating_point() and t.dtype != torch.float32 for t in _tensors(args)):
+        return "the native kernel takes float32"
+    if op in ("masked_adamw_step", "zero_pruned_", "gather_kept") and not all(
+        t.is_contiguous() for t in _tensors(args)
+    ):
         return "the native kernel takes contiguous tensors"
     if (reason := native_reason()) is not None or device.type == "cpu":
         return reason

@@ -1,7 +1,8 @@
-"""The ops ``ebft_kernels::…``: schema, fake, autograd formula, and the kernel in torch that runs everywhere.
+"""The ops ``ebft_kernels::…``: schema, fake, and the kernel in torch that runs everywhere.
 
-Which kernel runs (this file's, a Triton or a native one) is chosen in ``dispatch.py``. Arguments are checked in
-``functional.py``, ``mask.py`` and ``optim.py``: an op itself trusts its caller.
+Which kernel runs (this file's, a Triton or a native one) is chosen in ``dispatch.py``; derivatives are in
+``derivatives.py``. Arguments are checked in ``functional.py``, ``mask.py`` and ``optim.py``: an op itself trusts its
+caller.
 
 Long, because it is the list of all ops.
 """
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from ebft_kernels import reference
+from ebft_kernels import reference, sparse_reference
 from ebft_kernels.adamw import WRITTEN, AdamWStep
 from ebft_kernels.reference import SCALE_GROUP, WORD_BITS
 
@@ -36,6 +37,7 @@ def _fields_of_a_step() -> str:
     return ", ".join(f"{kind} {name}" for name, kind in fields.items())
 
 
+_WALKS = "Tensor columns, Tensor offsets, Tensor back_columns, Tensor back_offsets"
 SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd formula would not be told either
     "pack_mask": "(Tensor mask) -> Tensor",
     "unpack_mask": "(Tensor words, SymInt width) -> Tensor",
@@ -53,6 +55,10 @@ SCHEMAS = {  # no defaults: what the default kernel is not told, an autograd for
         "-> Tensor"
     ),
     "decompress": "(Tensor words, Tensor values, Tensor row_offsets, Tensor? scales, SymInt width) -> Tensor",
+    "gather_kept": "(Tensor tensor, Tensor words, Tensor row_offsets) -> Tensor",
+    "sparse_linear": f"(Tensor x, Tensor values, {_WALKS}, Tensor? bias, SymInt width) -> Tensor",
+    "sparse_linear_dx": f"(Tensor dy, Tensor values, {_WALKS}, SymInt width) -> Tensor",
+    "sparse_linear_dw": f"(Tensor dy, Tensor x, {_WALKS}) -> Tensor",
     "reconstruction_loss": "(Tensor output, Tensor target, Tensor? residual) -> (Tensor loss, Tensor gradient)",
     "masked_grad_norm": "(Tensor[] grads, Tensor[] words) -> Tensor",
     "masked_adamw_step": f"({_fields_of_a_step()}) -> ()",
@@ -166,6 +172,16 @@ def compressed_linear(
 ) -> Tensor:
     weight = decompress(words, values, row_offsets, scales, width).to(x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def gather_kept(tensor: Tensor, words: Tensor, row_offsets: Tensor) -> Tensor:
+    return tensor[unpack_mask(words, tensor.shape[-1])]
+
+
+# Without kernels that skip zeros they are dense products.
+sparse_linear = sparse_reference.sparse_linear
+sparse_linear_dx = sparse_reference.sparse_linear_dx
+sparse_linear_dw = sparse_reference.sparse_linear_dw
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -312,6 +328,12 @@ FAKES = {
     "decompress": lambda words, values, row_offsets, scales, width: values.new_empty(
         (words.shape[0], width), dtype=torch.float32 if scales is not None else values.dtype
     ),
+    "gather_kept": lambda tensor, words, row_offsets: tensor.new_empty(torch.library.get_ctx().new_dynamic_size()),
+    "sparse_linear": lambda x, values, columns, offsets, back_columns, back_offsets, bias, width: x.new_empty(
+        (*x.shape[:-1], (offsets.shape[0] - 1) // -(-width // sparse_reference.SPARSE_CHUNK))
+    ),
+    "sparse_linear_dx": lambda dy, *rest: dy.new_empty((*dy.shape[:-1], rest[-1])),
+    "sparse_linear_dw": lambda dy, x, columns, *rest: x.new_empty(columns.shape),
     "reconstruction_loss": lambda output, target, residual=None: (
         output.new_empty((), dtype=_wide(output)),
         torch.empty_like(output, dtype=_wide(output)),
@@ -323,97 +345,3 @@ FAKES = {
 }
 for _name, _fake in FAKES.items():
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=LIBRARY)
-
-
-# --- autograd -----------------------------------------------------------------------------------------------------
-# The three products are each other's derivatives, so gradients of any order need no further op:
-#     y = x (M W)^T,   dx = dy (M W),   dW = M (dy^T x).
-
-
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, words, _, ctx.zeroed = inputs
-    ctx.save_for_backward(x, weight, words)
-
-
-def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, weight, words = ctx.saved_tensors
-    need_x, need_weight, _, need_bias, _ = ctx.needs_input_grad
-    return (
-        _OPS.masked_linear_dx(dy, weight, words, ctx.zeroed) if need_x else None,
-        _OPS.masked_linear_dw(dy, x, words) if need_weight else None,
-        None,
-        dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None,
-        None,
-    )
-
-
-def _dx_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    dy, weight, words, ctx.zeroed = inputs
-    ctx.save_for_backward(dy, weight, words)
-
-
-def _dx_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
-    dy, weight, words = ctx.saved_tensors
-    need_dy, need_weight = ctx.needs_input_grad[:2]
-    return (
-        _OPS.masked_linear(ddx, weight, words, None, ctx.zeroed) if need_dy else None,
-        _OPS.masked_linear_dw(dy, ddx, words) if need_weight else None,
-        None,
-        None,
-    )
-
-
-def _dw_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _dw_backward(ctx: Any, ddw: Tensor) -> tuple[Any, ...]:
-    dy, x, words = ctx.saved_tensors
-    return (
-        _OPS.masked_linear(x, ddw, words, None, False) if ctx.needs_input_grad[0] else None,
-        _OPS.masked_linear_dx(dy, ddw, words, False) if ctx.needs_input_grad[1] else None,
-        None,
-    )
-
-
-def _compressed_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, words, values, row_offsets, scales, _, ctx.width = inputs
-    ctx.save_for_backward(words, values, row_offsets, scales)
-    ctx.dtype = x.dtype
-
-
-def _compressed_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    words, values, row_offsets, scales = ctx.saved_tensors
-    weight = _OPS.decompress(words, values, row_offsets, scales, ctx.width).to(ctx.dtype)
-    db = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[5] else None
-    return (dy @ weight if ctx.needs_input_grad[0] else None, None, None, None, None, db, None)
-
-
-def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    result, target, residual = inputs
-    ctx.set_materialize_grads(False)  # nobody asks for the gradient's own gradient, as a rule
-    ctx.save_for_backward(output[1])
-    ctx.dtypes = (result.dtype, target.dtype, None if residual is None else residual.dtype)
-
-
-def _loss_backward(ctx: Any, dloss: Tensor | None, dgradient: Tensor | None) -> tuple[Any, ...]:
-    (gradient,) = ctx.saved_tensors
-    total = None if dloss is None else gradient * dloss
-    if dgradient is not None:  # of second order
-        second = dgradient * (2 / max(1, gradient.numel()))
-        total = second if total is None else total + second
-    signs = (1, -1, -1)
-    return tuple(
-        (total if sign == 1 else -total).to(dtype) if need and total is not None else None
-        for sign, dtype, need in zip(signs, ctx.dtypes, ctx.needs_input_grad, strict=True)
-    )
-
-
-for _name, _setup, _backward in (
-    ("reconstruction_loss", _loss_setup, _loss_backward),
-    ("masked_linear", _linear_setup, _linear_backward),
-    ("masked_linear_dx", _dx_setup, _dx_backward),
-    ("masked_linear_dw", _dw_setup, _dw_backward),
-    ("compressed_linear", _compressed_setup, _compressed_backward),
-):
-    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup, lib=LIBRARY)

@@ -220,6 +220,13 @@ def compressed_linear(
     return (y if bias is None else y + wide(bias)).to(x.dtype)
 
 
+def gather_kept(tensor: Tensor, words: Tensor, row_offsets: Tensor) -> Tensor:
+    """The kept entries of ``tensor`` (N, K), row by row: (kept,). The inverse of ``decompress``."""
+    mask = unpack_mask(words, tensor.shape[-1])
+    check_kept_rows(words, row_offsets, tensor.shape[-1], int(mask.sum()))
+    return tensor[mask]
+
+
 # --- reconstruction loss --------------------------------------------------------------------------------------------
 
 

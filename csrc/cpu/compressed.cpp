@@ -127,7 +127,8 @@ at::Tensor decompress(const at::Tensor& words, const at::Tensor& values, const a
     for (int64_t row = begin; row < end; ++row) {
       check_row(op, kept, row);  // before its values are read
       if (value == Value::kFloat) {
-        decompress_row(w, row, static_cast<const float*>(w.values), static_cast<float*>(to) + row * width);
+        EBFT_CALL(spread_row, w.mask + row * w.mask_stride, width, w.row_offsets[row + 1] - w.row_offsets[row],
+                  static_cast<const float*>(w.values) + w.row_offsets[row], static_cast<float*>(to) + row * width);
       } else if (value == Value::kInt8) {
         decompress_row(w, row, static_cast<const int8_t*>(w.values), codes.data());
         float* out = static_cast<float*>(to) + row * width;
@@ -141,11 +142,33 @@ at::Tensor decompress(const at::Tensor& words, const at::Tensor& values, const a
   return dense;
 }
 
+at::Tensor gather_kept(const at::Tensor& tensor, const at::Tensor& words, const at::Tensor& row_offsets) {
+  const char* op = "gather_kept";
+  check_tensor(tensor, op, "tensor", at::kFloat, at::kCPU);
+  TORCH_CHECK_VALUE(tensor.dim() == 2, op, " got ", shape_of(tensor), "; expected (N, K)");
+  const KeptRows kept = kept_rows(op, words, row_offsets, tensor.sizes(), at::kCPU);
+  const int64_t total = kept.offsets[kept.rows];
+  TORCH_CHECK_VALUE(total >= 0 && total <= tensor.numel(), op, " got row offsets up to ", total, " for ", tensor.numel(), " places");
+  check_offsets(op, kept, total);
+  at::Tensor values = at::empty({total}, tensor.options());
+  const auto* from = tensor.const_data_ptr<float>();
+  auto* to = values.mutable_data_ptr<float>();
+  at::parallel_for(0, kept.rows, kRowGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      check_row(op, kept, row);  // before its values are written
+      EBFT_CALL(gather_row, reinterpret_cast<const uint8_t*>(kept.row(row)), kept.width, kept.offsets[row + 1] - kept.offsets[row],
+                from + row * kept.width, to + kept.offsets[row]);
+    }
+  });
+  return values;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(ebft_kernels, CPU, m) {
   m.impl("compressed_linear.native", compressed_linear);
   m.impl("decompress.native", decompress);
+  m.impl("gather_kept.native", gather_kept);
 }
 
 }  // namespace ebft

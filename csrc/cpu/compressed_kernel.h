@@ -4,29 +4,9 @@
 // 16-bit lanes, two vectors' worth at a time, and become floats by a shift (the even inputs) or a mask (the odd ones): `arrange` puts x
 // in that order. With kDots, x is bfloat16 too, two inputs in the place of a float, and AVX-512 multiplies pairs.
 
-#if EBFT_AVX512
-struct Wide {
-  __m512 v;
-};
-inline Wide wide_zero() { return {_mm512_setzero_ps()}; }
-inline Wide wide_load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline Wide wide_set(float x) { return {_mm512_set1_ps(x)}; }
-inline Wide multiply_add(Wide a, Wide b, Wide sum) { return {_mm512_fmadd_ps(a.v, b.v, sum.v)}; }
-inline void wide_store(float* p, Wide a) { _mm512_storeu_ps(p, a.v); }
-#else
-using Wide = F8;
-inline Wide wide_zero() { return set(0); }
-inline Wide wide_load(const float* p) { return load(p); }
-inline Wide wide_set(float x) { return set(x); }
-#if EBFT_AVX2
-inline Wide multiply_add(Wide a, Wide b, Wide sum) { return {_mm256_fmadd_ps(a.v, b.v, sum.v)}; }
-#else
-inline Wide multiply_add(Wide a, Wide b, Wide sum) { return a * b + sum; }
-#endif
-inline void wide_store(float* p, Wide a) { store(p, a); }
-#endif
+#include "cpu/wide.h"
 
-inline constexpr int kLanesWide = int(sizeof(Wide) / sizeof(float)), kParts = int(kChunkInputs) / kLanesWide;
+inline constexpr int kParts = int(kChunkInputs) / kLanesWide;
 
 // x of `width` inputs, and zeros up to a whole chunk, as a kernel for values of kind `value` takes it.
 void arrange(const float* x, float* to, int64_t width, Value value, bool dots) {
@@ -306,4 +286,40 @@ bool compressed_rows(const Compressed& w, Value value, int64_t row0, int64_t row
   if (value == Value::kBfloat16) return rows_value<Value::kBfloat16>(w, row0, row1, x, x_stride, batch, to, to_stride, room);
   if (value == Value::kHalf) return rows_value<Value::kHalf>(w, row0, row1, x, x_stride, batch, to, to_stride, room);
   return rows_value<Value::kInt8>(w, row0, row1, x, x_stride, batch, to, to_stride, room);
+}
+
+// --- a row of floats and its kept ones, of which there are `kept` ------------------------------------------------------------
+
+// Nothing is written past them: what follows may be another thread's.
+void gather_row(const uint8_t* mask, int64_t width, int64_t kept, const float* from, float* to) {
+  int64_t count = 0, i = 0;
+  for (; i + 8 <= width; i += 8) {
+    const F8 packed = pack(load(from + i), mask[i / 8]);
+    const int64_t here = __builtin_popcount(mask[i / 8]);
+    if (count + 8 <= kept) {
+      store(to + count, packed);
+    } else {
+      float part[8];
+      store(part, packed);
+      memcpy(to + count, part, size_t(here) * sizeof(float));
+    }
+    count += here;
+  }
+  for (; i < width; ++i)
+    if (mask[i / 8] >> (i & 7) & 1) to[count++] = from[i];
+}
+
+void spread_row(const uint8_t* mask, int64_t width, int64_t kept, const float* from, float* to) {
+  int64_t count = 0, i = 0;
+  for (; i + 8 <= width; i += 8) {
+    if (count + 8 <= kept) {
+      store(to + i, spread(load(from + count), mask[i / 8]));
+    } else {
+      float part[8] = {};
+      memcpy(part, from + count, size_t(kept - count) * sizeof(float));
+      store(to + i, spread(load(part), mask[i / 8]));
+    }
+    count += __builtin_popcount(mask[i / 8]);
+  }
+  for (; i < width; ++i) to[i] = (mask[i / 8] >> (i & 7) & 1) ? from[count++] : 0.0f;
 }

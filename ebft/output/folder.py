@@ -222,7 +222,7 @@ class OutputFolder:
     def drop_part(self, name: str, files: Iterable[Path]) -> None:
         """A part that nothing needs any more, and its files."""
         self._accepted.discard(name)
-        for file in (self.path / _COMMITS / f"{name}.json", *files):
+        for file in (self.path / COMMITS / f"{name}.json", *files):
             file.unlink(missing_ok=True)
 
     def forget_others(self) -> None:

@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import torch
 
-from ebft_kernels import reference
+from ebft_kernels import reference, sparse_reference
 from ebft_kernels._extension import native_reason
 from ebft_kernels.adamw import AdamWStep
+from ebft_kernels.mask import PackedMask
+from ebft_kernels.places import Places
 from ebft_kernels.testing import ADAMW_LAYOUTS, MASK_KINDS, adamw_step, make_mask
 
 OPS = torch.ops.ebft_kernels
+SPARSE_SHAPES = ((1, 1), (3, 31), (7, 129), (257, 128), (60, 515))
 
 
 def check_adamw(layout, dtype, steps=3, scale=0.25, seed=0):
@@ -92,6 +96,50 @@ def check_compressed(rows, width, batch, values, x_dtype, kind="random", seed=0)
     )
 
 
+def check_sparse(rows, width, tokens, kind, seed=0):
+    """No further from float64 than torch's dense float32 products, and the same on one thread and on several."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def floats(*shape):
+        return torch.randn(*shape[:-1], 2 * shape[-1], generator=generator)[..., ::2]  # of no whole stride
+
+    mask = make_mask(kind, rows, width, generator)
+    places = Places.of(PackedMask.from_dense(mask))
+    sparse_reference.check_walk(*places.walk, width)
+    sparse_reference.check_walk(*places.back, rows)
+    weight, x, dy, bias = floats(rows, width) * mask, floats(tokens, width), floats(tokens, rows), torch.randn(rows)
+    values = OPS.gather_kept.native(weight.contiguous(), places.words, places.row_offsets)
+    assert torch.equal(values, weight[mask])
+    walks = (*places.walk, *places.back)
+
+    def products():
+        return (
+            OPS.sparse_linear.native(x, values, *walks, bias, width),
+            OPS.sparse_linear_dx.native(dy, values, *walks, width),
+            OPS.sparse_linear_dw.native(dy, x, *walks),
+        )
+
+    def dense(x, dy, weight, bias):
+        return torch.nn.functional.linear(x, weight, bias), dy @ weight, (dy.T @ x)[mask]
+
+    given = (x, dy, weight, bias)
+    with_threads = products(), torch.set_num_threads(2), products(), torch.set_num_threads(1)
+    magnitudes = dense(*(of.double().abs() for of in given))
+    for got, again, plain, true, terms in zip(
+        *with_threads[::2], dense(*given), dense(*(of.double() for of in given)), magnitudes, strict=True
+    ):
+        assert torch.equal(got, again), (rows, width, tokens, kind)
+        error, torchs = ((of.double() - true).norm() for of in (got, plain))
+        assert error <= 1.5 * torchs + torch.finfo(torch.float32).eps * terms.norm(), (
+            rows,
+            width,
+            tokens,
+            kind,
+            error,
+            torchs,
+        )
+
+
 def check_grad_norm():
     step = adamw_step("fp32", "fp32", False)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -108,6 +156,8 @@ def everything():
             for scale in (None, 0.25):
                 check_adamw(layout, dtype, scale=scale)
     check_grad_norm()
+    for (rows, width), tokens, kind in itertools.product(SPARSE_SHAPES, (0, 1, 65, 520), MASK_KINDS):
+        check_sparse(rows, width, tokens, kind)
     for rows, width in ((1, 1), (3, 31), (2, 32), (5, 33), (4, 40), (7, 480), (3, 1000), (0, 8)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             check_masks(rows, width, seed=rows + width, dtype=dtype)

@@ -26,13 +26,16 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from ebft_kernels import reference
+from ebft_kernels import reference, sparse_reference
 from ebft_kernels._extension import native_reason
 from ebft_kernels.adamw import AdamWStep
+from ebft_kernels.mask import PackedMask
 from ebft_kernels.ops import NATIVE, OF_A_STEP
+from ebft_kernels.places import Places
 from ebft_kernels.testing import ADAMW_LAYOUTS, MASK_KINDS, make_mask, one_adamw_step, poisoned
 
 OPS = torch.ops.ebft_kernels
+PRODUCTS = ("sparse_linear", "sparse_linear_dx", "sparse_linear_dw")
 IN_PLACE = ("masked_adamw_step", "zero_pruned_")
 # How an op says no. Anything else that it raises is a fault.
 REFUSALS = (ValueError, RuntimeError, IndexError, NotImplementedError)
@@ -84,6 +87,11 @@ def valid_call(case: Case) -> dict[str, object]:
         return {"grads": grads, "words": [words, none, none]}
     if case.op == "masked_adamw_step":
         return adamw_call(dice, floats, mask_of)
+    if case.op == "gather_kept":
+        tensor = floats(rows, width, dtype=torch.float32)
+        return {"tensor": tensor, "words": words, "row_offsets": reference.row_offsets(words)}
+    if case.op in PRODUCTS:
+        return product_call(case.op, dice, floats, mask_of(max(1, rows)))
     int8 = dice.random() < 0.3
     dtype = torch.float32 if int8 else dice.choice(FLOATS)
     values, scales = reference.compress(floats(rows, width, dtype=dtype), words, int8)
@@ -92,6 +100,19 @@ def valid_call(case: Case) -> dict[str, object]:
         return {**stored, "width": width}
     x = floats(*dice.choice([(), (0,), (3,), (2, 4), (17,)]), width)
     return {"x": x, **stored, "bias": dice.choice([None, floats(rows)]), "width": width}
+
+
+def product_call(op, dice, floats, mask):
+    places = Places.of(PackedMask.from_dense(mask))
+    walks = {**places.walk._asdict(), **{f"back_{name}": of for name, of in places.back._asdict().items()}}
+    lead, (rows, width) = dice.choice([(), (0,), (3,), (2, 4), (67,), (130,)]), mask.shape
+    x, dy, bias = (floats(*shape, dtype=torch.float32) for shape in ((*lead, width), (*lead, rows), (rows,)))
+    values = floats(int(mask.sum()), dtype=torch.float32)
+    if op == "sparse_linear":
+        return {"x": x, "values": values, **walks, "bias": dice.choice([None, bias]), "width": width}
+    if op == "sparse_linear_dx":
+        return {"dy": dy, "values": values, **walks, "width": width}
+    return {"dy": dy, "x": x, **walks}
 
 
 def adamw_call(dice, floats, mask_of):
@@ -301,15 +322,19 @@ def memory_of(value):
     return [memory_of(one) for one in value] if isinstance(value, list) else None
 
 
+def reference_of(op):
+    return getattr(sparse_reference if op in PRODUCTS else reference, op)
+
+
 def compare(case, got, arguments, kept):
     """The answer of the native kernel, and that of the reference on the arguments as they were."""
-    if case.op in ("compressed_linear", "masked_grad_norm"):  # sums in another order: held against float64
+    if case.op in (*PRODUCTS, "compressed_linear", "masked_grad_norm"):  # sums in another order: held against float64
         widened = [each(value, lambda t: t.double() if t.dtype in FLOATS else t) for value in kept]
         if case.op == "compressed_linear":
             widened[4] = kept[4]  # scales are float32
-        true = outcome(getattr(reference, case.op), widened)
+        true = outcome(reference_of(case.op), widened)
     else:
-        true = outcome(getattr(reference, case.op), [AdamWStep(*kept)] if case.op in OF_A_STEP else kept)
+        true = outcome(reference_of(case.op), [AdamWStep(*kept)] if case.op in OF_A_STEP else kept)
     if isinstance(true, Exception) and isinstance(got, torch.Tensor) and got.numel() == 0:
         return  # an answer without a number in it cannot be wrong
     assert not isinstance(true, Exception), f"{case} was answered; the reference: {true!r}"
@@ -319,11 +344,11 @@ def compare(case, got, arguments, kept):
         for lists in (arguments, kept):
             forget_codes(lists)
         assert same(arguments, kept), f"{case}: other weights or states than the reference"
-    elif case.op == "compressed_linear":
+    elif case.op in (*PRODUCTS, "compressed_linear"):
         assert (got.shape, got.dtype) == (true.shape, arguments[0].dtype), case
-        x, words, values, offsets, scales, bias, width = widened
-        terms = [x.abs(), words, values.abs(), offsets, scales if scales is None else scales.abs(), bias, width]
-        bound = reference.compressed_linear(*terms[:5], None if bias is None else bias.abs(), width)
+        numbers = (torch.int8, torch.float32, torch.float64)
+        terms = [of.abs() if isinstance(of, torch.Tensor) and of.dtype in numbers else of for of in widened]
+        bound = reference_of(case.op)(*terms)
         limit = torch.finfo(got.dtype)
         sane = bound < min(limit.max / 2, 1e37)  # beyond, sums overflow in one order and not in another
         allowed = limit.eps * true.abs() + 1e-5 * bound + limit.tiny + 1e-30
