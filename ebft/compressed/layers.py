@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ebft.errors import EBFTError, first_line, on_one_line
 from ebft.files import read_json
+from ebft.model.blocks import find_blocks
 from ebft.model.checkpoint import load_config, load_model, load_tokenizer
-from ebft.model.decoder import find_blocks
 from ebft.model.matrices import find_matrices
 from ebft.model.tensors import make_buffers_real
 from ebft.output.folder import OutputFolder
