@@ -32,8 +32,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.machine import write_result
 from ebft.data.calibration import builtin_documents
+from ebft.model.blocks import find_blocks
 from ebft.model.checkpoint import load_config, load_model, load_tokenizer, open_model
-from ebft.model.decoder import find_blocks
 
 LARGE = {
     "hidden_size": 2048,

@@ -25,8 +25,8 @@ from ebft.compressed.quantizer import FORMAT, METHOD, NOTE, CompressedConfig, Co
 from ebft.compressed.readers import read_by_others
 from ebft.errors import EBFTError, on_one_line
 from ebft.files import read_json
+from ebft.model.blocks import find_blocks
 from ebft.model.checkpoint import load_config, load_model, load_tokenizer
-from ebft.model.decoder import find_blocks
 from ebft.model.libraries import by_libraries
 from ebft.model.matrices import find_matrices
 from ebft.model.sources import files_of

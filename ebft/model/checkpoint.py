@@ -281,9 +281,9 @@ def _plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     )
     with torch.device("meta"):
         fresh = type(model)._from_config(config, dtype=model.dtype)
+    make_buffers_real(fresh)
     fresh.load_state_dict(model.state_dict(), assign=True)
     fresh.tie_weights()
-    make_buffers_real(fresh)
     fresh.generation_config = model.generation_config
     return fresh
 

@@ -16,16 +16,15 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedModel
 
 from ebft.errors import EBFTError, first_line
+from ebft.model.blocks import BlockCall, autocast, find_blocks, first_output, forwards_replaced
 from ebft.model.fused import fuse_
 from ebft.model.matrices import Matrix, find_matrices
 from ebft.model.stand_ins import shapes_only, without_values
@@ -33,44 +32,6 @@ from ebft.model.tensors import ModelWeights, Tensors, Weights, put
 from ebft_kernels import MaskedLinear, PackedMask
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """How the model calls a block: what it gives besides hidden states, which come first or as ``hidden_states``."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @classmethod
-    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
-        """The hidden states among a call's arguments, and the rest."""
-        if args:
-            return args[0], cls(args[1:], kwargs)
-        if "hidden_states" not in kwargs:
-            raise EBFTError(f"a block is called with {', '.join(kwargs) or 'nothing'}; expected its hidden_states")
-        rest = dict(kwargs)
-        return rest.pop("hidden_states"), cls((), rest)
-
-    def __call__(self, block: nn.Module, hidden: Tensor, compute: torch.dtype) -> Tensor:
-        """Run ``block`` on ``hidden``, products in ``compute``, and give its hidden states in float32."""
-        with autocast(hidden.device, compute):
-            return first_output(block(hidden, *self.args, **self.kwargs)).float()
-
-    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> BlockCall:
-        """The same call with every tensor in it changed."""
-        args, kwargs = tree_map_only(Tensor, change, (self.args, self.kwargs))
-        return BlockCall(args, kwargs)
-
-    def has_nan(self) -> bool:
-        """Whether an argument has values that are no numbers."""
-        tensors = [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Tensor)]
-        return any(bool(tensor.isnan().any()) for tensor in tensors if not tensor.is_meta)
-
-    def equals(self, other: BlockCall) -> bool:
-        """Whether all arguments are the same, tensors by value."""
-        mine, theirs = (tree_flatten((call.args, call.kwargs)) for call in (self, other))
-        return mine[1] == theirs[1] and all(map(_same, mine[0], theirs[0]))
 
 
 class _LastBlockReached(Exception):
@@ -149,6 +110,10 @@ class Decoder:
         """A copy of block ``index`` as it is stored."""
         return self._filled(index, self._read(index))
 
+    def block_on_host(self, index: int) -> nn.Module:
+        """A copy of block ``index`` to run on the host, in float32."""
+        return _cast_parameters(self.copy_of_block(index), torch.device("cpu"))
+
     def not_finite(self, index: int | None = None) -> str | None:
         """The first stored tensor that holds NaN or infinity, of block ``index``; by default outside of the blocks."""
         of_blocks = tuple(f"{name}." for name in self.names)
@@ -206,6 +171,7 @@ class Decoder:
     def _filled(self, index: int, values: dict[str, Tensor]) -> nn.Module:
         shell = self._shells[index]
         block = copy.deepcopy(shell, _shared_configs(shell))
+        vars(block).pop("forward", None)  # while the model's own forward runs, the shell has another
         put(block, values)
         return block
 
@@ -225,11 +191,15 @@ class Decoder:
         return hidden[0].detach().float()  # a model with gradient checkpointing may ask for gradients of embeddings
 
     @torch.no_grad()
-    def exit(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Hidden states after the last block -> logits (batch, seqlen, vocabulary), by the model's norm and head."""
-        return self.logits(ids, hidden)
+    def exit(self, ids: Tensor, hidden: Tensor, compute: torch.dtype | None = None) -> Tensor:
+        """Hidden states after the last block -> logits (batch, seqlen, vocabulary), by the model's norm and head.
 
-    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        Args:
+            compute: dtype of the matrix products; by default the decoder's.
+        """
+        return self.logits(ids, hidden, compute)
+
+    def logits(self, ids: Tensor, hidden: Tensor, compute: torch.dtype | None = None) -> Tensor:
         """``exit``, through which gradients go back to ``hidden``."""
 
         def passing(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -242,8 +212,28 @@ class Decoder:
             inside, embedding = hidden.to(device), self._skeleton.get_input_embeddings()
             # What is embedded does not matter here, so an embedding that the head does not share is not read.
             unread = [embedding] if embedding.weight.is_meta else []
-            with _forwards_replaced(unread, nothing), autocast(device, self.compute):
+            with forwards_replaced(unread, nothing), autocast(device, compute or self.compute):
                 return self._run_skeleton(ids.to(device), passing).logits
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor, run: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Tensor:
+        """The model's own forward, on the host: token ids (batch, seqlen) -> logits.
+
+        Args:
+            run: (index, args, kwargs) -> what block ``index`` returns, called once a block.
+        """
+        host, last = torch.device("cpu"), len(self) - 1
+
+        def running(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            out = run(index, args, kwargs)
+            if index == last:  # embeddings and head are not both in memory
+                ends.close()
+                ends.enter_context(self._holding(self._exit, host))
+            return out
+
+        with contextlib.ExitStack() as ends:
+            ends.enter_context(self._holding(self._entrance, host))
+            return self._run_skeleton(ids, running).logits
 
     def at_entrance(self) -> contextlib.AbstractContextManager[torch.device]:
         """Embeddings on the host while inside, and not before or after; gives the device. ``enter`` does so itself."""
@@ -341,7 +331,7 @@ class Decoder:
 
     def _run_skeleton(self, ids: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
         """The model's forward on ``ids``, with ``instead(index, args, kwargs)`` in place of every block's forward."""
-        with _forwards_replaced(self._shells, instead), contextlib.suppress(_LastBlockReached):
+        with forwards_replaced(self._shells, instead), contextlib.suppress(_LastBlockReached):
             return self._skeleton(input_ids=ids, use_cache=False)
 
     @torch.no_grad()
@@ -391,47 +381,6 @@ class Decoder:
         return self._width
 
 
-def find_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
-    """Path and modules of the model's blocks: the ``ModuleList`` with one entry a layer and the most parameters."""
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    if not all(getattr(config, "return_dict", True) for config in (model.config, model.config.get_text_config())):
-        raise EBFTError(
-            f"{type(model).__name__} has a configuration with return_dict {model.config.return_dict}; expected true"
-        )
-    lists = {path: list(module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    stacks = {path: blocks for path, blocks in lists.items() if blocks and len(blocks) == layers}
-    if not stacks or model.config.is_encoder_decoder or model.get_output_embeddings() is None:
-        raise EBFTError(f"{type(model).__name__} is not a decoder with a stack of blocks and a language-model head")
-    path = max(stacks, key=lambda path: sum(p.numel() for block in stacks[path] for p in block.parameters()))
-    return path, stacks[path]
-
-
-def autocast(device: torch.device, compute: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Products in the compute dtype, sums and norms in float32."""
-    return torch.autocast(device.type, dtype=compute, enabled=compute != torch.float32)
-
-
-def first_output(output: Any) -> Tensor:
-    """The hidden states among what a block returns: itself, or the first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-@contextlib.contextmanager
-def _forwards_replaced(
-    blocks: list[nn.Module], instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
-) -> Iterator[None]:
-    def forward_of(index: int) -> Callable[..., Any]:
-        return lambda *args, **kwargs: instead(index, args, kwargs)
-
-    for index, block in enumerate(blocks):
-        block.forward = forward_of(index)  # on the instance: shadows the class's own until it is deleted below
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
 def _without_values(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model whose parameters are on the meta device; buffers (rotary tables) are copied."""
     memo: dict[int, Any] = {
@@ -472,12 +421,3 @@ def _cast_parameters(module: M, device: torch.device) -> M:
 
 def _move(module: M, device: torch.device) -> M:
     return module._apply(lambda t: t if t.is_meta else t.to(device))
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether arguments are equal: tensors (by shape where they have no values) and plain ones by value."""
-    if isinstance(one, Tensor):
-        same_shape = isinstance(other, Tensor) and one.shape == other.shape
-        return same_shape and (one.is_meta or bool(torch.equal(one, other)))
-    plain = isinstance(one, bool | int | float | str)
-    return type(one) is type(other) and (not plain or one == other)

@@ -419,14 +419,42 @@ def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def make_buffers_real(model: PreTrainedModel, but: type[nn.Module] | tuple[()] = ()) -> None:
-    """Give buffers that no checkpoint holds (rotary tables …) their values, as ``from_pretrained`` does."""
-    for module in model.modules():
-        if isinstance(module, but):
-            continue
-        meta = {
-            name: buffer for name in module._non_persistent_buffers_set if (buffer := module._buffers[name]) is not None
-        }
-        for name, buffer in meta.items():
-            module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        if meta:
-            model._init_weights(module)
+    """Give buffers that no checkpoint holds (rotary tables …) their values, as ``from_pretrained`` does.
+
+    Args:
+        model: on the meta device: weights that are there already would be made anew.
+        but: modules whose buffers are somebody else's.
+
+    Raises:
+        EBFTError: the model's initialisation leaves a buffer as it is, so that nobody could know its values.
+    """
+    made: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set if not isinstance(module, but) else ():
+            if (buffer := module._buffers[name]) is not None:
+                made[f"{path}.{name}"] = module._buffers[name] = _poisoned(buffer)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        _initialise(model, model)
+    for place, buffer in made.items():
+        if buffer.numel() and buffer.dtype != torch.bool and torch.allclose(buffer, _poisoned(buffer), equal_nan=True):
+            raise EBFTError(
+                f"{place} has no values: it is in no file, and {type(model).__name__} does not initialise it; expected "
+                "a model whose buffers transformers initialises"
+            )
+
+
+def _initialise(module: nn.Module, nearest: PreTrainedModel) -> None:
+    """Every module as the ``nearest`` model around it initialises its own, those within before those around them."""
+    nearest = module if isinstance(module, PreTrainedModel) else nearest
+    for child in module.children():
+        _initialise(child, nearest)
+    nearest._init_weights(module)
+
+
+def _poisoned(buffer: Tensor) -> Tensor:
+    """A tensor of that shape on the host that shows where nothing was written: NaN, or the lowest integer."""
+    tensor = torch.empty_like(buffer, device="cpu")
+    if tensor.dtype == torch.bool:
+        return tensor.zero_()
+    floats = tensor.is_floating_point() or tensor.is_complex()
+    return tensor.fill_(torch.nan if floats else torch.iinfo(tensor.dtype).min)

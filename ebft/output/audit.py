@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from ebft.config.pattern import Pattern
 from ebft.errors import EBFTError, on_one_line
 from ebft.files import check_model_folder, indexed_files, ordinary, read_json
+from ebft.model.blocks import find_blocks
 from ebft.model.checkpoint import Source, load_model, open_model
-from ebft.model.decoder import find_blocks
 from ebft.model.locate import DEFAULT_MODEL
 from ebft.model.matrices import Matrix, find_matrices, router_paths
 from ebft.output.records import SUMMARY, finished_folder

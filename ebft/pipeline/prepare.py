@@ -19,6 +19,7 @@ from ebft.distributed import Ranks
 from ebft.errors import EBFTError
 from ebft.evaluation.continuations import read_prompts
 from ebft.evaluation.zero_shot import ZeroShot
+from ebft.model.agreement import check_agreement
 from ebft.model.checkpoint import Source, load_config, load_model, load_tokenizer, open_model
 from ebft.model.decoder import Decoder
 from ebft.model.device import choose_device
@@ -144,12 +145,14 @@ def _decoders(
     fuse = config.runtime.fused and device.type == "cuda" and liger_missing() is None
     decoder = Decoder(student.model, device, compute, fuse, student.weights)
     check_ends(decoder, f"model {name_of(source)}")
+    check_agreement(decoder, f"model {name_of(source)}")
     if teacher is None and config.model.teacher is None:
         return decoder, decoder
     opened = _with_biases_of(student.model, _open(config, teacher or config.model.teacher, reporter))
     dense = Decoder(opened.model, device, compute, fuse, opened.weights)
     check_teacher(decoder, dense)
     check_ends(dense, "--teacher")
+    check_agreement(dense, "--teacher")
     return decoder, dense
 
 

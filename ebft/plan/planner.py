@@ -28,8 +28,8 @@ from ebft.data.texts import SELF
 from ebft.errors import EBFTError
 from ebft.evaluation.perplexity import TOKENS_AT_ONCE
 from ebft.evaluation.zero_shot import BATCH
+from ebft.model.blocks import autocast
 from ebft.model.checkpoint import load_config
-from ebft.model.decoder import autocast
 from ebft.model.device import choose_device
 from ebft.model.lengths import check_lengths
 from ebft.model.locate import DEFAULT_MODEL

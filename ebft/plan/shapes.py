@@ -14,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ebft.config import EBFTConfig
+from ebft.model.blocks import BlockCall, find_blocks
 from ebft.model.checkpoint import model_of
-from ebft.model.decoder import BlockCall, Decoder, find_blocks
+from ebft.model.decoder import Decoder
 from ebft.model.stand_ins import shapes_only, without_values
 from ebft.pruning.statistics import PRODUCTS, InputStatistics
 

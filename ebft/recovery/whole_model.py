@@ -18,7 +18,8 @@ from ebft.config import EBFTConfig
 from ebft.data.streams import Store
 from ebft.distributed import Ranks
 from ebft.errors import EBFTError
-from ebft.model.decoder import Decoder, autocast
+from ebft.model.blocks import autocast
+from ebft.model.decoder import Decoder
 from ebft.model.tensors import Tensors
 from ebft.output.checkpoint import Checkpoint
 from ebft.recovery.allowance import Allowance

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import ebft
 from ebft.compressed.layers import compress_model
 from ebft.errors import EBFTError
-from ebft.model.decoder import find_blocks
+from ebft.model.blocks import find_blocks
 from ebft.model.matrices import find_matrices
 from ebft_kernels import CompressedLinear
 

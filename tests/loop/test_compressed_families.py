@@ -6,7 +6,7 @@ from conftest import VOCABULARY
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ebft.compressed.layers import load_compressed, save_compressed
-from ebft.model.decoder import find_blocks
+from ebft.model.blocks import find_blocks
 from ebft.model.matrices import find_matrices
 
 _BASE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}

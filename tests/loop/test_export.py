@@ -10,7 +10,7 @@ import ebft
 from ebft.cli.app import main
 from ebft.compressed.layers import save_compressed
 from ebft.errors import EBFTError
-from ebft.model.decoder import find_blocks
+from ebft.model.blocks import find_blocks
 from ebft.model.matrices import find_matrices
 from ebft_kernels import PackedMask
 

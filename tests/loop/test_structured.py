@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from ebft import EBFTConfig, run_ebft
 from ebft.compressed.layers import load_compressed, save_compressed
 from ebft.errors import EBFTError
-from ebft.model.decoder import Decoder, find_blocks
+from ebft.model.blocks import find_blocks
+from ebft.model.decoder import Decoder
 from ebft.model.matrices import find_matrices
 from ebft.output.audit import audit
 from ebft.pruning.statistics import InputStatistics

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ebft.model.blocks import find_blocks
 from ebft.model.checkpoint import Source
-from ebft.model.decoder import find_blocks
 from ebft.model.matrices import find_matrices
 from ebft.model.tensors import ModelWeights, ShardedWeights
 from ebft.pruning.structured.units import find_units

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ebft.config import EBFTConfig
 from ebft.errors import EBFTError, first_line
-from ebft.model.decoder import Decoder, find_blocks
+from ebft.model.blocks import find_blocks
+from ebft.model.decoder import Decoder
 from ebft.model.matrices import find_matrices
 from ebft.model.tensors import ShardedWeights
 from ebft.output.folder import OutputFolder

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ebft.model.decoder import BlockCall
+from ebft.model.blocks import BlockCall
 from ebft.model.stand_ins import OTHERS, Tracker
 from ebft.recovery.ebft.objective import Objective
 from ebft.recovery.ebft.pairs import in_turn_through

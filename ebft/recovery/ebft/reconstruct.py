@@ -24,7 +24,7 @@ from ebft.config import EBFTConfig
 from ebft.data.streams import carry
 from ebft.distributed import Ranks
 from ebft.errors import EBFTError, MemoryRanOut
-from ebft.model.decoder import BlockCall
+from ebft.model.blocks import BlockCall
 from ebft.model.matrices import router_paths
 from ebft.recovery.allowance import Allowance
 from ebft.recovery.checkpointing import recompute, recomputed
