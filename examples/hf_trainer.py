@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from windows import windows
 
 from ebft.integrations import KeepSparsity
+from ebft_kernels import save_masks
 
 folder, text, output = sys.argv[1:]
 tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
@@ -25,3 +26,4 @@ trainer.train()
 
 trainer.save_model(output)
 tokenizer.save_pretrained(output)
+save_masks(model, f"{output}/masks.safetensors")

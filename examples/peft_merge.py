@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from windows import windows
 
 from ebft.integrations import KeepSparsity
+from ebft_kernels import save_masks
 
 folder, text, output = sys.argv[1:]
 tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
@@ -28,5 +29,7 @@ trainer = Trainer(
 )
 trainer.train()
 
-adapted.merge_and_unload().save_pretrained(output)
+merged = adapted.merge_and_unload()
+merged.save_pretrained(output)
 tokenizer.save_pretrained(output)
+save_masks(merged, f"{output}/masks.safetensors")

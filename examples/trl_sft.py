@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from ebft.integrations import KeepSparsity
+from ebft_kernels import save_masks
 
 folder, text, output = sys.argv[1:]
 tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
@@ -36,3 +37,4 @@ trainer.train()
 
 trainer.save_model(output)
 tokenizer.save_pretrained(output)
+save_masks(model, f"{output}/masks.safetensors")

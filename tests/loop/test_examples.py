@@ -39,7 +39,9 @@ def check(place: Path, output: Path) -> None:
     """What ``output`` holds is tuned, and zero where the masks say so."""
     before, after = (load_file(folder / "model.safetensors") for folder in (place / "pruned", output))
     assert before.keys() == after.keys()
-    for name, mask in load_masks(place / "pruned" / "masks.safetensors").items():
+    masks, kept = (load_masks(folder / "masks.safetensors") for folder in (place / "pruned", output))
+    assert kept == masks
+    for name, mask in masks.items():
         assert torch.count_nonzero(after[name][~mask.dense()]) == 0
         assert not torch.equal(after[name], before[name])
 
