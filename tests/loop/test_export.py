@@ -1,14 +1,18 @@
 """``ebft export``: what other programs read is the model, zeros and all."""
 
+import json
+
 import pytest
 import torch
 from conftest import random_model
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from torch.sparse import SparseSemiStructuredTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import ebft
 from ebft.cli.app import main
 from ebft.compressed.layers import save_compressed
+from ebft.data.calibration import builtin_documents
 from ebft.errors import EBFTError
 from ebft.model.blocks import find_blocks
 from ebft.model.matrices import find_matrices
@@ -59,6 +63,32 @@ def test_transformers_reads_the_gguf_file(family, made, tmp_path):
     given = AutoTokenizer.from_pretrained(folder)
     assert read(TEXT)["input_ids"] == given(TEXT)["input_ids"]
     assert read.eos_token_id == given.eos_token_id
+
+
+def of_bytes_where_it_has_no_token(size=600):
+    """A tokenizer of Llama 2's kind: BPE on text with its spaces written, and bytes for what has no token."""
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    bpe.decoder = decoders.Sequence(steps)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(builtin_documents("calibration")[0].split(), trainer)
+    content = json.loads(bpe.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]  # bytes are ordinary tokens
+    bpe = Tokenizer.from_str(json.dumps(content))
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_a_vocabulary_with_scores(tmp_path):
+    given = of_bytes_where_it_has_no_token()
+    random_model("llama", vocab_size=len(given)).save_pretrained(tmp_path / "dense")
+    given.save_pretrained(tmp_path / "dense")
+    assert main(["export", str(tmp_path / "dense"), "--to", "gguf"]) == 0
+    read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="dense.gguf")
+    for text in (TEXT, "two  spaces", "漢"):
+        assert read(text)["input_ids"] == given(text)["input_ids"]
 
 
 @pytest.mark.parametrize(("values", "within"), [("q8_0", 0.03), ("q4_0", 0.6)])
