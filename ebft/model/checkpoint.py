@@ -28,7 +28,7 @@ from transformers.utils import (
 )
 
 from ebft.errors import EBFTError, first_line
-from ebft.model.libraries import by_libraries, quiet
+from ebft.model.libraries import bars_on_terminals, by_libraries, quiet
 from ebft.model.limits import check_against_files, check_settings
 from ebft.model.locate import locate, shown
 from ebft.model.sources import checked, files_of, pickled, refuse_adapters
@@ -151,7 +151,7 @@ def load_model(
     if "gguf_file" not in where:
         _refuse_quantised(source, load_config(source, trust_remote_code=trust_remote_code))
         unpickled = pickled(where["pretrained_model_name_or_path"])
-    with by_libraries(source):
+    with by_libraries(source), bars_on_terminals():
         model, report = AutoModelForCausalLM.from_pretrained(
             **where, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import sys
 from collections.abc import Iterator
 
 from huggingface_hub.errors import StrictDataclassError
@@ -31,6 +33,14 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """Keep what draws progress bars of its own, as transformers does over a GGUF file, off a standard error that is no
+    terminal."""
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 @contextlib.contextmanager

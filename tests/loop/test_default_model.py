@@ -18,6 +18,7 @@ def test_the_default_model_is_pruned_recovered_saved_and_speaks(tmp_path, capsys
     assert "masked_adamw_step runs in native: the fused kernel for cpu" in said
     assert "block 30/30" in said
     assert "SmolLM2-135M-Instruct: wanda 60%, recovered by ebft" in said
+    assert "\r" not in said  # no bars where there is no terminal
 
     summary = json.loads((tmp_path / "out" / "ebft_summary.json").read_text())
     assert abs(summary["sparsity"] - 0.6) < 1e-3
