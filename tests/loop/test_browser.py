@@ -1,7 +1,7 @@
 """The report page in a real browser: headless Chromium, at the width of a phone and of a desk, light and dark.
 
-It needs ``pip install ebft[browser]`` and a Chromium (Debian: ``apt-get install chromium``). Without them it is skipped, and
-says so; where ``EBFT_BROWSER`` is set, as in CI, it fails.
+It needs ``pip install ebft[browser]`` and a Chromium (Debian: ``apt-get install chromium``). Without them it is
+skipped, and says so; where ``EBFT_BROWSER`` is set, as in CI, it fails.
 """
 
 import os
