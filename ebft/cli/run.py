@@ -33,12 +33,14 @@ if TYPE_CHECKING:
 
 _Preset = Annotated[
     str | None,
-    Parameter(help="settings to start from (default: paper; no model: demo; with --time: best)", metavar=presets()),
+    Parameter(
+        help="settings to start from (default: paper; without a model: demo; with --time: best)", metavar=presets()
+    ),
 ]
 _File = Annotated[str | None, Parameter(help="settings from a YAML file, over the preset's", metavar="FILE.yaml")]
 _Device = Annotated[
     str | None,
-    Parameter(help="print what the run would need, here or on a GPU, and stop", metavar="|".join((HERE, *DEVICES))),
+    Parameter(help="print what the run needs, here or on a GPU, and exit", metavar="|".join((HERE, *DEVICES))),
 ]
 
 
@@ -47,7 +49,7 @@ def run(
     preset: _Preset = None,
     config: _File = None,
     plan: _Device = None,
-    quiet: Annotated[bool | None, Parameter(help="say nothing but errors", negative=())] = None,
+    quiet: Annotated[bool | None, Parameter(help="print errors only", negative=())] = None,
     json: Annotated[bool | None, Parameter(help="print the summary as JSON on standard output", negative=())] = None,
     **settings: Any,
 ) -> int:

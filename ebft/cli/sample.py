@@ -23,7 +23,7 @@ def sample(
     ] = 40,
     device: Annotated[str, Parameter(help="cpu, cuda, cuda:1 …; auto takes the GPU where there is one")] = "auto",
     trust_remote_code: Annotated[
-        bool, Parameter(help="let transformers run code that comes with the models", negative=())
+        bool, Parameter(help="allow transformers to run code shipped with the models", negative=())
     ] = False,
 ) -> int:
     """Let a model, and another one beside it, go on from prompts, greedily."""

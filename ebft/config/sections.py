@@ -67,10 +67,8 @@ class Model:
     teacher: str | None = setting(
         None, "dense model whose blocks are the targets (default: the model as loaded)", needs=_TEACHER
     )
-    trust_remote_code: bool = setting(False, "let transformers run code that comes with the model")
-    ignore_unused: bool = setting(
-        False, "leave out tensors of the checkpoint that the model, as its config.json has it, does not take"
-    )
+    trust_remote_code: bool = setting(False, "allow transformers to run code shipped with the model")
+    ignore_unused: bool = setting(False, "ignore tensors in the checkpoint that config.json has no place for")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -82,14 +80,14 @@ class Prune:
 
     criterion: str = setting(
         "wanda",
-        "a criterion (ebft methods lists them), zeros (those that are there), or a masks.safetensors file",
+        "a criterion (see ebft methods), zeros (keep the zeros already there), or a masks.safetensors file",
         flag="prune",
         metavar="CRITERION|zeros|FILE",
         basic=True,
     )
     sparsity: float = setting(
         0.7,
-        "share of each matrix's weights that is pruned, between 0 and 1",
+        "share of each matrix's weights to prune, between 0 and 1",
         above=0,
         below=1,
         basic=True,
@@ -98,7 +96,7 @@ class Prune:
     pattern: str | None = setting(
         None, "keep N of every M consecutive inputs, in place of --sparsity", metavar="N:M", basic=True
     )
-    transposable: bool = setting(False, "--pattern holds along the outputs too, within M x M tiles", needs=_PATTERN)
+    transposable: bool = setting(False, "apply --pattern along outputs too, in M x M tiles", needs=_PATTERN)
     structured: bool = setting(
         False, "prune whole heads (KV groups) and MLP channels; --sparsity is then the share of the blocks' parameters"
     )
@@ -109,8 +107,8 @@ class Prune:
     )
     schedule: tuple[float, ...] | None = setting(
         None,
-        "prune gradually, such as 0.5,0.6,0.7: every share a run of its own from what the last one recovered, towards "
-        "the first dense model; in place of --sparsity",
+        "prune gradually, such as 0.5,0.6,0.7: each step prunes and recovers the model from the step before, towards "
+        "the original dense model; replaces --sparsity",
         metavar="SHARE,…",
     )
     allocation: str = setting(
@@ -119,7 +117,7 @@ class Prune:
         metavar="uniform|owl|FILE",
         needs=_CRITERION,
     )
-    refine: str = setting("none", "what is done to the masks of --prune: nothing, or a refinement", metavar="NAME")
+    refine: str = setting("none", "how to refine the masks of --prune", metavar="NAME")
     statistics: str = setting(
         "target",
         "masks go by what flows into the dense block as it makes the targets, or by the block's own inputs (one more "
@@ -187,7 +185,7 @@ class Recover:
 
     method: str = setting(
         "ebft",
-        "recoveries after pruning: none, or a sum in order such as layerwise+ebft (ebft methods lists them)",
+        "how to recover after pruning: none, or methods in order, such as layerwise+ebft (see ebft methods)",
         flag="recover",
         metavar="NAME[+NAME…]",
         basic=True,
@@ -211,16 +209,16 @@ class Recover:
         at_most=1,
         needs=_MIX,
     )
-    batch_size: int = setting(8, "sequences in a step", at_least=1, needs=_TEXT)
+    batch_size: int = setting(8, "sequences per step", at_least=1, needs=_TEXT)
     micro_batch: int | None = setting(
         None,
-        "sequences that go through the block at once; a step sums their gradients (default: the batch size)",
+        "sequences per forward pass; gradients are accumulated over a step (default: the batch size)",
         at_least=1,
         needs=_ANY,
     )
     holdout: float = setting(
         0.0,
-        "validation split: share of the sequences that no block is tuned on; the weights that do best on them are kept",
+        "validation split: share of the sequences held out from tuning; the weights that do best on it are kept",
         at_least=0,
         below=1,
         needs=_ANY,
@@ -266,7 +264,7 @@ class Data:
         needs=_WINDOWS,
     )
     samples: int = setting(256, "calibration sequences", at_least=1, basic=True, needs=_TEXT)
-    seqlen: int = setting(1024, "tokens in a calibration sequence", at_least=2, basic=True, needs=_TEXT)
+    seqlen: int = setting(1024, "tokens per calibration sequence", at_least=2, basic=True, needs=_TEXT)
 
     def __post_init__(self) -> None:
         given: Any = self.calibration
@@ -300,15 +298,15 @@ class Evaluate:
 
     texts: tuple[str, ...] = setting(
         ("wikitext2",),
-        "texts for perplexity: names or files; none for no measurement",
+        "texts to measure perplexity on: names or files, or none",
         flag="eval",
         metavar="NAME_OR_FILE,…",
         basic=True,
     )
-    seqlen: int = setting(2048, "tokens in an evaluation window", flag="eval_seqlen", at_least=2, needs=_EVAL)
+    seqlen: int = setting(2048, "tokens per evaluation window", flag="eval_seqlen", at_least=2, needs=_EVAL)
     tokens: int | None = setting(
         None,
-        "tokens of each text that are measured at most (default: all)",
+        "most tokens to measure of each text (default: all)",
         flag="eval_tokens",
         at_least=2,
         needs=_EVAL,
@@ -321,15 +319,15 @@ class Evaluate:
     )
     limit: int | None = setting(
         None,
-        "questions of each of --eval-tasks that are asked (default: all)",
+        "most questions to ask of each task (default: all)",
         flag="eval_limit",
         at_least=1,
         needs=_TASKS,
     )
     prompts: str = setting(
         "builtin",
-        "prompts that the dense, pruned and recovered model continue in the report: builtin, none, or a text file with "
-        "one on each line",
+        "prompts for the report's text samples by the dense, pruned and recovered model: builtin, none, or a text file "
+        "with one per line",
         metavar="builtin|none|FILE",
     )
 
@@ -344,37 +342,35 @@ class Runtime:
     """Where and how the work is done."""
 
     device: str = setting("auto", "cpu, cuda, cuda:1 …; auto takes the GPU where there is one", basic=True)
-    dtype: str = setting(
-        "auto", "compute type of the matrix products", choices=("auto", "float32", "bfloat16", "float16")
-    )
+    dtype: str = setting("auto", "dtype of the matrix products", choices=("auto", "float32", "bfloat16", "float16"))
     seed: int = setting(
         0, "seed of the calibration sample and the batch order", at_least=0, at_most=2**63 - 1, needs=_TEXT
     )
     time: str | None = setting(
         None,
-        "time that the whole run may take, such as 10m or 1h: recoveries take what loading, measuring and saving leave",
+        "time limit for the whole run, such as 10m or 1h: recovery uses what loading, measuring and saving leave",
         metavar="TIME",
         basic=True,
         needs=Needs("a recovery that goes by time", ("recover",), lambda c: c.goes_by_time),
     )
-    fused: bool = setting(False, "demand fused kernels for mask and optimizer; fail where there are none", basic=True)
+    fused: bool = setting(False, "require fused kernels for mask and optimizer; fail if there are none", basic=True)
     gpu_memory: str | None = setting(
         None,
-        "GPU memory that the run may take, such as 16GiB: settings that fit are chosen",
+        "GPU memory limit, such as 16GiB: settings are chosen to fit",
         metavar="SIZE",
         basic=True,
     )
     host_memory: str | None = setting(
-        None, "host memory that the run may take, such as 8GiB: settings that fit are chosen", metavar="SIZE"
+        None, "host memory limit, such as 8GiB: settings are chosen to fit", metavar="SIZE"
     )
     streams: str = setting(
         "auto",
-        "where hidden states are kept; auto: host, or as --gpu-memory and --host-memory make it",
+        "where to keep hidden states; auto: the host, or wherever the memory limits allow",
         choices=("auto", "device", "host", "disk"),
         needs=_STREAMS,
     )
     stream_dtype: str = setting(
-        "float32", "type in which hidden states are kept for calibration", choices=("float32", "bfloat16"), needs=_TEXT
+        "float32", "dtype of stored hidden states", choices=("float32", "bfloat16"), needs=_TEXT
     )
 
     def __post_init__(self) -> None:
@@ -396,13 +392,11 @@ class Output:
     """The folder that a run leaves."""
 
     folder: str = setting("ebft-output", "folder for the recovered model and its report", flag="output", basic=True)
-    overwrite: bool = setting(
-        False, "replace OUTPUT if an earlier run made it, once this run has committed", basic=True
-    )
+    overwrite: bool = setting(False, "replace the output of an earlier run, once this one has finished", basic=True)
     resume: bool = setting(
-        False, "go on with the interrupted run in OUTPUT.partial; start where there is none", basic=True
+        False, "continue the interrupted run in OUTPUT.partial, or start if there is none", basic=True
     )
-    max_shard_size: str = setting("50GB", "largest file of the saved model", metavar="SIZE")
+    max_shard_size: str = setting("50GB", "maximum size of a file of the saved model", metavar="SIZE")
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -15,8 +15,18 @@ from rich.table import Table
 from rich.text import Text
 
 from ebft.config.pattern import is_far
-from ebft.output.figures import duration, memory, number, perplexity_table, zero_shot_rows
+from ebft.output.figures import (
+    duration,
+    memory,
+    number,
+    one_line,
+    perplexity_table,
+    size,
+    text_samples,
+    zero_shot_rows,
+)
 from ebft.output.lasting import Lasting
+from ebft.output.recipe import next_commands
 
 OFTEN = 10.0  # seconds between lines of progress, where there is no live display
 
@@ -37,8 +47,13 @@ class Reporter:
         self.console.print(sentence, markup=False, soft_wrap=True)
 
     @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Any]:
-        """Yields ``advance(done, note="")``; shows a bar with the time left while inside."""
+    def progress(self, what: str, total: int, all_of: str = "") -> Iterator[Any]:
+        """Yields ``advance(done, note="")``; shows a bar with the time left while inside, and then a line.
+
+        Args:
+            what: is worked on.
+            all_of: how the last line calls it, such as ``30 blocks`` (default: ``what``).
+        """
         live = self.console.is_terminal
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -62,11 +77,11 @@ class Reporter:
                     left = passed / done * (total - done) if done else 0.0
                     self.say(
                         f"{what} {done:.4g}/{total} {f'{note} ' if note else ''}"
-                        f"({duration(passed)} passed, {duration(left)} left)"
+                        f"({duration(passed)} elapsed, {duration(left)} left)"
                     )
 
             yield advance
-        self.say(f"{what}: {duration(time.perf_counter() - began)}")
+        self.say(f"{all_of or what} done in {duration(time.perf_counter() - began)}")
 
     def table(self, summary: dict[str, Any]) -> None:
         """The closing table."""
@@ -79,10 +94,25 @@ class Reporter:
         if summary["zero_shot"]:
             headings = ["zero-shot, recovered", "questions", "metric", "value", "standard error"]
             self.console.print(_table(headings, zero_shot_rows(summary)))
+        self._continued(summary)
         asked, got = summary["asked_sparsity"], summary["sparsity"]
         missed = f" ({asked:.2%} was asked for)" if asked is not None and is_far(asked, got) else ""
         took = f"{duration(summary['seconds'])}, peak memory {memory(summary['peak_memory'])}"
         self.say(f"sparsity {got:.2%}{missed}, {took}, {summary['output']}")
+        sizes = summary["size"]
+        small = f"; about {size(sizes['compressed'])} without its zeros" if sizes["compressed"] else ""
+        self.say(f"size {size(sizes['saved'])}, dense {size(sizes['dense'])}{small}")
+        for what, command in next_commands(summary, out=summary["output"])[:2]:
+            self.say(f"{what} {command}")
+
+    def _continued(self, summary: dict[str, Any]) -> None:
+        """The first text sample, a line for each model, as far as the window is wide."""
+        for prompt, texts in text_samples(summary)[:1]:
+            self.say(f"“{one_line(prompt)}”")
+            for stage, text in texts:
+                line = Text(f"  {stage:<10}{one_line(text) or '(nothing)'}", no_wrap=True, overflow="ellipsis")
+                line.stylize("bold", 2, 2 + len(stage))
+                self.console.print(line)
 
     def samples(self, prompts: list[str], written: dict[str, list[str]]) -> None:
         """What each of the models has written after each of the prompts, on standard output."""

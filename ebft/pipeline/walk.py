@@ -45,7 +45,7 @@ def walk(context: RunContext, pace: Pace) -> list[dict[str, Any]]:
         position = finished[mine[0] - 1]["streams"] if mine[0] - 1 in finished else None
         walks_with_text = context.calibration and (context.recovery or context.masker.needs)
         streams = _streams(context, mine[0], position) if walks_with_text else None
-    with context.reporter.progress("block", len(decoder)) as advance:
+    with context.reporter.progress("block", len(decoder), f"{len(decoder)} blocks") as advance:
         for index in range(mine[0], mine[-1] + 1) if mine else ():
             if index not in mine:
                 if streams:

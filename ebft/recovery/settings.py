@@ -65,7 +65,7 @@ class Moments(Checked):
 class SurvivorsOnly(Checked):
     """Which states there are."""
 
-    compact: bool = setting(False, "keep the optimizer's states of kept weights alone")
+    compact: bool = setting(False, "store optimizer states for kept weights only")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class LanguageModelTuning(Clipping, GradientCheckpointing, Betas, Moments):
         "AdamW learning rate of whole-model recoveries (lora, full), decayed linearly to 0 over their time",
         at_least=0,
     )
-    lm_epochs: int = setting(2, "their passes over the calibration sequences, with the language-model loss", at_least=1)
+    lm_epochs: int = setting(2, "epochs of whole-model recoveries over the calibration sequences", at_least=1)
     lm_seconds: float | None = setting(
         None,
         "they end after so many seconds if that comes first, and the learning rate falls by time",

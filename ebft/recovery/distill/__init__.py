@@ -63,7 +63,7 @@ class Distillation(WholeModelRecovery):
             "comes when it is its turn (activations are then made again); auto: the device where they fit",
             choices=("auto", "device", "host"),
         )
-        distill_top: int = setting(64, "likeliest tokens of the dense model that are kept of each place", at_least=1)
+        distill_top: int = setting(64, "most likely tokens of the dense model stored per position", at_least=1)
 
     @classmethod
     def check(cls, config: EBFTConfig) -> None:

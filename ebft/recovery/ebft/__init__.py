@@ -54,13 +54,11 @@ class EBFT(BlockRecovery):
             choices=("absolute", "rms"),
         )
         lr_decay: str = setting(
-            "linear", "how the learning rate falls in each block", choices=("linear", "cosine", "constant")
+            "linear", "learning-rate schedule in each block", choices=("linear", "cosine", "constant")
         )
-        warmup: float = setting(
-            0.0, "share of each block's steps in which the learning rate rises to --lr", at_least=0, below=1
-        )
-        optimizer: str = setting("adamw", "what tunes (ebft methods lists them)", metavar="NAME")
-        loss: str = setting("mse", "what is minimised (ebft methods lists them)", metavar="NAME")
+        warmup: float = setting(0.0, "share of each block's steps spent warming up to --lr", at_least=0, below=1)
+        optimizer: str = setting("adamw", "the optimizer (see ebft methods)", metavar="NAME")
+        loss: str = setting("mse", "the loss (see ebft methods)", metavar="NAME")
         token_weights: str = setting(
             "none",
             "what a token counts in it: all the same, or by 1 / ||Y - X||^2, for tokens of enormous hidden states",
@@ -72,7 +70,7 @@ class EBFT(BlockRecovery):
             "block with the next one, towards the dense states after both, of which the first is kept",
             choices=("block", "halves", "pair"),
         )
-        compile: bool = setting(False, "run the block through torch.compile while it is tuned")
+        compile: bool = setting(False, "compile the block with torch.compile while tuning")
         refresh_every: int = setting(
             0,
             "steps after which a part of each mask is chosen anew, in the first three quarters of them; 0: never",

@@ -28,13 +28,11 @@ class LoRA(WholeModelRecovery):
         """Of the adapters."""
 
         lora_rank: int = setting(8, "rank of the adapters", at_least=1)
-        lora_alpha: float = setting(16.0, "what adapters are scaled by, times their rank", at_least=0)
+        lora_alpha: float = setting(16.0, "scale of the adapters, times their rank", at_least=0)
         lora_dropout: float = setting(
-            0.0, "share of the adapters' inputs that is dropped (needs --no-lora-masked)", at_least=0, below=1
+            0.0, "dropout on the adapters' inputs (needs --no-lora-masked)", at_least=0, below=1
         )
-        lora_masked: bool = setting(
-            True, "adapters work under the mask while they are tuned, so that the masked merge loses nothing"
-        )
+        lora_masked: bool = setting(True, "tune adapters under the mask, so that the masked merge loses nothing")
 
     @classmethod
     def check(cls, config: EBFTConfig) -> None:
