@@ -126,9 +126,9 @@ def block_losses(axes: Axes, blocks: Sequence[dict[str, Any]]) -> None:
     shares = [100 * place / (_POINTS - 1) for place in range(_POINTS)]
     columns = [sorted(curve[place] for curve in curves) for place in range(_POINTS)]
     for low, high, alpha in ((0.0, 1.0, 0.15), (0.25, 0.75, 0.35)):
-        edges = [[_quantile(column, share) for column in columns] for share in (low, high)]
+        below, above = ([_quantile(column, share) for column in columns] for share in (low, high))
         label = "all blocks" if low == 0 else "the middle half"
-        axes.fill_between(shares, *edges, color=_OF["recovered"], alpha=alpha, lw=0, label=label)
+        axes.fill_between(shares, below, above, color=_OF["recovered"], alpha=alpha, lw=0, label=label)
     axes.plot(shares, [statistics.median(column) for column in columns], color=_OF["recovered"], label="median")
     highest = max(1.0, *(_quantile(column, 0.75) for column in columns))
     axes.set(xlabel="steps, %", ylabel="loss / its start", ylim=(0, 1.3 * highest), xlim=(0, 100))
