@@ -105,10 +105,10 @@ def indexed_files(index: Path) -> dict[str, str]:
     return {str(tensor): check_name(name, str(index)) for tensor, name in listed}
 
 
-def checksum(files: Path | Iterable[Path]) -> str:
+def checksum(files: Path | Iterable[Path], on_part: Callable[[float], object] = lambda share: None) -> str:
     """XXH3 (128 bits) over those of every 16 MiB of the files one after another, which several threads make.
 
-    It finds any accident, and is no proof against somebody who means to deceive.
+    It finds any accident, and is no proof against somebody who means to deceive. ``on_part``: called with the share done.
     """
 
     def part(place: tuple[Path, int]) -> bytes:
@@ -121,6 +121,7 @@ def checksum(files: Path | Iterable[Path]) -> str:
     places = [(file, start) for file, size in zip(files, sizes, strict=True) for start in range(0, size, _AT_ONCE)]
     digest = xxhash.xxh3_128(repr(sizes).encode())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        for known in threads.map(part, places):
+        for done, known in enumerate(threads.map(part, places), start=1):
             digest.update(known)
+            on_part(done / len(places))
     return digest.hexdigest()
