@@ -6,7 +6,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -108,7 +108,7 @@ def indexed_files(index: Path) -> dict[str, str]:
 def checksum(files: Path | Iterable[Path], on_part: Callable[[float], object] = lambda share: None) -> str:
     """XXH3 (128 bits) over those of every 16 MiB of the files one after another, which several threads make.
 
-    It finds any accident, and is no proof against somebody who means to deceive. ``on_part``: called with the share done.
+    It finds any accident, and is no proof against somebody who means to deceive. ``on_part`` is told the share done.
     """
 
     def part(place: tuple[Path, int]) -> bytes:

@@ -14,7 +14,7 @@ import ctypes
 import mmap
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -187,6 +187,7 @@ class ShardedWeights:
 
     Attributes:
         unused: names of tensors that the model does not take, and that it should not be without.
+        on_part_read: called with the share of the files that ``fingerprint`` has read.
 
     Raises:
         EBFTError: weights are stored as integers.
@@ -195,6 +196,7 @@ class ShardedWeights:
     """
 
     on_disk = True
+    on_part_read: Callable[[float], object] = staticmethod(lambda share: None)
 
     def __init__(self, model: PreTrainedModel, tensors: Tensors) -> None:
         self._model, self._tensors = model, tensors
@@ -243,7 +245,7 @@ class ShardedWeights:
     @cached_property
     def fingerprint(self) -> str:
         """Of every byte of the files, read once. Their sizes and times would not do: a copy can keep both."""
-        return checksum(self._tensors.files)
+        return checksum(self._tensors.files, self.on_part_read)
 
     # --- checks -------------------------------------------------------------------------------------------------
 

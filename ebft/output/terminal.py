@@ -52,7 +52,8 @@ class Reporter:
 
         Args:
             what: is worked on.
-            all_of: how the last line calls it, such as ``30 blocks`` (default: ``what``).
+            all_of: how the last line calls it, such as ``30 blocks``. By default it is ``what``, and there is no line
+                about what took less than a second.
         """
         live = self.console.is_terminal
         columns = (
@@ -81,7 +82,8 @@ class Reporter:
                     )
 
             yield advance
-        self.say(f"{all_of or what} done in {duration(time.perf_counter() - began)}")
+        if all_of or time.perf_counter() - began >= 1:
+            self.say(f"{all_of or what} done in {duration(time.perf_counter() - began)}")
 
     def table(self, summary: dict[str, Any]) -> None:
         """The closing table."""

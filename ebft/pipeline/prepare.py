@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ from ebft.model.device import choose_device
 from ebft.model.fused import liger_missing
 from ebft.model.lengths import check_lengths
 from ebft.model.provenance import provenance
-from ebft.model.tensors import ModelWeights, check_floats
+from ebft.model.tensors import ModelWeights, ShardedWeights, check_floats
 from ebft.output.folder import OutputFolder, check_settings_save
 from ebft.output.terminal import Reporter
 from ebft.pipeline.checks import check_ends, check_masks, check_teacher
@@ -106,7 +107,7 @@ def prepare_run(
     for whole in whole_model.values():
         whole.check_room(decoder)
     _say_how(context, kernels)
-    output.fingerprint = ranks.first(partial(fingerprint, context))
+    output.fingerprint = ranks.first(partial(_fingerprint, context))
     output.about = ranks.first(partial(summarise, context))
     clock.lap("load")
     return context
@@ -128,6 +129,15 @@ def _check_before_loading(config: EBFTConfig, source: str | PreTrainedModel | No
         check_hub(config)
     if isinstance(source, str) and not source.lower().endswith(".gguf"):  # whose header takes seconds to read
         check_lengths(config, load_config(source, trust_remote_code=config.model.trust_remote_code))
+
+
+def _fingerprint(context: RunContext) -> dict[str, dict[str, Any]]:
+    """What the run depends on. All bytes of the weights are read for it, which is shown: there may be many."""
+    for weights in dict.fromkeys((context.decoder.weights, context.teacher.weights)):
+        if isinstance(weights, ShardedWeights):
+            with context.reporter.progress("checksum of the weights", 1) as weights.on_part_read:
+                assert weights.fingerprint
+    return fingerprint(context)
 
 
 def _decoders(

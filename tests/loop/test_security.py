@@ -669,7 +669,13 @@ def test_every_changed_byte_of_a_model_is_noticed(model):
 def test_a_fingerprint_reads_a_file_once(model, monkeypatch):
     weights = open_model(str(model)).weights
     assert isinstance(weights, ShardedWeights)
+    monkeypatch.setattr("ebft.files._AT_ONCE", 2**16)
+    read = []
+    weights.on_part_read = read.append
     before = weights.fingerprint
+    assert len(read) > 1
+    assert read == sorted(read)
+    assert read[-1] == 1
     (model / "model.safetensors").unlink()
     assert weights.fingerprint == before
 
