@@ -91,12 +91,13 @@ def main() -> None:
     """Measure, write ``results/<device>/sparse_table.json``, and with ``--write`` the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--least", type=int, default=0, help="weights of the smallest shape")
     parser.add_argument("--largest", type=int, default=2**24, help="weights of the largest shape")
     parser.add_argument("--name", default="sparse_table", help="of the result file")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     rows = []
-    for shape in (shape for shape in SHAPES if shape[0] * shape[1] <= given.largest):
+    for shape in (shape for shape in SHAPES if given.least <= shape[0] * shape[1] <= given.largest):
         for tokens in TOKENS if shape[0] * shape[1] < 2**22 else TOKENS[2:-1]:
             for sparsity in SPARSITIES:
                 layer = Layer(*shape, sparsity, tokens)

@@ -67,4 +67,5 @@ def _walk(kept: Tensor) -> Walk:
     chunks = -(-kept.shape[1] // SPARSE_CHUNK)
     padded = F.pad(kept, (0, chunks * SPARSE_CHUNK - kept.shape[1])).view(-1, SPARSE_CHUNK)
     offsets = F.pad(padded.sum(-1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-    return Walk(torch.arange(SPARSE_CHUNK, dtype=torch.int16).expand_as(padded)[padded], offsets)
+    columns = padded.flatten().nonzero().flatten() % SPARSE_CHUNK
+    return Walk(columns.to(torch.int16), offsets)

@@ -142,7 +142,7 @@ at::Tensor product(const Walk& w, const at::Tensor& x, const at::Tensor& values,
     const int64_t count = std::min(tiles - first, tiles_at_once());
     packed.pack(first, count);
     at::parallel_for(0, blocks * count, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> room(static_cast<size_t>(kSparseRows * kTile));
+      std::vector<float> room(static_cast<size_t>(2 * kSparseRows * kTile));
       for (int64_t task = begin; task < end; ++task) {  // the weights of a block stay in the second cache for all tiles
         const int64_t row = task / count * kSparseRows, t = task % count;
         EBFT_CALL(sparse_rows, w, from, packed.tile(t), row, std::min(row + kSparseRows, w.rows), room.data(),

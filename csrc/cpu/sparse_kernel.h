@@ -11,6 +11,7 @@
 inline constexpr int kVectors = int(kTile) / kLanesWide;
 inline constexpr int kSums = EBFT_AVX512 ? 2 : 1;  // so many sums of a row that enough are under way at a time
 inline constexpr int64_t kAhead = 4;               // rows ahead that values are asked for
+inline constexpr int64_t kTogether = 8;            // chunks that are added up before they are added to others: sums of sums err less
 
 #if EBFT_AVX2
 inline void transpose8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
@@ -63,8 +64,10 @@ inline void add_place(Wide* sum, float value, const float* x) {
   for (int v = 0; v < kVectors; ++v) sum[v] = multiply_add(w, wide_load(x + v * kLanesWide), sum[v]);
 }
 
-// Rows [row0, row1) of y for a tile, to `to` (row1 - row0, kTile), and from there to y (tokens, rows of all the weight).
+// Rows [row0, row1) of y for a tile, to `to` (twice (row1 - row0, kTile)), and from there to y (tokens, rows of all the weight).
 void sparse_rows(const Walk& w, const float* values, const float* tile, int64_t row0, int64_t row1, float* to, float* y, int64_t tokens) {
+  const int64_t count = (row1 - row0) * kTile;
+  float* total = to + count;
   for (int64_t c = 0; c < w.chunks; ++c) {
     const float* x = tile + c * kSparseChunk * kTile;
     for (int64_t row = row0; row < row1; ++row) {
@@ -85,13 +88,16 @@ void sparse_rows(const Walk& w, const float* values, const float* tile, int64_t 
       for (; i < end; ++i) add_place(sum[0], values[i], x + w.columns[i] * kTile);
       float* out = to + (row - row0) * kTile;
       for (int v = 0; v < kVectors; ++v) {
-        Wide total = sum[0][v];
-        for (int part = 1; part < kSums; ++part) total = wide_add(total, sum[part][v]);
-        wide_store(out + v * kLanesWide, c ? wide_add(wide_load(out + v * kLanesWide), total) : total);
+        Wide all = sum[0][v];
+        for (int part = 1; part < kSums; ++part) all = wide_add(all, sum[part][v]);
+        wide_store(out + v * kLanesWide, c % kTogether ? wide_add(wide_load(out + v * kLanesWide), all) : all);
       }
     }
+    if (w.chunks <= kTogether || (c % kTogether != kTogether - 1 && c != w.chunks - 1)) continue;
+    for (int64_t i = 0; i < count; i += kLanesWide)
+      wide_store(total + i, c < kTogether ? wide_load(to + i) : wide_add(wide_load(total + i), wide_load(to + i)));
   }
-  transpose(to, row1 - row0, tokens, kTile, y + row0, w.rows);
+  transpose(w.chunks <= kTogether ? to : total, row1 - row0, tokens, kTile, y + row0, w.rows);
 }
 
 inline Wide dot(const Wide (&dy)[kVectors], const float* x) {

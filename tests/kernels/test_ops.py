@@ -21,6 +21,7 @@ from ebft_kernels import (
 )
 from ebft_kernels.adamw import AdamWStep
 from ebft_kernels.ops import OF_A_STEP, SCHEMAS
+from ebft_kernels.places import Places
 from ebft_kernels.testing import (
     ADAMW_LAYOUTS,
     adamw_step,
@@ -46,6 +47,8 @@ def op_examples():
     step = adamw_step("master", "int8", True, grad_scale=torch.tensor(0.5))
     values, scales = reference.compress(weight.detach(), words, int8=True)
     compressed = (words, values, reference.row_offsets(words), scales)
+    places = Places.of(PackedMask(words, weight.shape))
+    walks, kept = (*places.walk, *places.back), torch.randn(len(values), requires_grad=True)
     return {
         "pack_mask": ((torch.rand(3, 5, 70) > 0.5,), {}),
         "unpack_mask": ((words, 37), {}),
@@ -58,6 +61,10 @@ def op_examples():
         "row_offsets": ((words,), {}),
         "compressed_linear": ((x, *compressed, bias, 37), {}),
         "decompress": ((*compressed, 37), {}),
+        "gather_kept": ((weight, words, places.row_offsets), {}),
+        "sparse_linear": ((x, kept, *walks, bias, 37), {}),
+        "sparse_linear_dx": ((dy, kept, *walks, 37), {}),
+        "sparse_linear_dw": ((dy, x, *walks), {}),
         "zero_pruned": ((weight.detach(), words), {}),
         "zero_pruned_": ((weight.detach().clone(), words), {}),
         "reconstruction_loss": ((dy.detach().requires_grad_(), torch.randn(2, 3, 5), torch.randn(2, 3, 5)), {}),

@@ -18,7 +18,7 @@ from ebft_kernels.places import Places
 from ebft_kernels.testing import ADAMW_LAYOUTS, MASK_KINDS, adamw_step, make_mask
 
 OPS = torch.ops.ebft_kernels
-SPARSE_SHAPES = ((1, 1), (3, 31), (7, 129), (257, 128), (60, 515))
+SPARSE_SHAPES = ((1, 1), (3, 31), (7, 129), (257, 128), (60, 515), (9, 2100))
 
 
 def check_adamw(layout, dtype, steps=3, scale=0.25, seed=0):

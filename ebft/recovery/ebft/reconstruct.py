@@ -302,7 +302,7 @@ class BlockReconstructor:
         with contextlib.ExitStack() as undone_after:
             if optimizer_kind.updates_in_backward:
                 undone_after.enter_context(_masked_layers(block, masks))
-            elif self._may_skip_zeros():
+            elif tokens and self._may_skip_zeros():
                 undone_after.enter_context(_masked_layers(block, _with_zeros_to_skip(masks, tokens)))
             if own.recompute == "halves":
                 undone_after.enter_context(recomputed([block.get_submodule(half) for half in halves(block, masks)]))
