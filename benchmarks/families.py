@@ -110,7 +110,7 @@ def _small(settings: Mapping[str, Any], kind: str = "") -> dict[str, Any]:
             made[name] = _first_of_each(value)
         elif isinstance(value, int | type(None)) and not isinstance(value, bool) and pattern and value != 0:
             made[name] = SMALL[pattern] if value is not None else None
-    return made | {name: value for name, value in OVERRIDES.get(kind, {}).items()}
+    return made | OVERRIDES.get(kind, {})
 
 
 def _first_of_each(layers: list[Any]) -> list[Any]:
@@ -186,8 +186,8 @@ def page(lines: list[Line]) -> Iterator[str]:
     yield "# Which models run\n"
     yield (
         f"Written by `python -m benchmarks.families` with transformers {transformers.__version__}: every model type of "
-        "`AutoModelForCausalLM`, tiny and random, saved and opened from its files. Every run makes the same check of the "
-        "model it is given, and refuses where it fails.\n"
+        "`AutoModelForCausalLM`, tiny and random, saved and opened from its files. Every run makes the same check of "
+        "the model it is given, and refuses where it fails.\n"
     )
     yield (
         "*runs*: the logits of the walk from block to block are the model's own (to 1e-4 of their standard deviation). "
