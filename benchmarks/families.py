@@ -110,6 +110,10 @@ def _small(settings: Mapping[str, Any], kind: str = "") -> dict[str, Any]:
             made[name] = _first_of_each(value)
         elif isinstance(value, int | type(None)) and not isinstance(value, bool) and pattern and value != 0:
             made[name] = SMALL[pattern] if value is not None else None
+    if settings.get("kv_lora_rank"):  # latent attention has a key for every head
+        made["num_key_value_heads"] = made["num_attention_heads"]
+    if "is_decoder" in settings and not settings.get("is_encoder_decoder"):
+        made["is_decoder"] = True
     return made | OVERRIDES.get(kind, {})
 
 
