@@ -171,6 +171,7 @@ class _ByCriterion(Masker):
             of_experts = (
                 statistics.get(matrix.name) or [InputStatistics.empty(matrix.inputs, weight.device)] * matrix.experts
             )
+            seen = any(inputs.tokens for inputs in of_experts)
             unseen = []
             rows = zip(matrix.by_expert(weight), matrix.by_expert(mask), of_experts, strict=True)
             for expert, (expert_weight, expert_mask, inputs) in enumerate(rows):
@@ -188,7 +189,9 @@ class _ByCriterion(Masker):
                         f"expected torch.bool {tuple(expert_mask.shape)}"
                     )
                 expert_mask.copy_(made)
-            if unseen:
+            if self.needs and not seen:
+                result.notes.append(f"no product with {matrix.name} was seen, and it fell back to magnitude")
+            elif unseen:
                 which = f"experts {', '.join(map(str, unseen))} of " if matrix.experts > 1 else ""
                 result.notes.append(f"{which}{matrix.name} saw no tokens and fell back to magnitude")
             packed = result.masks[matrix.name] = PackedMask.from_dense(mask)

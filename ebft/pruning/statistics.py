@@ -77,6 +77,8 @@ def sum_over_ranks_(statistics: Statistics, ranks: Ranks) -> None:
 class InputObserver(TorchFunctionMode):
     """While active, adds the input of every product with one of ``matrices`` to ``statistics[name][expert]``.
 
+    A product is seen wherever torch makes it, and proves how the weight is stored: by the strides along its inputs.
+
     Used as ``with observer.watching(): block(x)``. A matrix without experts has the one entry 0. Matrices that are
     given the same tensor one after another (q, k, v; gate, up) have the same object there, which sees it once.
 
@@ -122,17 +124,20 @@ class InputObserver(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in PRODUCTS:
-            x_at, weight_at = PRODUCTS[func]
-            if weight_at < len(args) and isinstance(args[weight_at], Tensor):
-                self._see(args[x_at], args[weight_at])
+        for x, weight in _operands(func, args, kwargs):
+            self._see(x, weight)
         return func(*args, **kwargs)
 
     def _see(self, x: Tensor, weight: Tensor) -> None:
+        """A product of x (..., inputs) with ``weight``, a view (outputs, inputs), or (experts, outputs, inputs)."""
         at = weight.data_ptr()
         for start, end, expert_bytes, matrix in self._where:
             if start <= at < end:
-                self._take(matrix, (at - start) // expert_bytes, x)
+                if weight.shape[-1] == x.shape[-1] == matrix.inputs:
+                    _check_orientation(matrix, weight)
+                    first = (at - start) // expert_bytes
+                    for expert, of_expert in enumerate(_by_expert(x, weight)):
+                        self._take(matrix, first + expert, of_expert)
                 return
 
     def _take(self, matrix: Matrix, expert: int, x: Tensor) -> None:
@@ -164,13 +169,66 @@ class InputObserver(TorchFunctionMode):
         )
 
 
+def _check_orientation(matrix: Matrix, weight: Tensor) -> None:
+    """``EBFTError`` if the inputs of a product do not lie where ``matrix`` says: in ``weight``, they are last."""
+    if min(weight.shape[-2:]) > 1 and (weight.stride(-1) != 1) != matrix.transposed:
+        forms = ("(outputs, inputs)", "(inputs, outputs)")
+        raise EBFTError(
+            f"{matrix.name} is multiplied as {forms[not matrix.transposed]}, and was taken to be "
+            f"{forms[matrix.transposed]}; expected a family whose experts say how they are stored"
+        )
+
+
+def _by_expert(x: Tensor, weight: Tensor) -> list[Tensor]:
+    """What each of the matrices in ``weight`` is given of ``x``."""
+    if weight.ndim == 2:
+        return [x]
+    return list(x.expand(len(weight), *x.shape[1:])) if x.ndim == 3 else [x] * len(weight)
+
+
+def _operands(func: Any, args: Any, kwargs: Any) -> list[tuple[Tensor, Tensor]]:
+    """Which factors of a product may be (inputs, weight): the inputs' own axis last in both."""
+    if func in PRODUCTS:
+        places, names = PRODUCTS[func], _NAMES.get(func, ("input", "other"))
+        x, weight = (args[at] if at < len(args) else kwargs.get(name) for at, name in zip(places, names, strict=True))
+        if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and min(x.ndim, weight.ndim) > 0):
+            return []
+        if func is F.linear:
+            return [(x, weight)] if weight.ndim == 2 else []
+        right = [(x, weight.mT)] if weight.ndim in (2, 3) else []
+        left = [(weight.mT, x)] if x.ndim in (2, 3) and weight.ndim > 1 else []  # weight @ x
+        return right + left
+    if func in _GROUPED and len(args) > 1 and args[1].ndim == 3:
+        ends = kwargs["offs"] if "offs" in kwargs else args[2]
+        parts = args[0].tensor_split(ends.tolist())[: len(args[1])]
+        return [(x, weight.mT) for x, weight in zip(parts, args[1], strict=True)]
+    if func is torch.einsum and len(args) == 3 and isinstance(args[0], str) and "." not in args[0]:
+        terms, _, out = args[0].replace(" ", "").partition("->")
+        own = list(zip(terms.split(","), args[1:], strict=True))
+        summed = set(own[0][0]) & set(own[1][0]) - set(out)
+        return [
+            (x.movedim(of_x.index(letter), -1), weight.movedim(of_weight.index(letter), -1))
+            for (of_x, x), (of_weight, weight) in (own, own[::-1])
+            for letter in summed
+            if len(summed) == 1 and weight.ndim == 2
+        ]
+    return []
+
+
 # function -> (place of the input, place of the weight) among its arguments
 PRODUCTS: dict[Any, tuple[int, int]] = {
     F.linear: (0, 1),
     torch.addmm: (1, 2),
-    torch.matmul: (0, 1),
-    torch.mm: (0, 1),
-    Tensor.matmul: (0, 1),
-    Tensor.__matmul__: (0, 1),
-    Tensor.mm: (0, 1),
+    torch.baddbmm: (1, 2),
+    **dict.fromkeys(
+        (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm), (0, 1)
+    ),
 }
+_NAMES = {  # of those two arguments, where they are not input and other
+    F.linear: ("input", "weight"),
+    torch.addmm: ("mat1", "mat2"),
+    torch.baddbmm: ("batch1", "batch2"),
+    torch.mm: ("input", "mat2"),
+    torch.bmm: ("input", "mat2"),
+}
+_GROUPED = [f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None]
