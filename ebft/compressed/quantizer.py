@@ -76,7 +76,7 @@ class CompressedQuantizer(HfQuantizer):
             del config.transformers_weights
         return config
 
-    update_tp_plan = update_attn_implementation  # what transformers before 5.20 calls at that moment
+    update_tp_plan = update_attn_implementation  # what older versions of transformers call at that moment
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
