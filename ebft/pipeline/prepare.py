@@ -269,7 +269,7 @@ def _write_text(
 ) -> Generated:
     """Text by the dense model, or what an interrupted run has kept of the same; ``load`` gives the model whole."""
     samples, seqlen, seed = config.data.parts[SELF], config.data.seqlen, config.runtime.seed
-    depends_on = [teacher.weights.fingerprint, settings_of, summarise(teacher.model), samples, seqlen, seed]
+    depends_on = [teacher.weights.fingerprint, settings_of(teacher.model), samples, seqlen, seed]
     made_from = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     ids = output.generated(made_from)
     if ids is None:
