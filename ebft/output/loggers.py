@@ -5,7 +5,7 @@ No step waits for one: the losses of a block stay on the device until it is done
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from math import isfinite
 from pathlib import Path
@@ -73,7 +73,7 @@ class WandB:
         self._run.finish()
 
 
-BY_NAME = {"tensorboard": TensorBoard, "wandb": WandB}
+BY_NAME: dict[str, Callable[[str, Mapping[str, Any]], Logger]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def make_loggers(names: Sequence[str], folder: str, config: Mapping[str, Any]) -> list[Logger]:
