@@ -36,6 +36,7 @@ def test_what_is_inside(dist):
         "ebft/run.py",
         "ebft/pruning/wanda.py",
         "ebft/py.typed",
+        "ebft/output/page.html",
         "ebft_kernels/nn.py",
         "ebft_kernels/py.typed",
         "ebft_kernels/csrc/cpu/masks.cpp",  # for the build at first use

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _Preset = Annotated[
     str | None,
     Parameter(
-        help="settings to start from (default: paper; without a model: demo; with --time: best)", metavar=presets()
+        help="settings to start from (default: paper; demo without a model; best with --time)", metavar=presets()
     ),
 ]
 _File = Annotated[str | None, Parameter(help="settings from a YAML file, over the preset's", metavar="FILE.yaml")]

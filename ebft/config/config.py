@@ -243,7 +243,17 @@ class EBFTConfig:
 
 # Where things are and how the work is organised: the same results whatever these are.
 ORGANISATION = frozenset(
-    {"output", "overwrite", "resume", "streams", "gpu_memory", "host_memory", "max_shard_size", "trust_remote_code"}
+    {
+        "output",
+        "overwrite",
+        "resume",
+        "streams",
+        "gpu_memory",
+        "host_memory",
+        "max_shard_size",
+        "log",
+        "trust_remote_code",
+    }
 )
 
 

@@ -18,6 +18,8 @@ from ebft.config.fields import Needs, check_fields, is_file, parse_bytes, parse_
 from ebft.config.pattern import Pattern
 from ebft.errors import EBFTError
 
+LOGGERS = ("tensorboard", "wandb")
+
 # What a setting needs to have an effect: one that is given without it would be ignored in silence, and is refused.
 _LOOKS = Needs("a --prune that looks at activations", ("prune",), lambda c: c.looks_at_activations)
 _TEXT = Needs(f"a recovery, or {_LOOKS.said}", ("recover", "prune"), lambda c: c.uses_text)
@@ -396,6 +398,7 @@ class Output:
     resume: bool = setting(
         False, "continue the interrupted run in OUTPUT.partial, or start if there is none", basic=True
     )
+    log: tuple[str, ...] = setting((), "where to log steps and blocks: tensorboard, wandb, or both", metavar="NAME,…")
     max_shard_size: str = setting("50GB", "maximum size of a file of the saved model", metavar="SIZE")
 
     def __post_init__(self) -> None:
@@ -403,6 +406,9 @@ class Output:
         if not Path(self.folder).name:
             raise EBFTError(f"--output is {self.folder!r}; expected the path of a folder that has a name")
         parse_bytes(self.max_shard_size, "--max-shard-size")
+        for name in self.log:
+            if name not in LOGGERS:
+                raise EBFTError(f"--log is {name!r}; expected {' or '.join(LOGGERS)}")
 
 
 SECTIONS = {

@@ -37,23 +37,23 @@ class Chart:
     svg: str
 
 
-def chart(title: str, note: str, draw: Callable[[Axes], None], said: str = "") -> Chart:
-    """``draw`` on a pair of axes; ``said``: what is to be seen, for those who do not see it."""
+def chart(title: str, note: str, draw: Callable[[Axes], None], said: str = "", height: float = SIZE[1]) -> Chart:
+    """``draw`` on a pair of axes, ``height`` inches high; ``said``: what is to be seen, for those who do not see it."""
     from matplotlib import rc_context  # here and below, not above: importing it takes a third of a second
 
     out = io.StringIO()
     style = {"svg.hashsalt": title, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
     with rc_context(style):
-        figure_of(draw).savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure_of(draw, height).savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return Chart(title, note, _inline(out.getvalue(), title, said or note))
 
 
-def figure_of(draw: Callable[[Axes], None]) -> Figure:
+def figure_of(draw: Callable[[Axes], None], height: float = SIZE[1]) -> Figure:
     """A picture with room for labels of the usual lengths; looking for how much they take would double the time."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=SIZE)
+    figure = Figure(figsize=(SIZE[0], height))
     axes = figure.add_axes((0.2, 0.18, 0.76, 0.76))
     axes.spines[["top", "right"]].set_visible(False)
     draw(axes)
@@ -93,10 +93,9 @@ def perplexity_bars(text: str, values: dict[str, float]) -> Chart | None:
         axes.invert_yaxis()
         axes.spines["bottom"].set_visible(False)
         axes.set_position((0.2, 0.03, 0.78, 0.94))
-        axes.figure.set_size_inches(SIZE[0], 1.6)
 
     said = ", ".join(f"{stage} {number(values[stage])}" for stage in stages)
-    return chart(f"Perplexity on {text}", "On a logarithmic scale." if far else "", draw, said)
+    return chart(f"Perplexity on {text}", "On a logarithmic scale." if far else "", draw, said, height=1.6)
 
 
 def block_errors(axes: Axes, blocks: Sequence[dict[str, Any]]) -> None:

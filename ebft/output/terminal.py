@@ -112,9 +112,9 @@ class Reporter:
         for prompt, texts in text_samples(summary)[:1]:
             self.say(f"“{one_line(prompt)}”")
             for stage, text in texts:
-                line = Text(f"  {stage:<10}{one_line(text) or '(nothing)'}", no_wrap=True, overflow="ellipsis")
+                line = Text(f"  {stage:<10}{one_line(text) or '(nothing)'}")
                 line.stylize("bold", 2, 2 + len(stage))
-                self.console.print(line)
+                self.console.print(line, no_wrap=True, overflow="ellipsis")
 
     def samples(self, prompts: list[str], written: dict[str, list[str]]) -> None:
         """What each of the models has written after each of the prompts, on standard output."""

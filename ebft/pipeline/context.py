@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from ebft.evaluation.zero_shot import ZeroShot
 from ebft.model.decoder import Decoder
 from ebft.model.locate import shown
 from ebft.output.folder import OutputFolder
+from ebft.output.loggers import Logger
 from ebft.output.terminal import Reporter
 from ebft.pruning.masker import Masker
 from ebft.recovery.protocol import WholeModelRecovery
@@ -56,6 +58,7 @@ class RunContext:
         generated: what of the calibration text the dense model has written.
         prompts: that the models continue; none where there is no tokenizer.
         ranks: all processes of the run.
+        loggers: what the first process tells of steps and blocks.
         sharing: of these, those that share the calibration sequences: all, or in a block-parallel run this one alone.
     """
 
@@ -79,6 +82,7 @@ class RunContext:
     clock: Clock
     ranks: Ranks
     sharing: Ranks
+    loggers: Sequence[Logger] = ()
 
     @property
     def blocks_are_independent(self) -> bool:

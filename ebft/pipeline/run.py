@@ -36,6 +36,7 @@ from ebft.output.card import model_card
 from ebft.output.checkpoint import Checkpoint
 from ebft.output.figures import held_out
 from ebft.output.folder import MASKS, OutputFolder
+from ebft.output.loggers import Logger, make_loggers, tell_steps
 from ebft.output.page import report_page
 from ebft.output.records import LINES, SUMMARY
 from ebft.output.terminal import Reporter
@@ -106,6 +107,7 @@ def run_ebft(
     criterion: Criterion | Function | None = None,
     text: Iterable[str] | None = None,
     reporter: Reporter | None = None,
+    loggers: Sequence[Logger] = (),
     since: float | None = None,
 ) -> RunResult:
     """Prune a model, recover it block by block (arXiv 2402.12419), save it and measure it.
@@ -121,6 +123,7 @@ def run_ebft(
         criterion: a function (weight, inputs, pattern) -> bool mask, in place of ``config.prune.criterion``.
         text: documents to calibrate on, in place of ``config.data.calibration``.
         reporter: where progress goes (default: the terminal).
+        loggers: told of every step, block and the end, beside those of ``config.output.log``.
         since: what ``time.perf_counter()`` gave when the work began, if imports are to count as a stage (default: now).
 
     Raises:
@@ -134,7 +137,7 @@ def run_ebft(
     source = given_model(config.model.source if model is None else model)
     teacher = None if teacher is None else given_model(teacher)
     if len(config.steps) == 1:
-        return _run_once(source, config, tokenizer, teacher, criterion, text, reporter, clock)
+        return _run_once(source, config, tokenizer, teacher, criterion, text, reporter, clock, loggers)
     name, dense = name_of(source), None
     with joined() as ranks:  # of all of the runs
         ranks.after_first(
@@ -151,7 +154,7 @@ def run_ebft(
                 step = step.replace(model=source)
             if isinstance(dense, str) and source != dense and step.has_effect("teacher"):
                 step = step.replace(teacher=dense)
-            result = _run_once(source, step, tokenizer, teacher, criterion, text, reporter, clock, name)
+            result = _run_once(source, step, tokenizer, teacher, criterion, text, reporter, clock, loggers, name)
             clock = Clock()
             source = result.model if isinstance(source, PreTrainedModel) else str(result.output)
             teacher = dense if isinstance(dense, PreTrainedModel) else teacher
@@ -167,6 +170,7 @@ def _run_once(
     text: Iterable[str] | None,
     reporter: Reporter,
     clock: Clock,
+    loggers: Sequence[Logger],
     name: str | None = None,
 ) -> RunResult:
     """``run_ebft`` for one share; ``name``: of the model, where that is not the source's."""
@@ -186,6 +190,9 @@ def _run_once(
         with _running_out_said(output), HostMemory() as memory, contextlib.ExitStack() as inside:
             context = prepare_run(config, source, tokenizer, teacher, criterion, text, output, reporter, ranks, clock)
             context.name = name or context.name
+            if not ranks.rank:
+                made = make_loggers(config.output.log, config.output.folder, config.flat())
+                context.loggers = [*loggers, *made]
             ranks.first(lambda: inside.enter_context(output) and None)
             return _run(context, source if isinstance(source, PreTrainedModel) else None, memory)
 
@@ -270,6 +277,8 @@ def _run(context: RunContext, given: PreTrainedModel | None, memory: HostMemory)
         return out.commit()
 
     summary["files"] = context.ranks.first(commit)
+    for logger in context.loggers:
+        logger.on_end(summary)
     context.reporter.table(summary)
     return RunResult(out.final, summary, lines, given, context.config.model.trust_remote_code)
 
@@ -334,6 +343,7 @@ def _recover_whole(context: RunContext, name: str, seconds: float | None) -> dic
             )
             result = context.whole_model[name].recover(task)
         recovered.extend(result.blocks)
+        tell_steps(context.loggers, name, result.losses)
         context.clock.lap(name)
         entry: dict[str, Any] = {
             "losses": result.losses,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ebft.data.streams import Run, Stream, Streams
 from ebft.errors import EBFTError
 from ebft.model.decoder import Decoder
+from ebft.output.loggers import tell_block
 from ebft.output.records import LINES
 from ebft.pipeline.context import RunContext
 from ebft.pipeline.memory import begin_peak_memory, peak_memory
@@ -72,8 +73,11 @@ def walk(context: RunContext, pace: Pace) -> list[dict[str, Any]]:
             lines[index] = _block_line(context, index, masks, result, time.perf_counter() - began)
             context.clock.lap("blocks")
             sharing.first(partial(_commit_block, context, index, weights, pruned, masks, streams, lines[index]))
+            tell_block(context.loggers, lines[index])
             advance(index + 1, _block_note(lines[index]))
     lines = {index: line for of_rank in context.ranks.gathered(lines) for index, line in of_rank.items()}
+    for index in sorted(set(left) - set(mine)) if context.loggers else ():  # those of other ranks
+        tell_block(context.loggers, lines[index])
     in_order = [lines[index] for index in range(len(decoder))]
     context.ranks.first(partial(out.write_lines, LINES, in_order))
     return in_order

@@ -113,16 +113,16 @@ def test_differences_are_those_of_content(tmp_path):
     (output / "model.safetensors").write_bytes(b"weights")
     (output / "ebft_summary.json").write_text(json.dumps({"sparsity": 0.5, "seconds": 1, "lora": {"seconds": 1}}))
     (output / "blocks.jsonl").write_text(json.dumps({"block": 0, "peak_memory_bytes": 1}) + "\n")
-    (output / "report.html").write_text("sparsity 50%; 1 s in all.")
+    (output / "report.html").write_text("sparsity 50%<dt>time</dt><dd>1 s</dd>")
     shutil.copytree(one, other)
     changed = other / "out"
     (changed / "ebft_summary.json").write_text(json.dumps({"sparsity": 0.5, "seconds": 2, "lora": {"seconds": 3}}))
     (changed / "blocks.jsonl").write_text(json.dumps({"block": 0, "peak_memory_bytes": 2}) + "\n")
-    (changed / "report.html").write_text("sparsity 50%; 1 min 2 s in all.")
+    (changed / "report.html").write_text("sparsity 50%<dt>time</dt><dd>1 min 2 s</dd>")
     assert differences(one, other) == []
     (changed / "ebft_summary.json").write_text(json.dumps({"sparsity": 0.6, "seconds": 2, "lora": {"seconds": 3}}))
     (changed / "blocks.jsonl").write_text(json.dumps({"block": 1, "peak_memory_bytes": 2}) + "\n")
-    (changed / "report.html").write_text("sparsity 60%; 1 s in all.")
+    (changed / "report.html").write_text("sparsity 60%<dt>time</dt><dd>1 s</dd>")
     (changed / "model.safetensors").chmod(0o600)
     (changed / "more").write_text("x")
     names = ["blocks.jsonl", "ebft_summary.json", "model.safetensors", "more", "report.html"]

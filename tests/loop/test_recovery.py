@@ -90,7 +90,7 @@ def test_what_is_saved(trained, settings, silent):
     }
     assert lines[0]["implementations"]["masked_adamw_step"] == "native"
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 5  # perplexities, errors, losses, seconds, memory
     assert not re.search(r"<script|<link|src=|url\(.?http|href=.http", page)  # self-contained
     card = (out / "README.md").read_text()
     assert "library_name: transformers" in card

@@ -84,7 +84,10 @@ def test_a_run_asks_the_saved_model_once(short_run, silent, tmp_path, monkeypatc
         "| local:builtin | 7 | match,strict | 0.25 | 0.1 |",
     ):
         assert row in (result.output / "README.md").read_text()
-    assert "<td>local:text.txt</td><td>7</td><td>acc</td><td>0.5</td>" in (result.output / "report.html").read_text()
+    assert (
+        '<th scope="row">local:text.txt</th><td>7</td><td>acc</td><td>0.5</td>'
+        in (result.output / "report.html").read_text()
+    )
     assert "local:builtin" in silent.console.file.getvalue()
     assert str(tmp_path) not in (result.output / "README.md").read_text().split("| setting")[0].split("---")[-1]
 
