@@ -7,6 +7,7 @@ too, without weight decay; embeddings, final norm, head and routers are not.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ class FullFineTuning(WholeModelRecovery):
     def recover(self, task: WholeTask) -> WholeResult:
         """See ``WholeModelRecovery``."""
         from ebft.model.matrices import router_paths
+        from ebft.recovery.skipping import zeros_skipped
         from ebft.recovery.whole_model import fit
         from ebft_kernels import MaskedAdamW
 
@@ -53,6 +55,10 @@ class FullFineTuning(WholeModelRecovery):
             compact=own.compact,
             seed=self.config.runtime.seed,
         )
-        result = fit(task, self.config, own, optimizer)
+        tokens = self.config.recover.at_once * task.tokens.shape[1]
+        with ExitStack() as undone_after:
+            for name, block in task.blocks.items():
+                undone_after.enter_context(zeros_skipped(block, task.masks_of(name), tokens, task.device, task.compute))
+            result = fit(task, self.config, own, optimizer)
         task.model.requires_grad_(False)
         return result

@@ -59,6 +59,11 @@ class WholeTask:
     checkpoint: Checkpoint | None = None
     seconds: float | None = None
 
+    def masks_of(self, block: str) -> dict[str, PackedMask]:
+        """Of the parameters of the block with this full name, by their names in it."""
+        inside = f"{block}."
+        return {name.removeprefix(inside): mask for name, mask in self.masks.items() if name.startswith(inside)}
+
     @property
     def device(self) -> torch.device:
         """Where the work is done."""

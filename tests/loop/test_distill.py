@@ -25,7 +25,8 @@ from ebft.recovery.distill.blocks import ROOM, Held, Streamed, where_they_fit
 from ebft.recovery.distill.objective import losses_and_gradient_, losses_of
 from ebft.recovery.distill.predictions import Predictions, likeliest_of
 from ebft.recovery.distill.stack import Stack
-from ebft_kernels import MaskedAdamW
+from ebft_kernels import MaskedAdamW, dispatch
+from ebft_kernels.places import Places
 
 CPU = torch.device("cpu")
 
@@ -309,6 +310,23 @@ def test_a_run_and_its_ranks(place, short_run, silent, tiny, tmp_path):
     assert shared["losses"] == pytest.approx(entry["losses"], rel=1e-4)
     for part, figures in entry["held_out_parts"].items():
         assert shared["held_out_parts"][part] == pytest.approx(figures, rel=1e-4)
+
+
+@pytest.mark.parametrize("recovery", ["distill", "full"])
+def test_zeros_are_skipped_and_leave_the_result_as_it_is(recovery, short_run, silent, monkeypatch):
+    """Where products were measured to be faster without them; to rounding."""
+    given = {"recover": recovery, "samples": 4, "seqlen": 32}
+    given |= {"distill_lr": 1e-3, "distill_text": 0.0} if recovery == "distill" else {}
+    dense = run_ebft(config=EBFTConfig.preset("demo", **short_run("dense", **given)), reporter=silent)
+    everything = {dispatch.cpu_kind(): {"least_side": 1, "sparsity": {"0": 0.0}}}
+    monkeypatch.setattr(dispatch, "sparse_measured", lambda: everything)
+    made, of = [], Places.of
+    monkeypatch.setattr(Places, "of", lambda mask: made.append(mask) or of(mask))
+    sparse = run_ebft(config=EBFTConfig.preset("demo", **short_run("sparse", **given)), reporter=silent)
+    assert len(made) == len(sparse.masks)
+    ours, theirs = (run.summary["whole_model"][recovery]["losses"] for run in (sparse, dense))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert audit(str(sparse.output)).faults == []
 
 
 def test_a_host_that_is_too_small_is_said_before_any_work(short_run, silent, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -25,6 +26,7 @@ from ebft.recovery.ebft.learning_rate import set_scales
 from ebft.recovery.optimizers.masked import forget
 from ebft.recovery.rates import COST, FACTOR, FORWARD_ALONE, Trials
 from ebft.recovery.samples import Split, batch_order
+from ebft.recovery.skipping import zeros_skipped
 from ebft.recovery.whole_model import WholeResult, WholeTask
 from ebft_kernels import MaskedAdamW, PackedMask
 
@@ -65,7 +67,11 @@ def distill(task: WholeTask, config: EBFTConfig, own: Distillation.Settings) -> 
         store=task.store,
         scaler=scaler,
     )
-    with stack.in_place():
+    tokens = config.recover.at_once * task.tokens.shape[1]
+    with stack.in_place(), contextlib.ExitStack() as undone_after:
+        for name, block in zip(decoder.names, blocks, strict=True):
+            masks = task.masks_of(name)
+            undone_after.enter_context(zeros_skipped(block, masks, tokens, task.device, task.compute))
         tuner = _Tuner(stack, config, own, task.on_step)
         tuner.run(allowance, task.checkpoint)
     for block in blocks:
@@ -114,8 +120,7 @@ def _optimizer(
     task: WholeTask, config: EBFTConfig, own: Distillation.Settings, name: str, block: nn.Module
 ) -> MaskedAdamW:
     """Of a block of the model, with rates by its own weights."""
-    masks = {n: mask for n, _ in block.named_parameters() if (mask := task.masks.get(f"{name}.{n}")) is not None}
-    optimizer = optimizer_of(block, masks, own, seed=config.runtime.seed)
+    optimizer = optimizer_of(block, task.masks_of(name), own, seed=config.runtime.seed)
     set_scales(optimizer, "rms")
     return optimizer
 

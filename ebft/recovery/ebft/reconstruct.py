@@ -38,9 +38,10 @@ from ebft.recovery.ebft.refresh import BATCHES, MaskRefresh
 from ebft.recovery.optimizers.masked import MaskedOptimizer, forget
 from ebft.recovery.rates import FORWARD_ALONE, Trials, found_rate
 from ebft.recovery.samples import Energies, Errors, Split, batch_order, samples_of_all
+from ebft.recovery.skipping import masked_layers, zeros_skipped
 from ebft.recovery.task import BlockResult, BlockTask, Forward
 from ebft.registry import optimizers
-from ebft_kernels import MaskedAdamW, PackedMask, explain, mask_linears_, unmask_linears_
+from ebft_kernels import MaskedAdamW, PackedMask
 
 MOST_BY_TIME = 10_000  # epochs of a block that has its time: patience or the time ends it
 
@@ -301,9 +302,9 @@ class BlockReconstructor:
                 tuned[name].data = tuned[name].data.to(torch.bfloat16)
         with contextlib.ExitStack() as undone_after:
             if optimizer_kind.updates_in_backward:
-                undone_after.enter_context(_masked_layers(block, masks))
-            elif tokens and self._may_skip_zeros():
-                undone_after.enter_context(_masked_layers(block, _with_zeros_to_skip(masks, tokens)))
+                undone_after.enter_context(masked_layers(block, masks))
+            elif tokens and not (own.refresh_every or own.compile):
+                undone_after.enter_context(zeros_skipped(block, masks, tokens, self._device, self._compute))
             if own.recompute == "halves":
                 undone_after.enter_context(recomputed([block.get_submodule(half) for half in halves(block, masks)]))
             matrices = [[tuned[name] for name in masks]]
@@ -325,13 +326,6 @@ class BlockReconstructor:
         if optimizer_kind.weights != "fp32":
             for name in masks:
                 tuned[name].data = tuned[name].data.float()
-
-    def _may_skip_zeros(self) -> bool:
-        """Whether a masked layer does what the plain one does that holds zeros: not where masks change, which needs
-        gradients of pruned weights, and not where layers are compiled, which would multiply the masks in.
-        """
-        own, dense = self._own, self._device.type != "cpu" or self._compute != torch.float32
-        return not (dense or own.refresh_every or own.compile)
 
     def step(self, tuning: Tuning, x: Tensor, y: Tensor, of: int | None = None) -> tuple[Tensor, Tensor]:
         """One step on a batch; the loss before it and the gradient norm before clipping, on the device.
@@ -427,28 +421,3 @@ def _backward(tuning: Tuning, x: Tensor, y: Tensor, share: float) -> Tensor:
         loss, gradient = loss * share, gradient.mul_(share)
     output.backward(tuning.scaler.scale(gradient))
     return loss
-
-
-def _with_zeros_to_skip(masks: Mapping[str, PackedMask], tokens: int) -> dict[str, PackedMask]:
-    """Those of matrices that are multiplied faster without their zeros, on this CPU, as measured."""
-
-    def pays(mask: PackedMask) -> bool:
-        shape = (mask.shape[0], mask.shape[-1])
-        return explain("masked_linear", shape=shape, density=mask.density(), tokens=tokens).fused
-
-    return {name: mask for name, mask in masks.items() if len(mask.shape) == 2 and pays(mask)}
-
-
-@contextlib.contextmanager
-def _masked_layers(block: nn.Module, masks: Mapping[str, PackedMask]) -> Iterator[None]:
-    """The linear layers of ``block`` as masked ones while inside: theirs are the updates in the backward pass, and the
-    products that skip zeros.
-    """
-    linears = {name: block.get_submodule(name.rpartition(".")[0]) for name in masks}
-    linears = {name: layer for name, layer in linears.items() if layer is not block and type(layer) is nn.Linear}
-    mask_linears_(block, {name: masks[name] for name in linears})
-    try:
-        yield
-    finally:
-        for layer in linears.values():
-            unmask_linears_(layer)
