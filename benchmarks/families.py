@@ -61,6 +61,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
     "rwkv": {"attention_hidden_size": 32},
     "xlm": {"causal": True, "asm": False},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
