@@ -16,8 +16,7 @@ import ebft.compress
 import ebft.run
 from benchmarks.seven_b_run import small_tokenizer
 from ebft.data.calibration import builtin_documents
-from ebft.output.folder import LINES
-from ebft.output.records import SUMMARY
+from ebft.output.records import LINES, SUMMARY
 from ebft_kernels._extension import native_reason
 from tests.attack.victim import Fallen, finish
 from tests.loop.conftest import random_model
