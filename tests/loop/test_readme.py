@@ -106,7 +106,7 @@ def test_its_commands_run(place, capsys):
         if "--pattern" in words:
             shutil.copytree("ebft-output", "ebft-output-2of4")
         done.append(words[1])
-    assert set(done) == {"run", "plan", "audit", "eval", "compress"}
+    assert set(done) == {"run", "plan", "audit", "eval", "sample", "compress"}
 
 
 def test_its_python_runs(place, tokenizer, capsys):
