@@ -85,10 +85,33 @@ def masked_linear(
     return _OPS.masked_linear(x, weight, words, bias, zeroed)
 
 
+def linear_of_zeroed(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None) -> Tensor:
+    """``masked_linear`` of a weight that holds zeros where ``words`` prune, on a CPU: torch's product at once, without
+    the checks and the way through an op that it takes.
+    """
+    tuned = torch.is_grad_enabled() and weight.requires_grad
+    return F.linear(x, _KeptGradient.apply(weight, words) if tuned else weight, bias)
+
+
 def is_transformed() -> bool:
     """Whether ``torch.func`` or forward-mode differentiation is at work, which see through torch's own operations
     alone."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+class _KeptGradient(torch.autograd.Function):
+    """A weight as it is, whose gradient is zero where pruned."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, words: Tensor) -> Tensor:
+        """The weight itself, which holds zeros where ``words`` prune."""
+        ctx.save_for_backward(words)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """The gradient of F.linear, masked."""
+        return _OPS.zero_pruned(gradients[0], *ctx.saved_tensors), None
 
 
 class _UpdatedInBackward(torch.autograd.Function):

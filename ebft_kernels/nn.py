@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ebft_kernels.dispatch import skips_zeros
-from ebft_kernels.functional import is_transformed, masked_linear
+from ebft_kernels.dispatch import skips_zeros, use_impl
+from ebft_kernels.functional import is_transformed, linear_of_zeroed, masked_linear
 from ebft_kernels.mask import MaskLike, PackedMask, as_packed
 from ebft_kernels.places import Places
 from ebft_kernels.sharding import is_sharded, local
@@ -60,7 +60,8 @@ class MaskedLinear(nn.Linear):
     _trusted: tuple[int, ...] | None = None  # on a GPU: what shows that nothing was written since the last look
     _stripe: int = 0
     _density: float | None = None
-    _places: Places | None = None  # of the mask, once products have skipped zeros
+    _found: tuple[tuple[Any, ...], bool] | None = None  # how many tokens of which dtype: do products skip zeros?
+    _places: Places | None = None  # of the mask, once they have
 
     def __init__(
         self,
@@ -139,8 +140,11 @@ class MaskedLinear(nn.Linear):
         weight = self._parameters.get("weight")  # asked for by name it would be looked through twice
         if weight is None:  # a parametrisation makes it
             weight = self.weight
-        zeroed = self._zero(weight, trusting=True)
-        places = self._places_for(input, weight) if zeroed else None
+        zeroed, places = self._zero(weight, trusting=True), None
+        if zeroed and input.device.type == weight.device.type == "cpu" and self._is_left_alone(weight):
+            if not self._skips_zeros(input.shape[:-1].numel(), input.dtype):
+                return linear_of_zeroed(input, weight, self._words, self.bias)
+            places = self._places_now() if weight.is_contiguous() else None
         return masked_linear(input, weight, self.mask, self.bias, zeroed=zeroed, places=places)
 
     def extra_repr(self) -> str:
@@ -152,17 +156,24 @@ class MaskedLinear(nn.Linear):
             said.append(f"{filled} pruned weights written to")
         return ", ".join(said)
 
-    def _places_for(self, input: Tensor, weight: Tensor) -> Places | None:
-        """The kept places, where the product of ``input`` is to skip zeros."""
-        if input.device.type != "cpu" or weight.device.type != "cpu" or not weight.is_contiguous():
-            return None
-        if torch.is_autocast_enabled("cpu") or updater_of(weight) is not None:
-            return None
-        if self._density is None:
-            self._density = self.mask.density()
-        tokens = input.shape[:-1].numel()
-        if not skips_zeros((self.out_features, self.in_features), self._density, tokens, input.dtype).fused:
-            return None
+    def _is_left_alone(self, weight: Tensor) -> bool:
+        """Whether nothing changes what the product is to do: casts, updates in its backward pass, a choice of ops."""
+        return (
+            use_impl._current in ("auto", "native") and not torch.is_autocast_enabled("cpu") and not updater_of(weight)
+        )
+
+    def _skips_zeros(self, tokens: int, dtype: torch.dtype) -> bool:
+        """Whether the product of so many tokens does. What was found last is kept: finding it takes a while."""
+        asked = (tokens, dtype, use_impl._current)
+        if self._found is None or self._found[0] != asked:
+            if self._density is None:
+                self._density = self.mask.density()
+            shape = (self.out_features, self.in_features)
+            self._found = asked, skips_zeros(shape, self._density, tokens, dtype).fused
+        return self._found[1]
+
+    def _places_now(self) -> Places:
+        """The kept places."""
         if self._places is None or not self._places.belong_to(self._words):  # whoever wrote to the words, and how
             self._density, self._places = self.mask.density(), Places.of(self.mask)
         return self._places
@@ -264,7 +275,7 @@ class MaskedLinear(nn.Linear):
             raise ValueError(
                 f"MaskedLinear got a mask {tuple(packed.shape)}; expected the weight's shape {tuple(shape)}"
             )
-        self._words, self._density, self._places = packed.words, None, None
+        self._words, self._density, self._found, self._places = packed.words, None, None, None
 
 
 def mask_linears_(module: nn.Module, masks: Mapping[str, MaskLike]) -> nn.Module:
@@ -361,7 +372,7 @@ def assert_masked(module: nn.Module) -> None:
 
 # --- one layer ----------------------------------------------------------------------------------------------------
 
-_PASSING = ("_own", "_trusted", "_density", "_places")  # what a MaskedLinear finds anew
+_PASSING = ("_own", "_trusted", "_density", "_found", "_places")  # what a MaskedLinear finds anew
 _STATE = ("_words", "_stripe", *_PASSING)  # what it has beside an nn.Linear's attributes
 
 
