@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from ebft.recovery.distill.predictions import Predictions
 from ebft.recovery.distill.stack import Stack
 from ebft.recovery.distill.tune import _blocks
 from ebft.recovery.optimizers.adamw import AdamW
+from ebft.recovery.whole_model import WholeTask
 from ebft.run import main
 from ebft_kernels import PackedMask, use_impl
 
@@ -216,7 +216,7 @@ def test_a_step_of_distillation_allocates_what_was_planned(changes, tmp_path):
     )
 
     def work():
-        task = SimpleNamespace(decoder=decoder, masks=masks, device=CPU, saved=lambda index: None)
+        task = WholeTask(decoder, decoder, lambda _: None, masks, tokens, Store(CPU), Ranks(), lambda _: None)
         blocks, again = _blocks(task, config, own), own.recompute != "none"
         stack = Stack(decoder, blocks, tokens, predictions, config.recover.at_once, Ranks(), 1.0, again, Store(CPU))
         with stack.in_place():
