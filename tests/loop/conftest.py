@@ -162,7 +162,8 @@ def short_run(tiny, tmp_path):
     def make(output="out", **changes):
         text = str(tiny / "text.txt")
         usual = {"model": str(tiny / "model"), "calibration": text, "eval": text, "eval_seqlen": 32, "device": "cpu"}
-        usual |= {"samples": 4, "seqlen": 16, "batch_size": 2, "epochs": 1, "output": str(tmp_path / output)}
+        usual |= {"samples": 4, "seqlen": 16, "batch_size": 2, "epochs": 1, "prompts": "none"}
+        usual["output"] = str(tmp_path / output)
         return with_effect(usual, changes)
 
     return make
