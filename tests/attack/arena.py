@@ -80,7 +80,8 @@ class Arena:
     def flags_for(self, *more: str, model: Path | None = None) -> list[str]:
         """The command line of a run of a second; a flag in ``more`` beats the usual one."""
         places = ["--model", str(model or self.model), "--calibration", str(self.text), "--eval", str(self.text)]
-        small = "--eval-seqlen 32 --samples 4 --seqlen 16 --batch-size 2 --epochs 1 --device cpu --prompts none --output out"
+        small = "--eval-seqlen 32 --samples 4 --seqlen 16 --batch-size 2 --epochs 1 --device cpu --output out"
+        small += " --prompts none"
         return ["--preset", "demo", *places, *small.split(), "--overwrite", "--resume", *more]
 
 
