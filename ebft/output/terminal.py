@@ -47,13 +47,13 @@ class Reporter:
         self.console.print(sentence, markup=False, soft_wrap=True)
 
     @contextmanager
-    def progress(self, what: str, total: int, all_of: str = "") -> Iterator[Any]:
+    def progress(self, what: str, total: int, all_of: str | None = "") -> Iterator[Any]:
         """Yields ``advance(done, note="")``; shows a bar with the time left while inside, and then a line.
 
         Args:
             what: is worked on.
-            all_of: how the last line calls it, such as ``30 blocks``. By default it is ``what``, and there is no line
-                about what took less than a second.
+            all_of: how the last line calls it, such as ``30 blocks`` (default: ``what``); None: there is one only about
+                what took a second or more.
         """
         live = self.console.is_terminal
         columns = (
@@ -82,7 +82,7 @@ class Reporter:
                     )
 
             yield advance
-        if all_of or time.perf_counter() - began >= 1:
+        if all_of is not None or time.perf_counter() - began >= 1:
             self.say(f"{all_of or what} done in {duration(time.perf_counter() - began)}")
 
     def table(self, summary: dict[str, Any]) -> None:

@@ -135,7 +135,7 @@ def _fingerprint(context: RunContext) -> dict[str, dict[str, Any]]:
     """What the run depends on. All bytes of the weights are read for it, which is shown: there may be many."""
     for weights in dict.fromkeys((context.decoder.weights, context.teacher.weights)):
         if isinstance(weights, ShardedWeights):
-            with context.reporter.progress("checksum of the weights", 1) as weights.on_part_read:
+            with context.reporter.progress("checksum of the weights", 1, None) as weights.on_part_read:
                 assert weights.fingerprint
     return fingerprint(context)
 

@@ -221,7 +221,7 @@ def test_a_share_that_rows_do_not_allow_is_said(short_run, silent, tiny, tmp_pat
 ALWAYS = {
     *("model", "output", "overwrite", "prune", "refine", "structured", "pattern", "schedule", "recover", "eval"),
     *("eval_tasks", "device", "dtype", "resume", "gpu_memory", "host_memory", "max_shard_size", "fused"),
-    *("trust_remote_code", "ignore_unused"),
+    *("trust_remote_code", "ignore_unused", "prompts", "log"),
 }
 # Of every other setting: a value that no preset has, and what gives it an effect.
 ALL = {"recover": "layerwise+ebft+lora+full+distill"}
