@@ -203,7 +203,7 @@ def test_another_mask_ends_graphs_that_saw_the_weights_it_prunes():
     layer, mask = make_layer()
     y = layer(torch.randn(3, SHAPE[1], requires_grad=True))
     layer.set_mask_(~mask)
-    with pytest.raises(RuntimeError, match="modified (by an inplace operation|inplace)"):
+    with pytest.raises(RuntimeError, match=r"modified (by an inplace operation|inplace)"):
         y.sum().backward()
 
 
