@@ -89,7 +89,7 @@ class InputObserver(TorchFunctionMode):
     def __init__(self, block: nn.Module, matrices: list[Matrix], needs: Collection[str] = ()) -> None:
         super().__init__()
         self._block = block
-        self._where: list[tuple[int, int, int, Matrix]] = []  # first byte, last byte + 1, bytes of one expert, matrix
+        self._where: list[tuple[int, int, int, int, Matrix]] = []  # first byte, last + 1, of an expert, inputs, matrix
         self._needs = needs
         self._last: tuple[Tensor, int, InputStatistics] | None = None  # what was added last, its version, and to what
         self._followers: set[str] = set()  # matrices that share the statistics of one before
@@ -97,7 +97,8 @@ class InputObserver(TorchFunctionMode):
         for matrix in matrices:
             weight = block.get_parameter(matrix.name)
             start, size = weight.data_ptr(), weight.numel() * weight.element_size()
-            self._where.append((start, start + size, size // matrix.experts, matrix))
+            inputs = weight.shape[-2 if matrix.transposed else -1]  # of a teacher's there may be more
+            self._where.append((start, start + size, size // matrix.experts, inputs, matrix))
             if matrix.experts > 1:  # of the others, those that are seen
                 self.statistics[matrix.name] = [
                     InputStatistics.empty(matrix.inputs, weight.device, needs) for _ in range(matrix.experts)
@@ -131,9 +132,9 @@ class InputObserver(TorchFunctionMode):
     def _see(self, x: Tensor, weight: Tensor) -> None:
         """A product of x (..., inputs) with ``weight``, a view (outputs, inputs), or (experts, outputs, inputs)."""
         at = weight.data_ptr()
-        for start, end, expert_bytes, matrix in self._where:
+        for start, end, expert_bytes, inputs, matrix in self._where:
             if start <= at < end:
-                if weight.shape[-1] == x.shape[-1] == matrix.inputs:
+                if weight.shape[-1] == x.shape[-1] == inputs:
                     _check_orientation(matrix, weight)
                     first = (at - start) // expert_bytes
                     for expert, of_expert in enumerate(_by_expert(x, weight)):

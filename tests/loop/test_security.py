@@ -140,7 +140,7 @@ def test_resume_takes_no_permission_from_what_it_finds(finished, tiny, short_run
     summary = json.loads((tmp_path / "out" / "ebft_summary.json").read_text())
     summary["config"]["trust_remote_code"] = True
     (tmp_path / "out" / "ebft_summary.json").write_text(json.dumps(summary))
-    config = EBFTConfig.preset("demo", **short_run(resume=True))
+    config = EBFTConfig.preset("demo", **short_run(resume=True, prompts="builtin"))
     result = run_ebft(config=config, reporter=silent)
     assert "there is nothing left to do" in silent.console.file.getvalue()
     assert not result._trust_remote_code
