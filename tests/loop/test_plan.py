@@ -151,7 +151,9 @@ LEAN = {"weights": "stochastic", "moments": "int8", "compact": True, "recompute"
         {"moments": "int8", "compact": True, "seqlen": 16},
         {"clip": 0.0, "update_in_backward": True, "seqlen": 16},
         {"dtype": "bfloat16"},
-        {"dtype": "bfloat16", "weights": "master", "moments": "bf16", "micro_batch": 4},
+        pytest.param(
+            {"dtype": "bfloat16", "weights": "master", "moments": "bf16", "micro_batch": 4}, marks=pytest.mark.slow
+        ),
         {"dtype": "bfloat16", **LEAN, "micro_batch": 2, "seqlen": 16},
     ],
     ids=lambda changes: flags(changes) or "as it is",
@@ -184,7 +186,7 @@ def test_a_step_allocates_what_was_planned(changes, folder, tmp_path):
     "changes",
     [
         {},
-        {"distill_blocks": "host", "micro_batch": 2, "dtype": "bfloat16"},
+        pytest.param({"distill_blocks": "host", "micro_batch": 2, "dtype": "bfloat16"}, marks=pytest.mark.slow),
         {"distill_blocks": "host", "micro_batch": 1, "moments": "int8", "compact": True, "seqlen": 16},
     ],
     ids=lambda changes: flags(changes) or "as it is",

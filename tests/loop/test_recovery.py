@@ -157,7 +157,7 @@ def test_bfloat16_checkpoints_stay_bfloat16(trained, settings, silent, tmp_path)
     assert recovered_share(result.summary["perplexity"]["builtin"]) > 0.5
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_low_precision_products(dtype, settings, silent):
     result = run_ebft(config=settings(dtype=dtype, epochs=2, samples=32, prune="magnitude"), reporter=silent)
     assert recovered_share(result.summary["perplexity"]["builtin"]) > 0.4
