@@ -269,11 +269,16 @@ def closest_preset(flat: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
     Where things are and how the work is organised does not count.
     """
+    of_run = {setting: value for setting, value in flat.items() if setting not in ORGANISATION}
+    of_nobody = {name for name, value in of_run.items() if not _is_usual(name, value, {})}
     differing = {}
     for name in PRESETS:
         usual = preset_settings(name, uniform=bool(flat.get("uniform")))
-        of_run = {setting: value for setting, value in flat.items() if setting not in ORGANISATION}
-        differing[name] = {n: value for n, value in of_run.items() if not _is_usual(n, value, usual)}
+        differing[name] = {
+            n: value
+            for n, value in of_run.items()
+            if (not _is_usual(n, value, usual) if n in usual else n in of_nobody)
+        }
     closest = min(differing, key=lambda name: len(differing[name]))
     return closest, differing[closest]
 

@@ -150,7 +150,7 @@ LEAN = {"weights": "stochastic", "moments": "int8", "compact": True, "recompute"
         {"compact": True, "seqlen": 16},
         {"moments": "int8", "compact": True, "seqlen": 16},
         {"clip": 0.0, "update_in_backward": True, "seqlen": 16},
-        {"dtype": "bfloat16"},
+        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
         pytest.param(
             {"dtype": "bfloat16", "weights": "master", "moments": "bf16", "micro_batch": 4}, marks=pytest.mark.slow
         ),

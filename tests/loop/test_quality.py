@@ -25,6 +25,7 @@ def run(flags, monkeypatch, tmp_path):
     quality.main()
 
 
+@pytest.mark.slow
 def test_cells_are_run_once_and_make_a_table(flags, monkeypatch, tmp_path, capsys):
     run(flags, monkeypatch, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "work" / "rows.jsonl").read_text().splitlines()]

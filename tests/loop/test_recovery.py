@@ -33,8 +33,8 @@ def settings(trained, config):
         {"prune": "magnitude", "sparsity": 0.8},
         {"prune": "wanda", "sparsity": 0.7},
         {"prune": "wanda", "pattern": "2:4"},
-        {"prune": "magnitude", "pattern": "1:4"},
-        {"prune": "wanda", "sparsity": 0.7, "target": "dense-stream"},
+        pytest.param({"prune": "magnitude", "pattern": "1:4"}, marks=pytest.mark.slow),
+        pytest.param({"prune": "wanda", "sparsity": 0.7, "target": "dense-stream"}, marks=pytest.mark.slow),
         {"prune": "wanda", "sparsity": 0.7, "target": "dense-stream", "input": "dense-stream"},
     ],
     ids=lambda method: " ".join(map(str, method.values())),
@@ -157,7 +157,8 @@ def test_bfloat16_checkpoints_stay_bfloat16(trained, settings, silent, tmp_path)
     assert recovered_share(result.summary["perplexity"]["builtin"]) > 0.5
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_products(dtype, settings, silent):
     result = run_ebft(config=settings(dtype=dtype, epochs=2, samples=32, prune="magnitude"), reporter=silent)
     assert recovered_share(result.summary["perplexity"]["builtin"]) > 0.4
