@@ -445,8 +445,9 @@ class OutputFolder:
                 raise EBFTError(f"--output {path} is a mount point, which no run can replace; choose a folder in it")
             probe = parent / missing[0]
             if not os.path.lexists(probe):
-                probe.mkdir()
-                probe.rmdir()
+                with contextlib.suppress(FileExistsError, FileNotFoundError):  # another rank tries it at this moment
+                    probe.mkdir()
+                    probe.rmdir()
 
     def _check_strangers(self) -> None:
         """``EBFTError`` if replacing ``OUT`` would delete a file that its run did not make."""

@@ -1,6 +1,7 @@
 """Several processes give what one gives; one that dies ends the run, which another number of them goes on with."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from several import CPU, dies, on_ranks, tune
 from ebft import EBFTConfig, EBFTError
 from ebft.audit import main as audit
 from ebft.distributed import Ranks
+from ebft.output.folder import OutputFolder
 from ebft.recovery.ebft.reconstruct import BlockReconstructor
 
 
@@ -96,6 +98,13 @@ def test_refused():
 # --- blocks apart -----------------------------------------------------------------------------------------------------
 
 APART = {"input": "dense-stream", "target": "dense-stream"}
+
+
+def test_ranks_may_try_the_output_at_the_same_moment(tmp_path, monkeypatch):
+    real = os.path.lexists
+    (tmp_path / "out.partial").mkdir()  # by another one, since this one has looked
+    monkeypatch.setattr(os.path, "lexists", lambda path: Path(path).name != "out.partial" and real(path))
+    OutputFolder(str(tmp_path / "out"), overwrite=False)
 
 
 @pytest.mark.parametrize("count", [2, 3])
