@@ -151,14 +151,6 @@ template <Value V> inline Weights expand(const char* p, uint32_t bits) {
 
 template <Value V> inline int64_t size_of() { return V == Value::kFloat ? 4 : V == Value::kInt8 ? 1 : 2; }
 
-inline float sum_of(Wide a) {
-  float v[kLanesWide];
-  wide_store(v, a);
-  for (int half = kLanesWide / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
-}
-
 // Rows [row, row + Rows) times Batch rows of arranged x; to[b * to_stride + r]. Whether the bits keep as many values as the row offsets
 // say, and none past the width; if not, no more than most_read(w) values have been read from the offset of a row on.
 template <Value V, bool Dots, int Rows, int Batch>

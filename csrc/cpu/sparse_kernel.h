@@ -106,14 +106,6 @@ inline Wide dot(const Wide (&dy)[kVectors], const float* x) {
   return sum;
 }
 
-inline float sum_of(Wide a) {
-  float v[kLanesWide];
-  wide_store(v, a);
-  for (int half = kLanesWide / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
-}
-
 // The sums of four vectors, added to four numbers.
 #if EBFT_AVX2
 #if EBFT_AVX512

@@ -25,3 +25,11 @@ inline void wide_store(float* p, Wide a) { store(p, a); }
 #endif
 
 inline constexpr int kLanesWide = int(sizeof(Wide) / sizeof(float));
+
+inline float sum_of(Wide a) {
+  float v[kLanesWide];
+  wide_store(v, a);
+  for (int half = kLanesWide / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
