@@ -445,7 +445,7 @@ class OutputFolder:
                 raise EBFTError(f"--output {path} is a mount point, which no run can replace; choose a folder in it")
             probe = parent / missing[0]
             if not os.path.lexists(probe):
-                with contextlib.suppress(FileExistsError, FileNotFoundError):  # another rank tries it at this moment
+                with contextlib.suppress(FileExistsError):  # another rank tries it at this moment
                     probe.mkdir()
                     probe.rmdir()
 

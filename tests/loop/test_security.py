@@ -32,7 +32,7 @@ from ebft.model.tensors import ModelWeights, ShardedWeights
 from ebft.output.audit import audit
 from ebft.output.card import model_card
 from ebft.output.charts import Chart
-from ebft.output.figures import one_line
+from ebft.output.figures import one_line, without_folder
 from ebft.output.folder import OutputFolder
 from ebft.output.page import report_page
 from ebft.plan.planner import make_plan
@@ -235,6 +235,7 @@ class Tags(HTMLParser):
 
 @FAST
 @example(name="/", text="/")  # a path without a name
+@example(name="/0", text="0")  # of a path the card has the name alone
 @given(name=NAMES, text=NAMES)
 def test_a_card_shows_any_name_as_it_is(name, text):
     begin, front, body = model_card(a_summary(name, text)).split("---\n", 2)
@@ -242,7 +243,8 @@ def test_a_card_shows_any_name_as_it_is(name, text):
     assert begin == ""
     assert front["library_name"] == "transformers"
     measured = front.get("model-index", [])
-    assert [entry["name"] for entry in measured] == [one_line(name) or "model"] * bool(one_line(text))
+    known, of_text = (one_line(without_folder(given)) for given in (name, text))
+    assert [entry["name"] for entry in measured] == [known or "model"] * bool(of_text)
     plain = model_card(a_summary("a", "b")).split("---\n", 2)[2]
     assert rendered(body).tags == rendered(plain).tags
 
